@@ -1,0 +1,61 @@
+// FFI handlers of the CPU kernels.
+#include "cpu/kernels.h"
+#include "ffi/handlers.h"
+#include "ffi/unpack.h"
+
+namespace flashmla::ffi {
+namespace {
+
+ThreadPool Wrap(xffi::ThreadPool& pool) {
+  return {pool.num_threads(),
+          [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); }};
+}
+
+xffi::Error DenseDecode(xffi::ThreadPool pool, xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
+                        xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> cache_seqlens,
+                        xffi::Result<xffi::AnyBuffer> out, xffi::ResultBuffer<xffi::F32> lse,
+                        float softmax_scale, bool causal) {
+  DenseDecodeParams params{};
+  params.softmax_scale = softmax_scale;
+  params.causal = causal;
+  auto error = Unpack(q, k_cache, block_table, cache_seqlens, *out, *lse, &params);
+  if (error.failure()) return error;
+  cpu::DenseDecode(params, Wrap(pool));
+  return xffi::Error::Success();
+}
+
+xffi::Error CacheAppend(xffi::ThreadPool pool, xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
+                        xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> start,
+                        xffi::Buffer<xffi::S32> count, xffi::Result<xffi::AnyBuffer> result) {
+  CacheAppendParams params{};
+  auto error = Unpack(k_cache, new_kv, block_table, start, count, *result, &params);
+  if (error.failure()) return error;
+  cpu::CacheAppend(params, Wrap(pool));
+  return xffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCpu, DenseDecode,
+                              xffi::Ffi::Bind()
+                                  .Ctx<xffi::ThreadPool>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Ret<xffi::AnyBuffer>()
+                                  .Ret<xffi::Buffer<xffi::F32>>()
+                                  .Attr<float>("softmax_scale")
+                                  .Attr<bool>("causal"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCpu, CacheAppend,
+                              xffi::Ffi::Bind()
+                                  .Ctx<xffi::ThreadPool>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Ret<xffi::AnyBuffer>());
+
+}  // namespace flashmla::ffi

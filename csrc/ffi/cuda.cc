@@ -1,0 +1,81 @@
+// FFI handlers of the Hopper kernels. They only enqueue, so XLA may record them in CUDA graphs.
+#include <cuda_runtime_api.h>
+
+#include "ffi/handlers.h"
+#include "ffi/unpack.h"
+#include "sm90/kernels.h"
+
+namespace flashmla::ffi {
+namespace {
+
+xffi::Error ToError(const sm90::Status& status) {
+  return status.empty() ? xffi::Error::Success() : xffi::Error::Internal(status);
+}
+
+xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
+                        xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> cache_seqlens,
+                        xffi::Result<xffi::AnyBuffer> out, xffi::ResultBuffer<xffi::F32> lse,
+                        xffi::ResultBuffer<xffi::F32> partial_out,
+                        xffi::ResultBuffer<xffi::F32> partial_lse,
+                        xffi::ResultBuffer<xffi::S32> split_info, float softmax_scale,
+                        bool causal) {
+  DenseDecodeParams params{};
+  params.softmax_scale = softmax_scale;
+  params.causal = causal;
+  auto error = Unpack(q, k_cache, block_table, cache_seqlens, *out, *lse, &params);
+  if (error.failure()) return error;
+  if (params.dtype == DType::kF32) {
+    return xffi::Error(xffi::ErrorCode::kUnimplemented,
+                       "flashmla_dense_decode: float32 runs on the CPU only");
+  }
+  const int64_t slots = params.row_tiles() * MaxPartitions(params.row_tiles()) * 2;
+  if (static_cast<int64_t>(partial_out->element_count()) < slots * kRowTile * kHeadDimV ||
+      static_cast<int64_t>(partial_lse->element_count()) < slots * kRowTile ||
+      static_cast<int64_t>(split_info->element_count()) < MaxPartitions(params.row_tiles()) * 4) {
+    return xffi::Error::InvalidArgument("flashmla_dense_decode: the workspace is too small");
+  }
+  params.partial_out = partial_out->typed_data();
+  params.partial_lse = partial_lse->typed_data();
+  params.split_info = split_info->typed_data();
+  return ToError(sm90::DenseDecode(params, stream));
+}
+
+xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
+                        xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> start,
+                        xffi::Buffer<xffi::S32> count, xffi::Result<xffi::AnyBuffer> result) {
+  CacheAppendParams params{};
+  auto error = Unpack(k_cache, new_kv, block_table, start, count, *result, &params);
+  if (error.failure()) return error;
+  return ToError(sm90::CacheAppend(params, stream));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode,
+                              xffi::Ffi::Bind()
+                                  .Ctx<xffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Ret<xffi::AnyBuffer>()
+                                  .Ret<xffi::Buffer<xffi::F32>>()
+                                  .Ret<xffi::Buffer<xffi::F32>>()
+                                  .Ret<xffi::Buffer<xffi::F32>>()
+                                  .Ret<xffi::Buffer<xffi::S32>>()
+                                  .Attr<float>("softmax_scale")
+                                  .Attr<bool>("causal"),
+                              {xffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCuda, CacheAppend,
+                              xffi::Ffi::Bind()
+                                  .Ctx<xffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
+                                  .Ret<xffi::AnyBuffer>(),
+                              {xffi::Traits::kCmdBufferCompatible});
+
+}  // namespace flashmla::ffi

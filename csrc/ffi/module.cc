@@ -1,0 +1,63 @@
+// The Python module: which handlers exist, and what was built.
+#include <nanobind/nanobind.h>
+
+#include "ffi/handlers.h"
+#include "params.h"
+
+#if FLASHMLA_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace nb = nanobind;
+
+namespace flashmla {
+namespace {
+
+nb::capsule Capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+// {platform: {target name: handler}}
+nb::dict Registrations() {
+  nb::dict cpu;
+  cpu["flashmla_dense_decode"] = Capsule(ffi::DenseDecodeCpu);
+  cpu["flashmla_cache_append"] = Capsule(ffi::CacheAppendCpu);
+  nb::dict all;
+  all["cpu"] = cpu;
+#if FLASHMLA_WITH_CUDA
+  nb::dict cuda;
+  cuda["flashmla_dense_decode"] = Capsule(ffi::DenseDecodeCuda);
+  cuda["flashmla_cache_append"] = Capsule(ffi::CacheAppendCuda);
+  all["CUDA"] = cuda;
+#endif
+  return all;
+}
+
+nb::dict BuildInfo() {
+  nb::dict info;
+  info["page_size"] = kPageSize;
+  info["head_dim"] = kHeadDim;
+  info["head_dim_v"] = kHeadDimV;
+  info["row_tile"] = kRowTile;
+  info["max_partitions"] = kMaxPartitions;
+  info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  info["compiler"] = __VERSION__;
+#if FLASHMLA_WITH_CUDA
+  info["cuda_version"] = CUDART_VERSION;
+  info["cuda_architectures"] = nb::make_tuple("sm_90a");
+#else
+  info["cuda_version"] = nb::none();
+  info["cuda_architectures"] = nb::make_tuple();
+#endif
+  return info;
+}
+
+}  // namespace
+
+NB_MODULE(_flashmla, m) {
+  m.doc() = "XLA FFI handlers of flashmla_jax";
+  m.def("registrations", &Registrations, "The FFI targets: {platform: {name: capsule}}");
+  m.def("build_info", &BuildInfo, "What this module was built with, and the sizes it assumes");
+}
+
+}  // namespace flashmla

@@ -1,0 +1,144 @@
+// Buffers in, parameter structs out. The checks that protect memory are made here once, for every
+// backend; Python has made them before, with better messages.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "params.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace flashmla::ffi {
+
+namespace xffi = ::xla::ffi;
+
+inline std::optional<DType> ToDType(xffi::DataType type) {
+  switch (type) {
+    case xffi::DataType::BF16:
+      return DType::kBF16;
+    case xffi::DataType::F16:
+      return DType::kF16;
+    case xffi::DataType::F32:
+      return DType::kF32;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline int64_t Bytes(DType type) { return type == DType::kF32 ? 4 : 2; }
+
+inline bool HasShape(const xffi::AnyBuffer& buffer, std::initializer_list<int64_t> shape) {
+  const auto dims = buffer.dimensions();
+  return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
+}
+
+inline std::string Describe(const char* name, const xffi::AnyBuffer& buffer) {
+  std::string text = std::string(name) + " [";
+  for (size_t i = 0; i < buffer.dimensions().size(); ++i) {
+    text += (i ? ", " : "") + std::to_string(buffer.dimensions()[i]);
+  }
+  return text + "]";
+}
+
+// Fills the tensors and sizes of a dense decode call; an error names the buffer at fault.
+inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
+                          xffi::Buffer<xffi::S32> block_table,
+                          xffi::Buffer<xffi::S32> cache_seqlens, xffi::AnyBuffer out,
+                          xffi::Buffer<xffi::F32> lse, DenseDecodeParams* p) {
+  const auto bad = [](const std::string& what) {
+    return xffi::Error::InvalidArgument("flashmla_dense_decode: " + what);
+  };
+  if (q.dimensions().size() != 4 || q.dimensions()[3] != kHeadDim) {
+    return bad("expected q [batch, s_q, h_q, 576], got " + Describe("q", q));
+  }
+  if (k_cache.dimensions().size() != 4 || k_cache.dimensions()[1] != kPageSize ||
+      k_cache.dimensions()[3] != kHeadDim) {
+    return bad("expected k_cache [num_pages, 64, h_kv, 576], got " + Describe("k_cache", k_cache));
+  }
+  if (block_table.dimensions().size() != 2) {
+    return bad("expected block_table [batch, max_pages_per_seq]");
+  }
+  p->batch = q.dimensions()[0];
+  p->s_q = q.dimensions()[1];
+  p->h_q = q.dimensions()[2];
+  p->num_pages = k_cache.dimensions()[0];
+  p->h_kv = k_cache.dimensions()[2];
+  p->max_pages_per_seq = block_table.dimensions()[1];
+  const auto dtype = ToDType(q.element_type());
+  if (!dtype || k_cache.element_type() != q.element_type() ||
+      out.element_type() != q.element_type()) {
+    return bad("q, k_cache and out must share one of bfloat16, float16, float32");
+  }
+  if (p->h_kv < 1 || p->h_q % p->h_kv != 0) {
+    return bad("h_q must be a multiple of h_kv, got " + Describe("q", q) + " and " +
+               Describe("k_cache", k_cache));
+  }
+  if (p->num_pages < 1 || p->max_pages_per_seq < 1) {
+    return bad("k_cache and block_table must hold at least one page");
+  }
+  if (block_table.dimensions()[0] != p->batch || cache_seqlens.dimensions().size() != 1 ||
+      cache_seqlens.dimensions()[0] != p->batch) {
+    return bad("block_table and cache_seqlens must have q's batch size");
+  }
+  if (!HasShape(out, {p->batch, p->s_q, p->h_q, kHeadDimV})) {
+    return bad("expected out [batch, s_q, h_q, 512], got " + Describe("out", out));
+  }
+  const auto lse_dims = lse.dimensions();
+  if (lse_dims.size() != 3 || lse_dims[0] != p->batch || lse_dims[1] != p->h_q ||
+      lse_dims[2] != p->s_q) {
+    return bad("expected lse [batch, h_q, s_q]");
+  }
+  p->dtype = *dtype;
+  p->q = q.untyped_data();
+  p->k_cache = k_cache.untyped_data();
+  p->block_table = block_table.typed_data();
+  p->cache_seqlens = cache_seqlens.typed_data();
+  p->out = out.untyped_data();
+  p->lse = lse.typed_data();
+  return xffi::Error::Success();
+}
+
+inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
+                          xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> start,
+                          xffi::Buffer<xffi::S32> count, xffi::AnyBuffer result,
+                          CacheAppendParams* p) {
+  const auto bad = [](const std::string& what) {
+    return xffi::Error::InvalidArgument("flashmla_cache_append: " + what);
+  };
+  const auto cache = k_cache.dimensions();
+  const auto rows = new_kv.dimensions();
+  if (cache.size() != 4 || cache[1] != kPageSize || cache[3] != kHeadDim) {
+    return bad("expected k_cache [num_pages, 64, h_kv, 576], got " + Describe("k_cache", k_cache));
+  }
+  if (rows.size() != 4 || rows[2] != cache[2] || rows[3] != cache[3]) {
+    return bad("expected new_kv [batch, num_tokens, h_kv, 576], got " + Describe("new_kv", new_kv));
+  }
+  const auto dtype = ToDType(k_cache.element_type());
+  if (!dtype || new_kv.element_type() != k_cache.element_type() ||
+      result.element_type() != k_cache.element_type() ||
+      !HasShape(result, {cache[0], cache[1], cache[2], cache[3]})) {
+    return bad("k_cache, new_kv and the result must share one of bfloat16, float16, float32");
+  }
+  p->batch = rows[0];
+  p->num_tokens = rows[1];
+  p->num_pages = cache[0];
+  p->token_bytes = cache[2] * cache[3] * Bytes(*dtype);
+  if (block_table.dimensions().size() != 2 || block_table.dimensions()[0] != p->batch ||
+      start.dimensions().size() != 1 || start.dimensions()[0] != p->batch ||
+      count.dimensions().size() != 1 || count.dimensions()[0] != p->batch) {
+    return bad("block_table, start and count must have new_kv's batch size");
+  }
+  p->max_pages_per_seq = block_table.dimensions()[1];
+  p->new_kv = new_kv.untyped_data();
+  p->block_table = block_table.typed_data();
+  p->start = start.typed_data();
+  p->count = count.typed_data();
+  p->k_cache = result.untyped_data();
+  // The result is the operand's own buffer: XLA makes the copy, where one is needed, before us.
+  if (result.untyped_data() != k_cache.untyped_data()) {
+    return xffi::Error::Internal("flashmla_cache_append: the cache was not aliased to the result");
+  }
+  return xffi::Error::Success();
+}
+
+}  // namespace flashmla::ffi

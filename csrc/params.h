@@ -1,0 +1,85 @@
+// What crosses from the FFI door to the backends: plain C++, no JAX and no CUDA.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace flashmla {
+
+// The page format. The same numbers stand in flashmla_jax/cache/layout.py; a test compares them.
+inline constexpr int kPageSize = 64;   // tokens in a page
+inline constexpr int kHeadDim = 576;   // numbers per token: latent and RoPE part; a key is all of them
+inline constexpr int kHeadDimV = 512;  // of which the first are the latent; a value is these
+
+// The GPU workspace: bounded by how many thread blocks a Hopper die can hold at once, so that it
+// does not grow with the batch. A full GH100 has 144 multiprocessors (132 are enabled on an H100).
+inline constexpr int kRowTile = 64;        // query rows that one thread block works on
+inline constexpr int kMaxPartitions = 144;  // KV partitions over the whole grid, at most
+
+enum class DType { kBF16, kF16, kF32 };
+
+// How many ways the KV tokens are divided when `row_tiles` tiles of query rows read all of them.
+constexpr int64_t MaxPartitions(int64_t row_tiles) {
+  return row_tiles > 0 && row_tiles <= kMaxPartitions ? kMaxPartitions / row_tiles : 1;
+}
+
+struct DenseDecodeParams {
+  int64_t batch;
+  int64_t s_q;
+  int64_t h_q;
+  int64_t h_kv;
+  int64_t num_pages;
+  int64_t max_pages_per_seq;
+  float softmax_scale;
+  bool causal;
+  DType dtype;
+
+  const void* q;               // [batch, s_q, h_q, kHeadDim]
+  const void* k_cache;         // [num_pages, kPageSize, h_kv, kHeadDim]
+  const int32_t* block_table;  // [batch, max_pages_per_seq]
+  const int32_t* cache_seqlens;  // [batch]
+  void* out;                   // [batch, s_q, h_q, kHeadDimV]
+  float* lse;                  // [batch, h_q, s_q], natural logarithm
+
+  // GPU workspace, written before it is read; row_tiles = h_kv * ceil(s_q * h_q / h_kv / kRowTile),
+  // partitions = MaxPartitions(row_tiles).
+  float* partial_out;   // [row_tiles, partitions, 2, kRowTile, kHeadDimV]
+  float* partial_lse;   // [row_tiles, partitions, 2, kRowTile], base 2
+  int32_t* split_info;  // [partitions, 4]
+
+  int64_t group() const { return h_q / h_kv; }         // query heads that share a KV head
+  int64_t rows() const { return s_q * group(); }       // query rows of one sequence and KV head
+  int64_t tiles_per_head() const { return (rows() + kRowTile - 1) / kRowTile; }
+  int64_t row_tiles() const { return h_kv * tiles_per_head(); }
+};
+
+struct CacheAppendParams {
+  int64_t batch;
+  int64_t num_tokens;  // rows of new_kv per sequence
+  int64_t num_pages;
+  int64_t max_pages_per_seq;
+  int64_t token_bytes;  // h_kv * kHeadDim * size of an element
+
+  const void* new_kv;            // [batch, num_tokens, token_bytes]
+  const int32_t* block_table;    // [batch, max_pages_per_seq]
+  const int32_t* start;          // [batch]: position of a sequence's first new token
+  const int32_t* count;          // [batch]: how many of its rows are written
+  void* k_cache;                 // [num_pages, kPageSize, token_bytes], updated in place
+};
+
+// The thread pool a CPU kernel may use. `schedule` runs its argument on some thread, at some time.
+struct ThreadPool {
+  int64_t num_threads = 1;
+  std::function<void(std::function<void()>)> schedule;
+};
+
+// How many tokens of a sequence exist, as every backend reads it. A length may exceed what the
+// table can hold; the tokens beyond are then read from pages that do not exist, which give NaN:
+// loud, safe, and bounded in work.
+constexpr int64_t EffectiveLength(int32_t cache_seqlen, int64_t max_pages_per_seq, int64_t s_q) {
+  const int64_t most = max_pages_per_seq * kPageSize + s_q;
+  const int64_t length = cache_seqlen;
+  return length < 0 ? 0 : (length < most ? length : most);
+}
+
+}  // namespace flashmla

@@ -1,0 +1,19 @@
+// The Hopper kernels. Each enqueues its work on the stream and returns: no allocation, no
+// synchronisation, the same launches every time, so that a CUDA graph can capture it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "params.h"
+
+namespace flashmla::sm90 {
+
+// Empty when all went well, else what did not.
+using Status = std::string;
+
+Status DenseDecode(const DenseDecodeParams& params, cudaStream_t stream);
+Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream);
+
+}  // namespace flashmla::sm90

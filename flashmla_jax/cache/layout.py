@@ -1,0 +1,10 @@
+"""The page format: how a cached token is laid out.
+
+A page holds `PAGE_SIZE` tokens. A token is one latent vector of `HEAD_DIM` numbers: the compressed
+key-value latent (`HEAD_DIM_V` numbers) followed by the rotated RoPE key. Keys are all of it, values
+its first `HEAD_DIM_V` numbers. The same constants stand in `csrc/params.h`.
+"""
+
+PAGE_SIZE = 64
+HEAD_DIM = 576
+HEAD_DIM_V = 512

@@ -1,0 +1,143 @@
+"""Loads the compiled module and registers its FFI targets. Every jax-version difference lives here.
+
+The module is optional at import time, so that `flashmla_jax` can be imported from a source tree:
+without it every op lowers to the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Final
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
+
+_flashmla: ModuleType | None
+try:
+    _flashmla = importlib.import_module("flashmla_jax._flashmla")
+except ImportError as error:
+    _flashmla = None
+    _import_error: str | None = str(error)
+else:
+    _import_error = None
+
+CPU: Final = "cpu"
+CUDA: Final = "cuda"
+HOPPER: Final = "9.0"
+
+
+def _register_targets() -> frozenset[str]:
+    if _flashmla is None:
+        return frozenset()
+    platforms = _flashmla.registrations()
+    for platform, targets in platforms.items():
+        for name, capsule in targets.items():
+            jax.ffi.register_ffi_target(name, capsule, platform=platform)
+    return frozenset({"cpu": CPU, "CUDA": CUDA}[platform] for platform in platforms)
+
+
+_PLATFORMS = _register_targets()
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled module was built with; {} without a module."""
+    return {} if _flashmla is None else dict(_flashmla.build_info())
+
+
+def import_error() -> str | None:
+    """Why the compiled module did not load, or None."""
+    return _import_error
+
+
+@functools.cache
+def _foreign_gpus() -> tuple[str, ...]:
+    """Compute capabilities of the local GPUs that the Hopper kernels cannot run on."""
+    try:
+        devices = jax.local_devices(backend="gpu")
+    except RuntimeError:
+        return ()  # No GPU here: this is a lowering for another machine, taken at its word.
+    found = {str(getattr(device, "compute_capability", "unknown")) for device in devices}
+    return tuple(sorted(found - {HOPPER}))
+
+
+def why_no_kernel(platform: str) -> str | None:
+    """Why ops lower to the reference on `platform`, or None when there is a kernel."""
+    if _flashmla is None:
+        return f"its compiled module did not load ({_import_error})"
+    if platform not in (CPU, CUDA):
+        return f"it has no kernels for {platform}"
+    if platform not in _PLATFORMS:
+        return "it was built without CUDA (FLASHMLA_CUDA=ON builds the Hopper kernels)"
+    if platform == CUDA and _foreign_gpus():
+        capabilities = ", ".join(_foreign_gpus())
+        return f"its GPU kernels need compute capability {HOPPER}, and this GPU has {capabilities}"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"flashmla_jax runs the much slower jax.numpy reference here: {reason}.", stacklevel=2
+    )
+
+
+def define_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
+    """A primitive with several results. Outside `jit` it runs as a compiled call of its own."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract_eval)
+
+    @functools.cache
+    def compiled(**params: Any) -> Callable[..., Any]:
+        return jax.jit(functools.partial(primitive.bind, **params))
+
+    primitive.def_impl(lambda *operands, **params: compiled(**params)(*operands))
+    return primitive
+
+
+def register_not_differentiable(primitive: Primitive, advice: str) -> None:
+    """Makes differentiation of `primitive` an error that says what to use instead."""
+
+    def jvp(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"{primitive} is an inference op without a derivative: {advice}")
+
+    ad.primitive_jvps[primitive] = jvp
+
+
+def register_lowerings(
+    primitive: Primitive,
+    *,
+    kernels: dict[str, Callable[..., Any]],
+    reference: Callable[..., Any],
+) -> None:
+    """Registers what `primitive` lowers to.
+
+    Args:
+      primitive: an operation with several results.
+      kernels: per platform, a function of the operands and parameters that makes the FFI call. It
+      reference: the same in `jax.numpy`, for every other platform.
+    """
+    lower_reference = mlir.lower_fun(reference, multiple_results=True)
+
+    def lowering_for(platform: str | None) -> Callable[..., Any]:
+        kernel = kernels.get(platform) if platform else None
+        lower_kernel = mlir.lower_fun(kernel, multiple_results=True) if kernel else None
+
+        def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+            name = platform or "/".join(ctx.module_context.platforms)
+            reason = why_no_kernel(name)
+            if reason is None and lower_kernel is not None:
+                return lower_kernel(ctx, *operands, **params)
+            _warn_once(reason or f"it has no kernels for {name}")
+            return lower_reference(ctx, *operands, **params)
+
+        return lower
+
+    for platform in kernels:
+        mlir.register_lowering(primitive, lowering_for(platform), platform=platform)
+    mlir.register_lowering(primitive, lowering_for(None))

@@ -1,0 +1,160 @@
+"""The dense decode custom call: attention of a few query tokens over a paged latent cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import batching
+
+from flashmla_jax import reference
+from flashmla_jax.cache.layout import HEAD_DIM_V
+from flashmla_jax.ops import _ffi
+
+_TARGET = "flashmla_dense_decode"
+
+# The GPU workspace, as csrc/params.h bounds it: query rows per tile, and how many parts the tokens
+# are divided into over the whole grid, at most.
+ROW_TILE = 64
+MAX_PARTITIONS = 144
+
+
+def dense_decode(
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Binds the primitive; `flashmla_jax.flash_mla_with_kvcache` checks the arguments."""
+    out, lse = dense_decode_p.bind(
+        q, k_cache, block_table, cache_seqlens, softmax_scale=softmax_scale, causal=causal
+    )
+    return out, lse
+
+
+# --- Abstract evaluation ---------------------------------------------------------------------
+
+
+def _abstract_eval(
+    q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, **_: Any
+) -> tuple[jax.core.ShapedArray, jax.core.ShapedArray]:
+    batch, s_q, h_q, _head_dim = q.shape
+    return (
+        jax.core.ShapedArray((batch, s_q, h_q, HEAD_DIM_V), q.dtype),
+        jax.core.ShapedArray((batch, h_q, s_q), jnp.float32),
+    )
+
+
+dense_decode_p = _ffi.define_primitive("flash_mla_with_kvcache", _abstract_eval)
+
+
+# --- Lowerings -------------------------------------------------------------------------------
+
+
+def _results(q: jax.Array) -> list[jax.ShapeDtypeStruct]:
+    batch, s_q, h_q, _ = q.shape
+    return [
+        jax.ShapeDtypeStruct((batch, s_q, h_q, HEAD_DIM_V), q.dtype),
+        jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32),
+    ]
+
+
+def _workspace(s_q: int, h_q: int, h_kv: int) -> list[jax.ShapeDtypeStruct]:
+    """Partial results of sequences that several thread blocks share: bounded by the grid."""
+    row_tiles = h_kv * -(-s_q * (h_q // h_kv) // ROW_TILE)
+    partitions = MAX_PARTITIONS // row_tiles if row_tiles <= MAX_PARTITIONS else 1
+    slots = (row_tiles, partitions, 2, ROW_TILE)
+    return [
+        jax.ShapeDtypeStruct((*slots, HEAD_DIM_V), jnp.float32),
+        jax.ShapeDtypeStruct(slots, jnp.float32),
+        jax.ShapeDtypeStruct((partitions, 4), jnp.int32),
+    ]
+
+
+def _call_cpu(*operands: jax.Array, softmax_scale: float, causal: bool) -> list[jax.Array]:
+    call = jax.ffi.ffi_call(_TARGET, _results(operands[0]))
+    return list(call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal))
+
+
+def _call_cuda(*operands: jax.Array, softmax_scale: float, causal: bool) -> list[jax.Array]:
+    q, k_cache = operands[:2]
+    if q.dtype == jnp.float32:
+        raise NotImplementedError(
+            "flash_mla_with_kvcache runs bfloat16 and float16 on GPUs, float32 on the CPU only; "
+            f"got q {q.dtype}. Cast q and k_cache, or set JAX_PLATFORMS=cpu."
+        )
+    workspace = _workspace(q.shape[1], q.shape[2], k_cache.shape[2])
+    call = jax.ffi.ffi_call(_TARGET, _results(q) + workspace)
+    out, lse, *_ = call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)
+    return [out, lse]
+
+
+def _reference(*operands: jax.Array, softmax_scale: float, causal: bool) -> list[jax.Array]:
+    return list(
+        reference.flash_mla_with_kvcache(*operands, softmax_scale=softmax_scale, causal=causal)
+    )
+
+
+_ffi.register_lowerings(
+    dense_decode_p,
+    kernels={_ffi.CPU: _call_cpu, _ffi.CUDA: _call_cuda},
+    reference=_reference,
+)
+
+
+# --- Batching --------------------------------------------------------------------------------
+
+
+def fold(x: jax.Array, dim: int | None, size: int) -> jax.Array:
+    """Merges a mapped axis into the leading axis: [..., size, ...] to [size * batch, ...]."""
+    x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    return x.reshape(size * x.shape[1], *x.shape[2:])
+
+
+def fold_pool(
+    k_cache: jax.Array, cache_dim: int, block_table: jax.Array, table_dim: int | None, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Merges mapped page pools into one pool, with tables that point into it.
+
+    An entry outside its own pool must not reach a neighbour's: it becomes -1.
+    """
+    num_pages = k_cache.shape[0 if cache_dim > 0 else 1]
+    pool = fold(k_cache, cache_dim, size)
+    tables = fold(block_table, table_dim, size)
+    first = jnp.arange(size, dtype=jnp.int32) * num_pages
+    first = jnp.repeat(first, tables.shape[0] // size)[:, None]
+    valid = (tables >= 0) & (tables < num_pages)
+    return pool, jnp.where(valid, tables + first, -1)
+
+
+def _batch(
+    operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
+) -> tuple[list[jax.Array], list[int]]:
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    q, k_cache, block_table, cache_seqlens = operands
+    q_dim, cache_dim, table_dim, lens_dim = dims
+    if cache_dim is None:
+        pool, tables = k_cache, fold(block_table, table_dim, size)
+    else:
+        pool, tables = fold_pool(k_cache, cache_dim, block_table, table_dim, size)
+    results = dense_decode_p.bind(
+        fold(q, q_dim, size), pool, tables, fold(cache_seqlens, lens_dim, size), **params
+    )
+    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results], [0, 0]
+
+
+batching.primitive_batchers[dense_decode_p] = _batch
+
+
+# --- Differentiation -------------------------------------------------------------------------
+
+_ffi.register_not_differentiable(
+    dense_decode_p,
+    "differentiate flashmla_jax.reference.flash_mla_with_kvcache, which takes the same arguments, "
+    "or train in the uncached form of layers.mla and keep this op for decoding.",
+)

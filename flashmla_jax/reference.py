@@ -1,0 +1,101 @@
+"""What every op means, in plain `jax.numpy`.
+
+The oracle of the tests, and what runs on platforms that have no kernel. Nothing here is fast: the
+pages of a whole batch are gathered before the first product.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def flash_mla_with_kvcache(
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    head_dim_v: int = 512,
+) -> tuple[jax.Array, jax.Array]:
+    """Dense MLA decoding; `flashmla_jax.flash_mla_with_kvcache` says what it means.
+
+    Args:
+      q: [batch, s_q, h_q, head_dim].
+      k_cache: [num_pages, page_size, h_kv, head_dim].
+      block_table: int32[batch, max_pages_per_seq].
+      cache_seqlens: int32[batch].
+      softmax_scale: factor of the scores.
+      causal: whether query j sees only tokens `t <= cache_seqlens - s_q + j`.
+      head_dim_v: how many leading numbers of a token are its value.
+
+    Returns:
+      out [batch, s_q, h_q, head_dim_v] in q's dtype and lse float32 [batch, h_q, s_q].
+    """
+    batch, s_q, h_q, head_dim = q.shape
+    num_pages, page_size, h_kv, _ = k_cache.shape
+
+    # Tokens beyond the table are read from a page that does not exist, like any other bad page id.
+    overhang = -(-s_q // page_size)
+    table = jnp.pad(block_table, ((0, 0), (0, overhang)), constant_values=-1)
+    capacity = block_table.shape[1] * page_size
+    lengths = jnp.clip(cache_seqlens, 0, capacity + s_q)
+
+    in_pool = (table >= 0) & (table < num_pages)
+    tokens = k_cache[jnp.where(in_pool, table, 0)]
+    tokens = tokens.reshape(batch, -1, h_kv, head_dim)
+    in_pool = jnp.repeat(in_pool, page_size, axis=1)[..., None, None]
+    position = jnp.arange(tokens.shape[1])
+    exists = (position < lengths[:, None])[..., None, None]
+
+    k = jnp.where(in_pool, tokens, jnp.nan)
+    v = jnp.where(in_pool & exists, tokens[..., :head_dim_v], 0)
+
+    rows = q.reshape(batch, s_q, h_kv, h_q // h_kv, head_dim)
+    scores = softmax_scale * jnp.einsum(
+        "bskgd,btkd->bkgst", rows, k, precision=_HIGHEST, preferred_element_type=jnp.float32
+    )
+    last = lengths[:, None] - (s_q - jnp.arange(s_q) if causal else jnp.ones(s_q, jnp.int32))
+    visible = position <= last[..., None]  # [batch, s_q, token]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+
+    row_max = jnp.max(scores, axis=-1, keepdims=True)
+    row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
+    p = jnp.exp(scores - row_max)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "bkgst,btkd->bkgsd",
+        p.astype(q.dtype),
+        v,
+        precision=_HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    out = out / jnp.where(total == 0, 1, total)
+    lse = row_max[..., 0] + jnp.log(total[..., 0])
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, s_q, h_q, head_dim_v)
+    return out.astype(q.dtype), lse.reshape(batch, h_q, s_q)
+
+
+def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Combines attention over disjoint sets of keys; see `flashmla_jax.merge_attention_states`.
+
+    Args:
+      outs: [parts, batch, s_q, h_q, head_dim_v].
+      lses: float32 [parts, batch, h_q, s_q], natural logarithm, -inf for an empty part.
+
+    Returns:
+      out [batch, s_q, h_q, head_dim_v] in the dtype of `outs` and lse float32 [batch, h_q, s_q].
+    """
+    top = jnp.max(lses, axis=0)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(lses - top)
+    total = jnp.sum(weights, axis=0)
+    weights = weights / jnp.where(total == 0, 1, total)
+    weights = jnp.swapaxes(weights, -1, -2)[..., None]
+    # An empty part has no say, whatever its output holds.
+    parts = jnp.where(weights == 0, 0, outs.astype(jnp.float32) * weights)
+    return jnp.sum(parts, axis=0).astype(outs.dtype), top + jnp.log(total)
