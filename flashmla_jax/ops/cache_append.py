@@ -1,0 +1,164 @@
+"""The cache append custom call: new tokens go into their pages, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import batching
+
+from flashmla_jax import reference
+from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
+from flashmla_jax.ops import _ffi
+from flashmla_jax.ops.dense_decode import fold, fold_pool
+
+_TARGET = "flashmla_cache_append"
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def cache_append(
+    k_cache: jax.Array,
+    new_kv: jax.Array,
+    block_table: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """Writes new tokens into their pages.
+
+    Row j of sequence i becomes token `t = start[i] + j`, in page `block_table[i, t // 64]`, row
+    `t % 64`, for all `j < min(count[i], num_tokens)`. A row without a place is dropped: one at a
+    negative position, beyond the table, or in a page outside the pool. The rest of the pool keeps
+    its contents. Where two rows have the same place, either may win.
+
+    The result is `k_cache`'s own buffer when that is donated to the jitted function (or is an
+    intermediate value of it); otherwise XLA copies the pool first, as for any functional update.
+
+    Args:
+      k_cache: [num_pages, 64, h_kv, 576] bfloat16, float16 or float32: the page pool.
+      new_kv: [batch, num_tokens, h_kv, 576] in k_cache's dtype.
+      block_table: int32[batch, max_pages_per_seq], the pages of each sequence.
+      start: int32[batch], the position of each sequence's first new token.
+      count: int32[batch], how many of its rows are written; 0 or less writes none.
+
+    Returns:
+      The pool [num_pages, 64, h_kv, 576] with the tokens in it.
+
+    Raises:
+      ValueError: for shapes and dtypes outside the above, at trace time.
+      NotImplementedError: when differentiated.
+    """
+    k_cache = _array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
+    new_kv = _array("new_kv", new_kv, "[batch, num_tokens, h_kv, 576]")
+    block_table = _array("block_table", block_table, "[batch, max_pages_per_seq]", jnp.int32)
+    start = _array("start", start, "[batch]", jnp.int32)
+    count = _array("count", count, "[batch]", jnp.int32)
+    num_pages, page_size, h_kv, head_dim = k_cache.shape
+    batch, num_tokens = new_kv.shape[:2]
+
+    if k_cache.dtype not in DTYPES:
+        raise ValueError(f"k_cache must be bfloat16, float16 or float32, got {k_cache.dtype}")
+    if new_kv.dtype != k_cache.dtype:
+        raise ValueError(f"new_kv must have k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
+    if page_size != PAGE_SIZE or head_dim != HEAD_DIM:
+        raise ValueError(
+            f"k_cache must be [num_pages, {PAGE_SIZE}, h_kv, {HEAD_DIM}], got shape {k_cache.shape}"
+        )
+    if num_pages < 1 or h_kv < 1:
+        raise ValueError(f"k_cache must hold a page and a KV head, got shape {k_cache.shape}")
+    if new_kv.shape[2:] != k_cache.shape[2:]:
+        raise ValueError(
+            f"new_kv must have k_cache's last two axes {k_cache.shape[2:]}, "
+            f"got shape {new_kv.shape}"
+        )
+    if block_table.shape[0] != batch or block_table.shape[1] < 1:
+        raise ValueError(
+            f"block_table must be [batch, max_pages_per_seq] with {batch=} and at least one page, "
+            f"got shape {block_table.shape}"
+        )
+    for name, array in {"start": start, "count": count}.items():
+        if array.shape != (batch,):
+            raise ValueError(f"{name} must be [batch] with {batch=}, got shape {array.shape}")
+
+    if batch == 0 or num_tokens == 0:
+        return k_cache
+    (pool,) = cache_append_p.bind(k_cache, new_kv, block_table, start, count)
+    return pool
+
+
+def _array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
+    """`value` as an array of the rank that `shape` names, and of `dtype` exactly if given."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name} must be an array {shape}, got {type(value).__name__}")
+    if value.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name} must be {shape}, got shape {value.shape}")
+    if dtype is not None and value.dtype != dtype:
+        raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {value.dtype}")
+    return jnp.asarray(value)
+
+
+# --- Abstract evaluation ---------------------------------------------------------------------
+
+
+def _abstract_eval(k_cache: Any, *_: Any) -> tuple[jax.core.ShapedArray]:
+    return (jax.core.ShapedArray(k_cache.shape, k_cache.dtype),)
+
+
+cache_append_p = _ffi.define_primitive("cache_append", _abstract_eval)
+
+
+# --- Lowerings -------------------------------------------------------------------------------
+
+
+def _call(*operands: jax.Array) -> list[jax.Array]:
+    k_cache = operands[0]
+    result = jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype)
+    return [jax.ffi.ffi_call(_TARGET, result, input_output_aliases={0: 0})(*operands)]
+
+
+def _reference(*operands: jax.Array) -> list[jax.Array]:
+    return [reference.cache_append(*operands)]
+
+
+_ffi.register_lowerings(
+    cache_append_p,
+    kernels={_ffi.CPU: _call, _ffi.CUDA: _call},
+    reference=_reference,
+)
+
+
+# --- Batching --------------------------------------------------------------------------------
+
+
+def _batch(
+    operands: tuple[jax.Array, ...], dims: tuple[int | None, ...]
+) -> tuple[list[jax.Array], list[int]]:
+    """Maps over pools: each element of the mapped axis has its own, a pool they share is copied."""
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    k_cache, new_kv, block_table, start, count = operands
+    cache_dim, kv_dim, table_dim, start_dim, count_dim = dims
+    if cache_dim is None:
+        k_cache, cache_dim = jnp.broadcast_to(k_cache, (size, *k_cache.shape)), 0
+    pool, tables = fold_pool(k_cache, cache_dim, block_table, table_dim, size)
+    (result,) = cache_append_p.bind(
+        pool,
+        fold(new_kv, kv_dim, size),
+        tables,
+        fold(start, start_dim, size),
+        fold(count, count_dim, size),
+    )
+    return [result.reshape(size, -1, *result.shape[1:])], [0]
+
+
+batching.primitive_batchers[cache_append_p] = _batch
+
+
+# --- Differentiation -------------------------------------------------------------------------
+
+_ffi.register_not_differentiable(
+    cache_append_p,
+    "differentiate flashmla_jax.reference.cache_append, which takes the same arguments, or train "
+    "in the uncached form of layers.mla and keep the cache for decoding.",
+)
