@@ -99,3 +99,33 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     # An empty part has no say, whatever its output holds.
     parts = jnp.where(weights == 0, 0, outs.astype(jnp.float32) * weights)
     return jnp.sum(parts, axis=0).astype(outs.dtype), top + jnp.log(total)
+
+
+def cache_append(
+    k_cache: jax.Array,
+    new_kv: jax.Array,
+    block_table: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """Writes new tokens into their pages; `flashmla_jax.ops.cache_append` says what it means.
+
+    Args:
+      k_cache: [num_pages, page_size, h_kv, head_dim].
+      new_kv: [batch, num_tokens, h_kv, head_dim].
+      block_table: int32[batch, max_pages_per_seq].
+      start: int32[batch], the position of each sequence's first new token.
+      count: int32[batch], how many of its rows are written.
+
+    Returns:
+      The pool [num_pages, page_size, h_kv, head_dim] with the tokens in it.
+    """
+    num_pages, page_size = k_cache.shape[:2]
+    row = jnp.arange(new_kv.shape[1], dtype=jnp.int32)
+    position = start[:, None] + row
+    slot = position // page_size
+    has_place = (row < count[:, None]) & (position >= 0) & (slot < block_table.shape[1])
+    page = jnp.take_along_axis(block_table, slot, axis=1, mode="clip")
+    # A page id past the end of the pool is dropped; a negative one would count from the end.
+    page = jnp.where(has_place & (page >= 0), page, num_pages)
+    return k_cache.at[page, position % page_size].set(new_kv, mode="drop")

@@ -1,0 +1,139 @@
+"""A donated cache is updated in place: no program copies a page buffer.
+
+The compiled program is asked, not the clock: a copy of a pool is an instruction of the HLO, and
+needs memory of the pool's size. Every check is also made to fail once, without donation.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashmla_jax
+from flashmla_jax.cache.layout import HEAD_DIM
+from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.ops.cache_append import cache_append
+
+LAYERS, BATCH, HEADS = 3, 2, 4
+HLO_NAMES = {jnp.bfloat16: "bf16", jnp.float16: "f16", jnp.float32: "f32"}
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """The first device of each platform, as the default."""
+    try:
+        device = jax.devices(request.param)[0]
+    except RuntimeError:
+        pytest.skip(f"no {request.param} here")
+    with jax.default_device(device):
+        yield device
+
+
+def make_cache(dtype=jnp.bfloat16):
+    return PagedKVCache.create(
+        num_layers=LAYERS, num_pages=64, batch=BATCH, max_pages_per_seq=8, dtype=dtype
+    )
+
+
+def copies(compiled, pool):
+    """The instructions that copy an array of `pool`'s shape and dtype."""
+    dims = ",".join(map(str, pool.shape))
+    pattern = rf"= \(?{HLO_NAMES[pool.dtype.type]}\[{dims}\]\S* copy(-start)?\("
+    return [line for line in compiled.as_text().splitlines() if re.search(pattern, line)]
+
+
+def assert_in_place(function, cache, *args):
+    """That `function(cache, *args)` copies no pool if the cache is donated, and does otherwise."""
+    pools = [x for x in jax.tree.leaves(cache) if x.ndim == 4]
+    pool = pools[0]
+    donated = jax.jit(function, donate_argnums=0).lower(cache, *args).compile()
+    kept = jax.jit(function).lower(cache, *args).compile()
+    assert copies(donated, pool) == []
+    assert len(copies(kept, pool)) == len(pools)
+    memory = donated.memory_analysis()
+    assert memory.alias_size_in_bytes >= len(pools) * pool.nbytes
+    assert memory.temp_size_in_bytes < pool.nbytes
+
+
+def append_everywhere(cache, num_tokens, kv):
+    cache, ok = cache.allocate(num_tokens)
+    for layer in range(LAYERS):
+        cache = cache.append(layer, kv)
+    return cache, ok
+
+
+def decode(cache, num_tokens, kv, q):
+    """A step of a model: what a layer attends to includes what it has just written."""
+    cache, ok = cache.allocate(num_tokens)
+    for layer in range(LAYERS):
+        cache = cache.append(layer, kv)
+        out, _ = flashmla_jax.flash_mla_with_kvcache(
+            q, cache.pages[layer], cache.block_table, cache.cache_seqlens, causal=True
+        )
+        q = q.at[..., : out.shape[-1]].add(out)
+        kv = kv + out.mean()
+    return cache, ok, q
+
+
+def inputs(rows=1, dtype=jnp.bfloat16):
+    kv = jnp.ones((BATCH, rows, 1, HEAD_DIM), dtype)
+    return jnp.full(BATCH, rows, jnp.int32), kv, jnp.ones((BATCH, rows, HEADS, HEAD_DIM), dtype)
+
+
+@pytest.mark.usefixtures("device")
+def test_op():
+    pool = make_cache().pages[0]
+    table, start = jnp.zeros((BATCH, 8), jnp.int32), jnp.zeros(BATCH, jnp.int32)
+    num_tokens, kv, _ = inputs()
+    assert_in_place(cache_append, pool, kv, table, start, num_tokens)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", HLO_NAMES)
+@pytest.mark.parametrize("rows", [1, 100])
+def test_append(dtype, rows):
+    num_tokens, kv, _ = inputs(rows, dtype)
+    assert_in_place(append_everywhere, make_cache(dtype), num_tokens, kv)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_append_and_attend(dtype, rows):
+    assert_in_place(decode, make_cache(dtype), *inputs(rows, dtype))
+
+
+@pytest.mark.usefixtures("device")
+def test_many_steps_in_one_program():
+    """A loop over steps, inside the program, with the cache as its state."""
+
+    def steps(cache, num_tokens, kv, q):
+        return jax.lax.fori_loop(0, 5, lambda _, c: decode(c, num_tokens, kv, q)[0], cache)
+
+    assert_in_place(steps, make_cache(), *inputs())
+
+
+@pytest.mark.usefixtures("device")
+def test_addresses_stay():
+    step = jax.jit(decode, donate_argnums=0)
+    cache, args = make_cache(), inputs()
+    addresses = [pool.unsafe_buffer_pointer() for pool in cache.pages]
+    assert len(set(addresses)) == LAYERS
+    for _ in range(3):
+        before = cache
+        cache, _, _ = step(cache, *args)
+        assert [pool.unsafe_buffer_pointer() for pool in cache.pages] == addresses
+        assert all(pool.is_deleted() for pool in before.pages)
+    cache = jax.jit(PagedKVCache.free, donate_argnums=0)(cache, np.array([True, False]))
+    assert [pool.unsafe_buffer_pointer() for pool in cache.pages] == addresses
+
+
+def test_without_donation_the_old_cache_lives():
+    cache = make_cache()
+    new, ok = jax.jit(append_everywhere)(cache, *inputs()[:2])
+    assert ok
+    assert cache.num_used == 0
+    assert not cache.pages[0].any()
+    assert new.pages[0].any()

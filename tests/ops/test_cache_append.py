@@ -1,0 +1,168 @@
+"""`cache_append` against a loop in NumPy: every row, and nothing but the rows, in its place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashmla_jax import reference
+from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
+from flashmla_jax.ops.cache_append import DTYPES, cache_append
+
+INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+def expected(k_cache, new_kv, block_table, start, count):
+    """What the docstring says, one row at a time."""
+    k_cache = np.array(k_cache)
+    for i, (first, rows) in enumerate(zip(start, count, strict=True)):
+        for j in range(min(int(rows), new_kv.shape[1])):
+            slot, row = divmod(int(first) + j, PAGE_SIZE)
+            if int(first) + j < 0 or slot >= block_table.shape[1]:
+                continue
+            if 0 <= block_table[i, slot] < k_cache.shape[0]:
+                k_cache[block_table[i, slot], row] = new_kv[i, j]
+    return k_cache
+
+
+def problem(seed, *, dtype=jnp.float32, num_pages=9, batch=3, num_tokens=70, pages=3, h_kv=1):
+    """Distinct random pages, a pool of NaN, and positions that stay inside the table."""
+    rng = np.random.default_rng(seed)
+    k_cache = np.full((num_pages, PAGE_SIZE, h_kv, HEAD_DIM), np.nan, dtype)
+    new_kv = rng.standard_normal((batch, num_tokens, h_kv, HEAD_DIM)).astype(dtype)
+    block_table = rng.permutation(num_pages)[: batch * pages].reshape(batch, pages)
+    start = rng.integers(0, pages * PAGE_SIZE - num_tokens + 1, batch)
+    count = rng.integers(0, num_tokens + 1, batch)
+    return k_cache, new_kv, *(x.astype(np.int32) for x in (block_table, start, count))
+
+
+def assert_same_bits(actual, wanted):
+    actual, wanted = np.asarray(actual), np.asarray(wanted)
+    assert actual.dtype == wanted.dtype
+    assert actual.shape == wanted.shape
+    assert actual.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize("h_kv", [1, 2, 3])
+@pytest.mark.parametrize("num_tokens", [1, 3, 70, 150])
+def test_matches_numpy(dtype, h_kv, num_tokens):
+    args = problem(num_tokens, dtype=dtype, h_kv=h_kv, num_tokens=num_tokens)
+    assert_same_bits(jax.jit(cache_append)(*args), expected(*args))
+    assert_same_bits(jax.jit(reference.cache_append)(*args), expected(*args))
+
+
+@pytest.mark.parametrize("append", [cache_append, reference.cache_append])
+@pytest.mark.parametrize(
+    ("start", "count"),
+    [
+        ((0, 63, 64), (1, 1, 1)),  # page borders
+        ((0, 5, 191), (0, -3, INT32_MIN)),  # nothing to write
+        ((0, 60, 122), (70, 71, INT32_MAX)),  # no more rows than there are
+        ((-69, -70, INT32_MIN), (70, 70, 70)),  # before the sequence
+        ((191, 192, INT32_MAX), (70, 70, 70)),  # beyond the table
+        ((INT32_MAX - 1, INT32_MAX - 69, 122), (INT32_MAX, 70, 70)),
+    ],
+)
+def test_drops_rows_without_a_place(append, start, count):
+    k_cache, new_kv, block_table, _, _ = problem(0)
+    args = (k_cache, new_kv, block_table, np.int32(start), np.int32(count))
+    assert_same_bits(jax.jit(append)(*args), expected(*args))
+
+
+@pytest.mark.parametrize("append", [cache_append, reference.cache_append])
+def test_drops_rows_of_pages_outside_the_pool(append):
+    k_cache, new_kv, block_table, _, _ = problem(1)
+    block_table[:, 1] = (-1, 9, INT32_MAX)
+    block_table[0, 0] = INT32_MIN
+    args = (k_cache, new_kv, block_table, np.int32((30, 60, 64)), np.int32((70, 70, 70)))
+    assert_same_bits(jax.jit(append)(*args), expected(*args))
+
+
+def test_keeps_nan_and_the_rest_of_the_pool():
+    k_cache, new_kv, block_table, start, count = problem(2, dtype=jnp.bfloat16)
+    new_kv[1, :, :, ::7] = np.nan
+    k_cache[::2] = 3
+    args = (k_cache, new_kv, block_table, start, np.full_like(count, 5))
+    assert_same_bits(cache_append(*args), expected(*args))
+
+
+@pytest.mark.parametrize(("batch", "num_tokens"), [(0, 3), (3, 0)])
+def test_empty(batch, num_tokens):
+    args = problem(3, batch=batch, num_tokens=num_tokens)
+    assert_same_bits(jax.jit(cache_append)(*args), args[0])
+
+
+def test_is_our_custom_call():
+    hlo = jax.jit(cache_append).lower(*problem(4)).compile().as_text()
+    assert 'custom_call_target="flashmla_cache_append"' in hlo
+
+
+@pytest.mark.parametrize(
+    "in_axes",
+    [
+        (0, 0, 0, 0, 0),
+        (1, 2, 1, 1, 1),
+        (None, 0, 0, 0, 0),
+        (None, None, None, 0, None),
+        (0, None, None, None, None),
+        (3, 0, None, None, 1),
+    ],
+)
+def test_vmap(in_axes):
+    """Each element of a mapped axis has a pool of its own, also with entries outside of it."""
+    problems = [problem(seed) for seed in (5, 6)]
+    for _, _, block_table, _, _ in problems:
+        block_table[0] = (9, -1, 17)
+    args = [
+        first if axis is None else np.stack([first, second], axis)
+        for first, second, axis in zip(*problems, in_axes, strict=True)
+    ]
+    actual = jax.jit(jax.vmap(cache_append, in_axes))(*args)
+    for k in range(2):
+        own = [
+            x if axis is None else np.take(x, k, axis)
+            for x, axis in zip(args, in_axes, strict=True)
+        ]
+        assert_same_bits(actual[k], expected(*own))
+
+
+def test_nested_vmap():
+    args = [np.stack([np.stack(x)] * 2) for x in zip(problem(7), problem(8), strict=True)]
+    actual = jax.vmap(jax.vmap(cache_append))(*args)
+    for i in range(2):
+        for j in range(2):
+            assert_same_bits(actual[i, j], expected(*(x[i, j] for x in args)))
+
+
+def test_grad_says_what_to_use():
+    k_cache, new_kv, *rest = (jnp.asarray(x) for x in problem(9))
+    with pytest.raises(NotImplementedError, match=r"reference\.cache_append"):
+        jax.grad(lambda kv: cache_append(k_cache, kv, *rest).sum())(new_kv)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("k_cache", np.zeros((2, 32, 1, 576), np.float32), r"got shape \(2, 32, 1, 576\)"),
+        ("k_cache", np.zeros((2, 64, 1, 512), np.float32), r"got shape \(2, 64, 1, 512\)"),
+        ("k_cache", np.zeros((64, 1, 576), np.float32), r"k_cache must be \[num_pages, 64"),
+        ("k_cache", np.zeros((0, 64, 1, 576), np.float32), "must hold a page"),
+        ("k_cache", np.zeros((2, 64, 1, 576), np.int8), "got int8"),
+        ("k_cache", np.zeros((2, 64, 1, 576), np.float16), "new_kv must have k_cache's dtype"),
+        ("new_kv", np.zeros((3, 1, 2, 576), np.float32), r"got shape \(3, 1, 2, 576\)"),
+        ("new_kv", np.zeros((3, 576), np.float32), r"new_kv must be \[batch, num_tokens"),
+        ("new_kv", [1.0], "must be an array"),
+        ("block_table", np.zeros((4, 3), np.int32), r"got shape \(4, 3\)"),
+        ("block_table", np.zeros((3, 0), np.int32), r"at least one page"),
+        ("block_table", np.zeros((3, 3), np.int64), "must be int32, got int64"),
+        ("start", np.zeros((4,), np.int32), r"start must be \[batch\] with batch=3"),
+        ("count", np.zeros((3,), np.float32), "count must be int32, got float32"),
+        ("count", np.zeros((3, 1), np.int32), r"count must be \[batch\]"),
+    ],
+)
+def test_bad_input(name, value, message):
+    names = ("k_cache", "new_kv", "block_table", "start", "count")
+    args = dict(zip(names, problem(10), strict=True)) | {name: value}
+    with pytest.raises(ValueError, match=message):
+        cache_append(**args)
