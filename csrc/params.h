@@ -47,10 +47,10 @@ struct DenseDecodeParams {
   float* partial_lse;   // [row_tiles, partitions, 2, kRowTile], base 2
   int32_t* split_info;  // [partitions, 4]
 
-  int64_t group() const { return h_q / h_kv; }         // query heads that share a KV head
-  int64_t rows() const { return s_q * group(); }       // query rows of one sequence and KV head
-  int64_t tiles_per_head() const { return (rows() + kRowTile - 1) / kRowTile; }
-  int64_t row_tiles() const { return h_kv * tiles_per_head(); }
+  constexpr int64_t group() const { return h_q / h_kv; }         // query heads that share a KV head
+  constexpr int64_t rows() const { return s_q * group(); }       // query rows of one sequence and KV head
+  constexpr int64_t tiles_per_head() const { return (rows() + kRowTile - 1) / kRowTile; }
+  constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }
 };
 
 struct CacheAppendParams {

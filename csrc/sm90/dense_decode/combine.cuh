@@ -1,0 +1,14 @@
+// Merges the partial results of sequences that several partitions worked on.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace flashmla::sm90 {
+
+// Enqueues the combine after a decode launched with this many partitions.
+void LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
+                   cudaStream_t stream);
+
+}  // namespace flashmla::sm90
