@@ -135,7 +135,7 @@ _ffi.register_lowerings(
 def _batch(
     operands: tuple[jax.Array, ...], dims: tuple[int | None, ...]
 ) -> tuple[list[jax.Array], list[int]]:
-    """Each element of the mapped axis has a pool of its own; one that they share is copied first."""
+    """Each element of the mapped axis has its own pool; one that they share is copied first."""
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     k_cache, new_kv, block_table, start, count = operands
     cache_dim, kv_dim, table_dim, start_dim, count_dim = dims
