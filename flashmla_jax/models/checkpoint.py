@@ -1,0 +1,483 @@
+"""Hugging Face checkpoints of DeepSeek models: safetensors to parameters and back.
+
+A checkpoint may be far larger than the host's memory, so files are mapped, not read: each parameter
+goes from the mapping to the device on its own (the experts of a layer, which make up one parameter,
+are gathered first), and is transposed and converted there.
+
+The file format is read here because the `safetensors` package has no reader for NumPy with
+bfloat16, and its Flax reader copies tensors through the host once more. A file is 8 bytes with the
+length of a JSON header, the header with every tensor's dtype, shape and place, then the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from flashmla_jax.models.deepseek import DeepSeekConfig
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    config: DeepSeekConfig | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> tuple[DeepSeekConfig, dict[str, Any]]:
+    """Reads a checkpoint, one parameter at a time.
+
+    Args:
+      path: a folder with `config.json` and either `model.safetensors` or shards and
+        `model.safetensors.index.json`.
+      config: used in place of `config.json`.
+      dtype: of the parameters, whatever that of the file (float32, float16 or bfloat16). The
+        routers' stay float32.
+
+    Returns:
+      The configuration and the parameters, laid out as `flashmla_jax.models.deepseek` describes, on
+      the default device. Layers past `num_hidden_layers`, where DeepSeek-V3 keeps its multi-token
+      prediction, are left out.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged; tensors are missing, have the wrong shape, or have no place in
+        the model.
+      NotImplementedError: the model is none this library has code for, or its weights are
+        quantised.
+    """
+    path = Path(path)
+    if config is None:
+        config = DeepSeekConfig.from_json(path)
+    parameters = list(_parameters(config))
+    checkpoint = _Checkpoint(path)
+    checkpoint.check_names([name for p in parameters for name in p.names], config)
+
+    def read(parameter: _Parameter) -> jax.Array:
+        views = [checkpoint.read(name, parameter.shape) for name in parameter.names]
+        host = np.stack(views) if parameter.num_experts else views[0]
+        value = _convert(host, parameter.transposed, parameter.dtype(dtype))
+        return value.block_until_ready()  # then `host` can go
+
+    return config, _build(config, read)
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    config: DeepSeekConfig,
+    params: Mapping[str, Any],
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Writes a checkpoint that this module, and Hugging Face transformers, can read.
+
+    The folder appears whole or not at all: it is written under another name beside `path` and
+      renamed.
+
+    Args:
+      path: the folder to make; it must not exist, or be empty.
+      config: goes to `config.json`.
+      params: as `load_checkpoint` returns them, float32, float16 or bfloat16.
+      max_shard_size: bytes of tensors per file, which only a tensor larger than that exceeds. With
+        more than one file there is a `model.safetensors.index.json`.
+
+    Raises:
+      FileExistsError: `path` exists and is not an empty folder.
+      ValueError: a parameter is missing, or has the wrong shape or dtype.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder")
+
+    # Float32 before narrower types keeps every tensor aligned within its file.
+    tensors = [
+        tensor
+        for parameter in sorted(_parameters(config), key=lambda parameter: not parameter.float32)
+        for tensor in _tensors(parameter, params)
+    ]
+    shards: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.mkdir(parents=True)
+    try:
+        weight_map = {}
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            if len(shards) == 1:
+                file = _SINGLE
+            weight_map.update({tensor.name: file for tensor in shard})
+            with open(scratch / file, "wb") as output:
+                _write_safetensors(output, shard)
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (scratch / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (scratch / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        os.replace(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def init_params(
+    config: DeepSeekConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> dict[str, Any]:
+    """Random parameters: normal, kernels scaled by `in ** -0.5`; norms 1, biases 0.
+
+    Args:
+      config: the model's configuration.
+      key: a `jax.random` key.
+      dtype: of the parameters; the routers' are float32.
+
+    Returns:
+      Parameters laid out as `flashmla_jax.models.deepseek` describes.
+    """
+    numbers = itertools.count()
+
+    def draw(parameter: _Parameter) -> jax.Array:
+        shape, to = parameter.model_shape, parameter.dtype(dtype)
+        number = next(numbers)
+        if parameter.leaf == "kernel":
+            return _normal(jax.random.fold_in(key, number), shape, to, shape[-2] ** -0.5)
+        if parameter.leaf == "embedding":
+            return _normal(jax.random.fold_in(key, number), shape, to, 1.0)
+        return jnp.full(shape, 1 if parameter.leaf == "scale" else 0, to)
+
+    return _build(config, draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """One parameter of the model and the tensors of the checkpoint that hold it.
+
+    Attributes:
+      path: keys into the nested parameters, joined by dots.
+      shape: of its tensor in the checkpoint, where a kernel is `[out, in]`.
+      num_experts: if not 0, it is this many such tensors, stacked along a new first axis.
+      float32: whether it is float32 whatever the model's dtype.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    num_experts: int = 0
+    float32: bool = False
+
+    @property
+    def leaf(self) -> str:
+        """The last key."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the model has the last two axes the other way round."""
+        return self.leaf == "kernel"
+
+    @property
+    def model_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter in the model."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return (self.num_experts, *shape) if self.num_experts else shape
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its tensors in the checkpoint."""
+        module, _, leaf = self.path.rpartition(".")
+        name = f"{module}.{'weight' if leaf in ('kernel', 'scale', 'embedding') else leaf}"
+        if not name.startswith("lm_head."):
+            name = f"model.{name}"
+        if not self.num_experts:
+            return [name]
+        return [name.replace(".experts.", f".experts.{e}.") for e in range(self.num_experts)]
+
+    def dtype(self, dtype: jax.typing.DTypeLike) -> np.dtype[Any]:
+        """Its dtype in a model of `dtype`."""
+        return np.dtype(np.float32) if self.float32 else np.dtype(dtype)
+
+    def get(self, params: Mapping[str, Any]) -> Any:
+        """Its value among the nested `params`."""
+        node: Any = params
+        for key in self.path.split("."):
+            try:
+                node = node[int(key) if key.isdigit() else key]
+            except (KeyError, IndexError):
+                raise ValueError(f"the parameters lack {self.path}") from None
+        return node
+
+
+def _parameters(config: DeepSeekConfig) -> Iterator[_Parameter]:
+    """All parameters of a model: the one list that loading, saving and initialising go by."""
+    hidden = config.hidden_size
+    yield _Parameter("embed_tokens.embedding", (config.vocab_size, hidden))
+    for layer in range(config.num_hidden_layers):
+        at = f"layers.{layer}"
+        yield _Parameter(f"{at}.input_layernorm.scale", (hidden,))
+        yield from _attention(f"{at}.self_attn", config)
+        yield _Parameter(f"{at}.post_attention_layernorm.scale", (hidden,))
+        if config.is_moe(layer):
+            yield from _moe(f"{at}.mlp", config)
+        else:
+            yield from _mlp(f"{at}.mlp", hidden, config.intermediate_size)
+    yield _Parameter("norm.scale", (hidden,))
+    if not config.tie_word_embeddings:
+        yield _Parameter("lm_head.kernel", (config.vocab_size, hidden))
+
+
+def _attention(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:
+    hidden, mla = config.hidden_size, config.mla
+    q_size = mla.num_heads * mla.qk_head_dim
+    latent, cached = mla.kv_lora_rank, mla.kv_lora_rank + mla.qk_rope_head_dim
+    kv_size = mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    biased = {"kv_a_proj_with_mqa": cached, "o_proj": hidden}
+    if mla.q_lora_rank is None:
+        yield _Parameter(f"{at}.q_proj.kernel", (q_size, hidden))
+    else:
+        biased["q_a_proj"] = mla.q_lora_rank
+        yield _Parameter(f"{at}.q_a_proj.kernel", (mla.q_lora_rank, hidden))
+        yield _Parameter(f"{at}.q_a_layernorm.scale", (mla.q_lora_rank,))
+        yield _Parameter(f"{at}.q_b_proj.kernel", (q_size, mla.q_lora_rank))
+    yield _Parameter(f"{at}.kv_a_proj_with_mqa.kernel", (cached, hidden))
+    yield _Parameter(f"{at}.kv_a_layernorm.scale", (latent,))
+    yield _Parameter(f"{at}.kv_b_proj.kernel", (kv_size, latent))
+    yield _Parameter(f"{at}.o_proj.kernel", (hidden, mla.num_heads * mla.v_head_dim))
+    if config.attention_bias:
+        for name, size in biased.items():
+            yield _Parameter(f"{at}.{name}.bias", (size,))
+
+
+def _mlp(at: str, hidden: int, size: int, num_experts: int = 0) -> Iterator[_Parameter]:
+    yield _Parameter(f"{at}.gate_proj.kernel", (size, hidden), num_experts)
+    yield _Parameter(f"{at}.up_proj.kernel", (size, hidden), num_experts)
+    yield _Parameter(f"{at}.down_proj.kernel", (hidden, size), num_experts)
+
+
+def _moe(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:
+    hidden, size = config.hidden_size, config.moe_intermediate_size
+    experts = config.n_routed_experts
+    yield _Parameter(f"{at}.gate.kernel", (experts, hidden), float32=True)
+    if config.topk_method == "noaux_tc":
+        yield _Parameter(f"{at}.gate.e_score_correction_bias", (experts,), float32=True)
+    yield from _mlp(f"{at}.experts", hidden, size, experts)
+    if config.n_shared_experts:
+        yield from _mlp(f"{at}.shared_experts", hidden, size * config.n_shared_experts)
+
+
+def _build(config: DeepSeekConfig, make: Callable[[_Parameter], jax.Array]) -> dict[str, Any]:
+    """The nested parameters of a model, each made by `make`."""
+    params: dict[str, Any] = {"layers": [{} for _ in range(config.num_hidden_layers)]}
+    for parameter in _parameters(config):
+        node: Any = params
+        *parents, leaf = parameter.path.split(".")
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        node[leaf] = make(parameter)
+    return params
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _convert(x: jax.Array, transposed: bool, dtype: np.dtype[Any]) -> jax.Array:
+    """`x` in the model's layout; always a copy, for `x` may be a view of a mapped file."""
+    x = jnp.copy(x).astype(dtype)
+    return jnp.swapaxes(x, -1, -2) if transposed else x
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: np.dtype[Any], std: jax.typing.ArrayLike
+) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+
+
+class _Checkpoint:
+    """The tensors of a checkpoint folder, wherever in it they are."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, _SafetensorsFile] = {}
+        index = path / _INDEX
+        if index.exists():
+            self._file_of: dict[str, str] = _read_json_object(index).get("weight_map", {})
+            files = set(self._file_of.values())
+            if missing := sorted(file for file in files if not (path / file).is_file()):
+                raise FileNotFoundError(f"{_INDEX} names files that {path} lacks: {_some(missing)}")
+        elif (path / _SINGLE).is_file():
+            self._file_of = dict.fromkeys(self._open(_SINGLE).names, _SINGLE)
+        else:
+            raise FileNotFoundError(f"{path} has neither {_SINGLE} nor {_INDEX}")
+
+    def check_names(self, names: list[str], config: DeepSeekConfig) -> None:
+        """Raises unless the checkpoint has the tensors `names` and no others that matter."""
+        if missing := [name for name in names if name not in self._file_of]:
+            raise ValueError(f"{self._path} lacks {len(missing)} tensors: {_some(missing)}")
+        known = set(names)
+        unexpected = []
+        for name in self._file_of:
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            is_mtp = layer is not None and int(layer[1]) >= config.num_hidden_layers
+            if name not in known and not is_mtp and not name.endswith(".rotary_emb.inv_freq"):
+                unexpected.append(name)
+        if any(name.endswith(("weight_scale_inv", "weight_scale")) for name in unexpected):
+            raise NotImplementedError(
+                f"{self._path} has quantised weights ({_some(unexpected)}), which are not "
+                "supported: convert the checkpoint to bfloat16"
+            )
+        if unexpected:
+            raise ValueError(
+                f"{self._path} has {len(unexpected)} tensors that the model has no place for: "
+                f"{_some(unexpected)}"
+            )
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A view of the tensor `name`, which must have that shape."""
+        array = self._open(self._file_of[name]).read(name)
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, the configuration wants {shape}")
+        return array
+
+    def _open(self, file: str) -> _SafetensorsFile:
+        if file not in self._files:
+            self._files[file] = _SafetensorsFile(self._path / file)
+        return self._files[file]
+
+
+class _SafetensorsFile:
+    """A memory-mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if size < 8 or header_size > size - 8:
+                raise ValueError(
+                    f"{path} is truncated: {size} bytes cannot hold the header it announces"
+                )
+            try:
+                header = json.loads(file.read(header_size))
+            except ValueError as error:
+                raise ValueError(f"{path} is no safetensors file: its header is no JSON") from error
+        header.pop("__metadata__", None)
+        self._header: dict[str, dict[str, Any]] = header
+        data_size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size < 8 + header_size + data_size:
+            raise ValueError(
+                f"{path} is truncated: it has {size} bytes of {8 + header_size + data_size}"
+            )
+        self._data = np.memmap(path, dtype=np.uint8, mode="r")[8 + header_size :]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._header)
+
+    def read(self, name: str) -> np.ndarray:
+        """A view of the mapped tensor `name`."""
+        entry = self._header.get(name)
+        if entry is None:
+            raise ValueError(f"{self._path} lacks {name}, which the index says it has")
+        if entry["dtype"] not in _DTYPES:
+            raise NotImplementedError(
+                f"{name} in {self._path} is {entry['dtype']}, which is not supported; only "
+                f"{', '.join(_DTYPES)} are"
+            )
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{self._path} is damaged: it has {end - begin} bytes for {name}, "
+                f"{entry['dtype']}{list(shape)}"
+            )
+        return self._data[begin:end].view(dtype).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor to be written: all of a parameter, or one expert's part of it."""
+
+    name: str
+    parameter: _Parameter
+    value: Any
+    expert: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.parameter.shape) * int(np.dtype(self.value.dtype).itemsize)
+
+    def host(self) -> np.ndarray:
+        """Its numbers in the checkpoint's layout."""
+        value = self.value[self.expert] if self.parameter.num_experts else self.value
+        array = np.asarray(value)
+        return np.ascontiguousarray(array.T) if self.parameter.transposed else array
+
+
+def _tensors(parameter: _Parameter, params: Mapping[str, Any]) -> list[_Tensor]:
+    """The tensors that hold `parameter`, whose value is among `params`."""
+    value = parameter.get(params)
+    if value.shape != parameter.model_shape:
+        raise ValueError(
+            f"{parameter.path} has shape {value.shape}, the configuration wants "
+            f"{parameter.model_shape}"
+        )
+    if np.dtype(value.dtype) not in _DTYPE_NAMES:
+        raise ValueError(
+            f"{parameter.path} is {value.dtype}; only {', '.join(_DTYPES)} are written"
+        )
+    return [_Tensor(name, parameter, value, e) for e, name in enumerate(parameter.names)]
+
+
+def _write_safetensors(output: BinaryIO, tensors: list[_Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[np.dtype(tensor.value.dtype)],
+            "shape": tensor.parameter.shape,
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    output.write(len(encoded).to_bytes(8, "little"))
+    output.write(encoded)
+    for tensor in tensors:
+        output.write(tensor.host().view(np.uint8).data)
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

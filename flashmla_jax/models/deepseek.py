@@ -1,0 +1,527 @@
+"""DeepSeek-V2 and DeepSeek-V3: the configuration, and the model as pure functions.
+
+Three functions run the same network:
+
+- `forward` evaluates whole sequences with no cache, every position at once;
+- `prefill` does so for prompts of different lengths and keeps their latents in a `PagedKVCache`;
+- `decode_step` appends the next tokens and attends to the cache through `flash_mla_with_kvcache`.
+
+Each is one `jax.jit` whose static arguments are the configuration and options, so lengths and
+tables may change from call to call without a new compilation. The last two donate the cache they
+are given.
+
+Parameters are nested dicts with the checkpoint's names and Flax's leaves, kernels `[in, out]`:
+
+    embed_tokens.embedding                      [vocab, hidden]
+    layers[i].input_layernorm.scale             [hidden]
+    layers[i].self_attn                         see `flashmla_jax.layers.mla`
+    layers[i].post_attention_layernorm.scale    [hidden]
+    layers[i].mlp.{gate,up}_proj.kernel         [hidden, intermediate]      in dense layers
+    layers[i].mlp.down_proj.kernel              [intermediate, hidden]
+    layers[i].mlp.gate.kernel                   float32[hidden, experts]    in the others
+    layers[i].mlp.gate.e_score_correction_bias  float32[experts]            V3 only
+    layers[i].mlp.experts.{gate,up}_proj.kernel [experts, hidden, moe_intermediate]
+    layers[i].mlp.experts.down_proj.kernel      [experts, moe_intermediate, hidden]
+    layers[i].mlp.shared_experts                a dense mlp, as wide as n_shared_experts of them
+    norm.scale                                  [hidden]
+    lm_head.kernel                              [hidden, vocab]     unless tied to the embedding
+
+Activations have the dtype of the embedding. Routing and logits are float32.
+
+Sources: DeepSeek-V2 (arXiv:2405.04434), DeepSeek-V3 (arXiv:2412.19437), and the
+`modeling_deepseek.py` that DeepSeek publishes beside each model's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.layers import mla
+from flashmla_jax.layers.mla import MLAConfig, Params, YarnScaling
+
+_State = TypeVar("_State")
+
+_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+# Without these a model with experts would silently be another one.
+_MOE_FIELDS = [
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "first_k_dense_replace",
+]
+_V3_MOE_FIELDS = ["n_group", "topk_group", "norm_topk_prob"]
+_ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc"))
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSeekConfig:
+    """The fields of a Hugging Face `config.json` that decide what is computed; hashable.
+
+    Names and meanings are those of the file. `rope_scaling` is parsed, and `None` for plain RoPE.
+
+    Raises:
+      ValueError: fields contradict each other.
+      NotImplementedError: a model this library has no code for; the message names the field.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    moe_intermediate_size: int = 0
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    topk_method: str = "noaux_tc"
+    scoring_func: str = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    first_k_dense_replace: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: YarnScaling | None = None
+    max_position_embeddings: int = 4096
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_type not in _MODEL_TYPES:
+            raise NotImplementedError(
+                f"model_type {self.model_type!r} is not supported, only {', '.join(_MODEL_TYPES)}"
+            )
+        for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        _ = self.mla  # checks the attention's fields
+        if self.n_routed_experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        router = (self.scoring_func, self.topk_method)
+        if router not in _ROUTERS:
+            raise NotImplementedError(
+                f"no router with {self.scoring_func=} and {self.topk_method=}; "
+                f"there are {', '.join('/'.join(r) for r in _ROUTERS)}"
+            )
+        if self.moe_intermediate_size <= 0:
+            raise ValueError(f"{self.moe_intermediate_size=} must be positive with experts")
+        if self.n_group <= 0 or self.n_routed_experts % self.n_group:
+            raise ValueError(f"{self.n_routed_experts=} do not divide into {self.n_group=} groups")
+        group_size = self.n_routed_experts // self.n_group
+        if self.topk_method == "noaux_tc" and self.n_group > 1 and group_size < 2:
+            raise ValueError(f"a group is scored by its best two experts, it has {group_size}")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(f"{self.topk_group=} is not between 1 and {self.n_group=}")
+        choice = self.n_routed_experts
+        if self.topk_method != "greedy":
+            choice = self.topk_group * group_size
+        if not 1 <= self.num_experts_per_tok <= choice:
+            raise ValueError(
+                f"{self.num_experts_per_tok=} is not between 1 and the {choice} experts that a "
+                "token can choose from"
+            )
+
+    @property
+    def mla(self) -> MLAConfig:
+        """The shape of the attention layers."""
+        return MLAConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_nope_head_dim=self.qk_nope_head_dim,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            v_head_dim=self.v_head_dim,
+            rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
+        )
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer `layer` has routed experts rather than one dense MLP."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> DeepSeekConfig:
+        """Reads a Hugging Face `config.json`, or the one in folder `path`."""
+        if os.path.isdir(path):
+            path = os.path.join(path, "config.json")
+        with open(path, encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> DeepSeekConfig:
+        """Takes the contents of a Hugging Face `config.json`.
+
+        Raises:
+          ValueError: a required field is missing, or fields contradict each other.
+          NotImplementedError: a field asks for what there is no code for, quantised weights
+            included.
+        """
+        model_type = config.get("model_type")
+        if model_type not in _MODEL_TYPES:
+            raise NotImplementedError(
+                f"model_type {model_type!r} is not supported, only {', '.join(_MODEL_TYPES)}"
+            )
+        if quantization := config.get("quantization_config"):
+            raise NotImplementedError(
+                f"quantised weights ({quantization.get('quant_method', 'unknown')!r}) are not "
+                "supported: convert the checkpoint to bfloat16 and drop quantization_config"
+            )
+        for name, supported in (
+            ("hidden_act", "silu"),
+            ("mlp_bias", False),
+            ("moe_layer_freq", 1),
+            ("rope_interleave", True),
+        ):
+            if config.get(name) not in (None, supported):
+                raise NotImplementedError(
+                    f"{name}={config[name]!r} is not supported, only {supported!r}"
+                )
+
+        is_v2 = model_type == "deepseek_v2"
+        fields = dataclasses.fields(cls)
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        required.remove("q_lora_rank")  # null or absent: the query has no low-rank projection
+        if config.get("n_routed_experts"):
+            required += _MOE_FIELDS if is_v2 else _MOE_FIELDS + _V3_MOE_FIELDS
+        if missing := [name for name in required if config.get(name) is None]:
+            raise ValueError(f"the configuration lacks {', '.join(missing)}")
+        names = {field.name for field in fields} - {"rope_theta", "rope_scaling"}
+        values = {name: config[name] for name in names if config.get(name) is not None}
+        values.setdefault("q_lora_rank", None)
+        if is_v2:
+            values.setdefault("scoring_func", "softmax")
+            values.setdefault("topk_method", "greedy")
+            values.setdefault("norm_topk_prob", False)
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        rope_theta, rope_scaling = _parse_rope(config)
+        return cls(**values, rope_theta=rope_theta, rope_scaling=rope_scaling)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a Hugging Face `config.json` from which `from_dict` gives this back."""
+        config: dict[str, Any] = dataclasses.asdict(self)
+        config["num_key_value_heads"] = self.num_attention_heads
+        config["n_routed_experts"] = self.n_routed_experts or None
+        config["n_shared_experts"] = self.n_shared_experts or None
+        if self.rope_scaling is not None:
+            config["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
+        architecture = "DeepseekV2" if self.model_type == "deepseek_v2" else "DeepseekV3"
+        return {"architectures": [f"{architecture}ForCausalLM"], "hidden_act": "silu", **config}
+
+
+def _parse_rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
+    """Theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        raise NotImplementedError(f"RoPE of type {kind!r} is not supported, only default and yarn")
+    if rope.get("attention_factor") is not None or not rope.get("truncate", True):
+        raise NotImplementedError(
+            "YaRN with attention_factor or without truncate is not supported: "
+            f"attention_factor={rope.get('attention_factor')!r}, truncate={rope.get('truncate')!r}"
+        )
+    names = {field.name for field in dataclasses.fields(YarnScaling)}
+    if missing := {"factor", "original_max_position_embeddings"} - rope.keys():
+        raise ValueError(f"YaRN's parameters lack {', '.join(sorted(missing))}: {dict(rope)}")
+    return theta, YarnScaling(**{name: rope[name] for name in names if rope.get(name) is not None})
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def forward(params: Params, config: DeepSeekConfig, ids: jax.Array) -> jax.Array:
+    """Logits of every position of whole sequences, without a cache.
+
+    Args:
+      params: see the module's docstring.
+      config: the model's configuration.
+      ids: int32[batch, s], each at least 0 and below `vocab_size`.
+
+    Returns:
+      float32[batch, s, vocab]; position `t` predicts token `t + 1` and depends on none after `t`.
+    """
+    _check_ids(ids)
+    hidden, _ = _run_sequences(params, config, ids)
+    return _logits(params, config, hidden)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "all_positions"), donate_argnames="cache")
+def prefill(
+    params: Params,
+    config: DeepSeekConfig,
+    ids: jax.Array,
+    lengths: jax.Array,
+    cache: PagedKVCache,
+    *,
+    all_positions: bool = False,
+) -> tuple[jax.Array, PagedKVCache, jax.Array]:
+    """Reads prompts into a cache.
+
+    Args:
+      params: see the module's docstring.
+      config: the model's configuration.
+      ids: int32[batch, s], one prompt per row, padded at the end with any valid token.
+      lengths: int32[batch], at most `s`. A sequence with a prompt must be empty in the cache; one
+        with length 0 is left as it is, so that prompts can join a batch that is being decoded.
+      cache: donated.
+      all_positions: whether to return the logits of every position instead of the last one's.
+
+    Returns:
+      logits: float32[batch, vocab], after each prompt's last token (meaningless for length 0); with
+        `all_positions`, float32[batch, s, vocab], meaningless in the padding.
+      cache: with the prompts in it.
+      ok: bool[]. False if the cache had too few free pages, a prompt went to a sequence that is not
+        empty, or a length is out of range: then the cache holds what it held before, and the logits
+        are NaN.
+    """
+    _check_ids(ids, lengths)
+    fits = (lengths <= ids.shape[1]) & ((lengths == 0) | (cache.cache_seqlens == 0))
+    cache, ok = cache.allocate(jnp.where(fits, lengths, -1))  # which it refuses
+    hidden, latents = _run_sequences(params, config, ids)
+    for layer, kv in enumerate(latents):
+        cache = cache.append(layer, kv[:, :, None].astype(cache.pages[layer].dtype))
+    if not all_positions:
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    return jnp.where(ok, _logits(params, config, hidden), jnp.nan), cache, ok
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode_step(
+    params: Params,
+    config: DeepSeekConfig,
+    ids: jax.Array,
+    cache: PagedKVCache,
+    active: jax.Array | None = None,
+) -> tuple[jax.Array, PagedKVCache, jax.Array]:
+    """Appends the next tokens of every sequence and predicts what follows each.
+
+    Args:
+      params: see the module's docstring.
+      config: the model's configuration.
+      ids: int32[batch, s_q]; `s_q` is 1, or more to read several tokens at once.
+      cache: donated.
+      active: bool[batch]; the sequences to continue, by default all. The others are left as they
+        are and take no pages; their logits mean nothing.
+
+    Returns:
+      logits: float32[batch, s_q, vocab].
+      cache: with the tokens in it.
+      ok: bool[]. False if the cache had too few free pages: then it holds what it held before, and
+        the logits are NaN.
+    """
+    _check_ids(ids, active)
+    batch, s_q = ids.shape
+    num_tokens = jnp.full(batch, s_q, jnp.int32)
+    if active is not None:
+        num_tokens = jnp.where(active, num_tokens, 0)
+    cache, ok = cache.allocate(num_tokens)
+    hidden = _embed(params, ids)
+    precision = _precision(hidden.dtype)
+
+    for layer, layer_params in enumerate(params["layers"]):
+        attend = functools.partial(mla.decode, cache=cache, layer=layer, precision=precision)
+        hidden, cache = _layer(layer_params, config, hidden, attend)
+    return jnp.where(ok, _logits(params, config, hidden), jnp.nan), cache, ok
+
+
+def _check_ids(ids: jax.Array, per_sequence: jax.Array | None = None) -> None:
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids must be [batch, tokens] with at least one token, got {ids.shape}")
+    if per_sequence is not None and per_sequence.shape != ids.shape[:1]:
+        raise ValueError(
+            f"lengths or active must be [batch], got {per_sequence.shape} beside ids {ids.shape}"
+        )
+
+
+def _precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
+    """A float32 model is run for its exactness: no TF32 or bfloat16 passes inside its products."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _embed(params: Params, ids: jax.Array) -> jax.Array:
+    embedding: jax.Array = params["embed_tokens"]["embedding"]
+    return embedding[ids]
+
+
+def _logits(params: Params, config: DeepSeekConfig, hidden: jax.Array) -> jax.Array:
+    """`hidden` [..., hidden] to float32[..., vocab]."""
+    hidden = mla.rms_norm(hidden, params["norm"]["scale"], config.rms_norm_eps)
+    if config.tie_word_embeddings:
+        kernel = params["embed_tokens"]["embedding"].T
+    else:
+        kernel = params["lm_head"]["kernel"]
+    return jnp.dot(
+        hidden, kernel, precision=_precision(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _run_sequences(
+    params: Params, config: DeepSeekConfig, ids: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Whole sequences int32[batch, s] through all layers.
+
+    Returns the last hidden states [batch, s, hidden], and per layer what to cache, [batch, s, 576].
+    """
+    hidden = _embed(params, ids)
+    precision = _precision(hidden.dtype)
+    attend = functools.partial(mla.prefill, precision=precision)
+    latents = []
+    for layer_params in params["layers"]:
+        hidden, kv = _layer(layer_params, config, hidden, attend)
+        latents.append(kv)
+    return hidden, latents
+
+
+def _layer(
+    params: Params,
+    config: DeepSeekConfig,
+    hidden: jax.Array,
+    attend: Callable[[Params, MLAConfig, jax.Array], tuple[jax.Array, _State]],
+) -> tuple[jax.Array, _State]:
+    """One decoder layer on `hidden` [batch, s, hidden].
+
+    `attend` is its attention; what it returns beside its output is passed on.
+    """
+    x = mla.rms_norm(hidden, params["input_layernorm"]["scale"], config.rms_norm_eps)
+    out, state = attend(params["self_attn"], config.mla, x)
+    hidden = hidden + out
+    x = mla.rms_norm(hidden, params["post_attention_layernorm"]["scale"], config.rms_norm_eps)
+    out = _moe(params["mlp"], config, x) if "experts" in params["mlp"] else _mlp(params["mlp"], x)
+    return hidden + out, state
+
+
+def _mlp(params: Params, x: jax.Array) -> jax.Array:
+    """The gated MLP (SwiGLU) on `x` [..., hidden]."""
+    precision = _precision(x.dtype)
+    gate = mla.linear(x, params["gate_proj"], precision)
+    up = mla.linear(x, params["up_proj"], precision)
+    return mla.linear(jax.nn.silu(gate) * up, params["down_proj"], precision)
+
+
+def _moe(params: Params, config: DeepSeekConfig, x: jax.Array) -> jax.Array:
+    """The mixture of experts on `x` [batch, s, hidden]."""
+    tokens = x.reshape(-1, x.shape[-1])
+    experts, weights = _route(params["gate"], config, tokens)
+    out = _experts(params["experts"], tokens, experts, weights).reshape(x.shape)
+    if "shared_experts" in params:
+        out = out + _mlp(params["shared_experts"], x)
+    return out
+
+
+def _route(
+    params: Params, config: DeepSeekConfig, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses the experts of each token, in float32.
+
+    V3 scores with a sigmoid; a correction bias takes part in the choice but not in the weights, and
+    a group of experts is worth the sum of its best two. V2 scores with a softmax, and a group is
+    worth its best. V3 always scales the weights; V2 only if it has not normalised them.
+
+    Args:
+      params: `kernel` float32[hidden, experts], and V3's `e_score_correction_bias`
+        float32[experts].
+      config: which router, and its numbers.
+      tokens: [tokens, hidden].
+
+    Returns:
+      int32[tokens, num_experts_per_tok] experts and float32 weights of the same shape.
+    """
+    highest = jax.lax.Precision.HIGHEST
+    logits = jnp.dot(tokens.astype(jnp.float32), params["kernel"], precision=highest)
+    is_v3 = config.scoring_func == "sigmoid"
+    scores = jax.nn.sigmoid(logits) if is_v3 else jax.nn.softmax(logits, axis=-1)
+    choice = scores + params["e_score_correction_bias"] if is_v3 else scores
+
+    if config.topk_method != "greedy" and config.n_group > 1:
+        groups = choice.reshape(-1, config.n_group, config.n_routed_experts // config.n_group)
+        worth = jax.lax.top_k(groups, 2 if is_v3 else 1)[0].sum(axis=-1)
+        _, best = jax.lax.top_k(worth, config.topk_group)
+        allowed = jax.nn.one_hot(best, config.n_group, dtype=jnp.bool_).any(axis=1)
+        choice = jnp.where(allowed[:, :, None], groups, -jnp.inf).reshape(choice.shape)
+
+    _, experts = jax.lax.top_k(choice, config.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    if is_v3 or not config.norm_topk_prob:
+        weights = weights * config.routed_scaling_factor
+    return experts, weights
+
+
+def _experts(
+    params: Params, tokens: jax.Array, experts: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The weighted sum of each token's routed experts.
+
+    Every (token, expert) pair is a row. Rows are sorted by expert, every expert's rows are padded
+    to whole blocks, and a loop multiplies block after block with its expert's kernels: the work
+    follows the number of rows, not of experts. (`jax.lax.ragged_dot` would say the same in a line,
+    but outside the TPU it multiplies every row with every expert's kernel.) There are no capacity
+    limits, so a token's result does not depend on which others are in the batch.
+
+    Args:
+      params: the kernels [experts, in, out] of `gate_proj`, `up_proj` and `down_proj`.
+      tokens: [tokens, hidden].
+      experts: int32[tokens, k], each token's different experts.
+      weights: float32[tokens, k].
+
+    Returns:
+      [tokens, hidden] in the dtype of `tokens`.
+    """
+    gate, up, down = (params[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
+    num_experts, num_rows, k = gate.shape[0], experts.size, experts.shape[1]
+    if num_rows == 0:
+        return jnp.zeros_like(tokens)
+
+    # About as many rows as an expert gets, in powers of two: large enough to use the multiplier,
+    # small enough that little is padding. At most `num_blocks` are filled, however rows are routed.
+    block = min(128, max(8, 1 << (num_rows // num_experts).bit_length()))
+    num_blocks = (num_rows + min(num_experts, num_rows) * (block - 1)) // block
+
+    expert_of_row = experts.reshape(-1)
+    order = jnp.argsort(expert_of_row)
+    counts = jnp.bincount(expert_of_row, length=num_experts)
+    first_row = jnp.cumsum(counts) - counts
+    blocks_end = jnp.cumsum(-(-counts // block))
+    first_block = blocks_end - -(-counts // block)
+    sorted_experts = expert_of_row[order]
+    rank = jnp.arange(num_rows) - first_row[sorted_experts]
+    slot = first_block[sorted_experts] * block + rank  # a sorted row's place among the blocks
+
+    rows = jnp.zeros((num_blocks * block, tokens.shape[1]), tokens.dtype)
+    rows = rows.at[slot].set(tokens[order // k], unique_indices=True)
+    block_expert = jnp.searchsorted(blocks_end, jnp.arange(num_blocks), side="right")
+    block_expert = jnp.minimum(block_expert, num_experts - 1)
+    dot = functools.partial(jnp.dot, precision=_precision(tokens.dtype))
+
+    def apply_expert(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, expert = inputs
+        return dot(jax.nn.silu(dot(x, gate[expert])) * dot(x, up[expert]), down[expert])
+
+    out = jax.lax.map(apply_expert, (rows.reshape(num_blocks, block, -1), block_expert))
+    out = out.reshape(num_blocks * block, -1)[jnp.zeros_like(slot).at[order].set(slot)]
+    out = out.reshape(*experts.shape, -1) * weights[..., None]
+    return out.sum(axis=1).astype(tokens.dtype)

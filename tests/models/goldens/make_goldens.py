@@ -1,0 +1,216 @@
+"""Makes the golden files beside it, with Hugging Face transformers.
+
+    pip install torch==2.13.0 transformers==5.24.0 safetensors
+    python tests/models/goldens/make_goldens.py
+
+For each model below, a folder with a checkpoint (config.json, model.safetensors in bfloat16) and
+`goldens.npz`:
+
+    prompts   int32[2, 40]     two prompts, padded with 0
+    lengths   int32[2]         40 and 23
+    next_ids  int32[2, 8]      the tokens that decoding is fed, one after the other
+    prefill   float32[2, 40, vocab]   logits of every position (of the padding: 0)
+    decode    float32[2, 8, vocab]    logits of the cached decode steps
+    latents   float32[layers, 48, 576]   the cache of the first sequence after the last step
+
+The models are tiny, but every number is computed in float32 from weights that are bfloat16 numbers,
+so a correct model agrees to rounding. What makes the goldens tell right from wrong:
+
+- `original_max_position_embeddings` is 16, so that positions from there on need YaRN;
+- V3 has `mscale` unlike `mscale_all_dim`, so that sines and cosines carry a factor other than 1;
+- no two sizes that could be confused are equal (nope 24, rope 64, v 40, 3 heads);
+- `rms_norm_eps` is far from the 1e-6 that the norms inside attention keep to;
+- norms are not 1, the router's correction bias is not 0 and decides some choices;
+- weights are so large that logits have a standard deviation of 0.5, and attention is not flat.
+
+Where transformers 5.24 departs from the `modeling_deepseek.py` that DeepSeek publishes:
+
+- V3 de-interleaves the rotary dimensions (evens, then odds) and caches them so; this script puts
+  them back into the order of DeepSeek's code, in which they are neighbours. V2 keeps that order.
+- V2 ignores `norm_topk_prob` (no published V2 sets it, nor does this one).
+- The published V3 code skips the normalisation if only one expert is chosen; no model does that.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+)
+
+HERE = Path(__file__).parent
+LENGTHS = (40, 23)
+STEPS = 8
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 60,
+    "intermediate_size": 80,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 40,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 640,
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 3,
+        "q_lora_rank": 48,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_scaling": {**YARN, "mscale": 1.4, "mscale_all_dim": 1.0},
+    },
+    "deepseek_v2_lite": {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "num_hidden_layers": 2,
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.5,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+}
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Draws every weight, in numbers that bfloat16 has."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        for name, tensor in tensors:
+            if "inv_freq" in name:
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("e_score_correction_bias"):
+                value = 0.2 * noise
+            elif tensor.ndim == 1:  # norms
+                value = 1 + 0.3 * noise
+            elif "embed_tokens" in name:
+                value = noise
+            else:
+                value = noise * tensor.shape[-1] ** -0.5
+                if "lm_head" in name:
+                    value *= 0.5
+            tensor.copy_(value.bfloat16().float())
+
+
+def checkpoint_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors under the names of published checkpoints, experts one by one."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix(".gate_up_proj")
+            for expert, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                tensors[f"{stem}.{expert}.gate_proj.weight"] = gate
+                tensors[f"{stem}.{expert}.up_proj.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            stem = name.removesuffix(".down_proj")
+            for expert, down in enumerate(tensor):
+                tensors[f"{stem}.{expert}.down_proj.weight"] = down
+        else:
+            tensors[name] = tensor
+    return {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
+
+
+def cached_latents(cache: DynamicCache, deinterleaved: bool) -> np.ndarray:
+    """What the cache holds: float32[layers, tokens, 576]."""
+    layers = []
+    for layer in cache.layers:
+        latent, rope = layer.keys[0, 0], layer.values[0, 0]
+        if deinterleaved:
+            rope = torch.stack(rope.chunk(2, dim=-1), dim=-1).flatten(-2)
+        layers.append(torch.cat([latent, rope], dim=-1).numpy())
+    return np.stack(layers)
+
+
+def make(name: str, config: dict[str, Any]) -> None:
+    config = {**COMMON, **config}
+    is_v3 = config["model_type"] == "deepseek_v3"
+    config_class = DeepseekV3Config if is_v3 else DeepseekV2Config
+    model_class = DeepseekV3ForCausalLM if is_v3 else DeepseekV2ForCausalLM
+    hf_config = config_class.from_dict(json.loads(json.dumps(config)))
+    hf_config._attn_implementation = "eager"
+    model = model_class(hf_config).float().eval()
+    randomise(model)
+
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, config["vocab_size"], (len(LENGTHS), max(LENGTHS)), dtype=np.int32)
+    next_ids = rng.integers(0, config["vocab_size"], (len(LENGTHS), STEPS), dtype=np.int32)
+    prefill = np.zeros((*prompts.shape, config["vocab_size"]), np.float32)
+    decode = np.zeros((*next_ids.shape, config["vocab_size"]), np.float32)
+    latents = None
+    with torch.no_grad():
+        for i, length in enumerate(LENGTHS):
+            prompts[i, length:] = 0
+            cache = DynamicCache(config=hf_config)
+            ids = torch.from_numpy(prompts[i : i + 1, :length]).long()
+            prefill[i, :length] = model(ids, cache=cache).logits[0]
+            for step in range(STEPS):
+                ids = torch.from_numpy(next_ids[i : i + 1, step : step + 1]).long()
+                decode[i, step] = model(ids, cache=cache).logits[0, 0]
+            if i == 0:
+                latents = cached_latents(cache, deinterleaved=is_v3)
+    assert latents is not None
+    print(f"{name}: logits have a standard deviation of {prefill[0].std():.2f}")
+
+    folder = HERE / name
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(checkpoint_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    np.savez_compressed(
+        folder / "goldens.npz",
+        prompts=prompts,
+        lengths=np.array(LENGTHS, np.int32),
+        next_ids=next_ids,
+        prefill=prefill,
+        decode=decode,
+        latents=latents,
+    )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for model_name, model_config in MODELS.items():
+        make(model_name, model_config)

@@ -1,0 +1,327 @@
+"""Reading and writing Hugging Face checkpoints, with the `safetensors` package as the witness."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import deserialize
+from safetensors.numpy import save_file
+
+from flashmla_jax.models import (
+    DeepSeekConfig,
+    deepseek,
+    init_params,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+CONFIG = DeepSeekConfig(
+    model_type="deepseek_v3",
+    vocab_size=11,
+    hidden_size=6,
+    intermediate_size=10,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=7,
+    qk_nope_head_dim=3,
+    v_head_dim=5,
+    moe_intermediate_size=4,
+    n_routed_experts=4,
+    n_shared_experts=2,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=1,
+    attention_bias=True,
+)
+INDEX = "model.safetensors.index.json"
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """What the `safetensors` package finds in a file."""
+    return {
+        name: np.frombuffer(t["data"], NUMPY[t["dtype"]]).reshape(t["shape"])
+        for name, t in deserialize(file.read_bytes())
+    }
+
+
+@pytest.fixture
+def params():
+    return init_params(CONFIG, jax.random.key(0), jnp.bfloat16)
+
+
+@pytest.fixture
+def sharded(tmp_path, params) -> Path:
+    save_checkpoint(tmp_path / "model", CONFIG, params, max_shard_size=20_000)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def single(tmp_path, params) -> Path:
+    save_checkpoint(tmp_path / "model", CONFIG, params)
+    return tmp_path / "model"
+
+
+def rewrite(folder: Path, change) -> None:
+    """Passes the tensors of a single-file checkpoint through `change`."""
+    tensors = read_tensors(folder / "model.safetensors")
+    tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# --- What is read --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2_lite"])
+def test_reads_what_hugging_face_wrote(name):
+    config, params = load_checkpoint(GOLDENS / name, dtype=jnp.float32)
+    tensors = read_tensors(GOLDENS / name / "model.safetensors")
+    moe, at = params["layers"][1]["mlp"], "model.layers.1.mlp"
+    for e in range(config.n_routed_experts):
+        np.testing.assert_array_equal(
+            moe["experts"]["down_proj"]["kernel"][e],
+            tensors[f"{at}.experts.{e}.down_proj.weight"].T.astype(np.float32),
+        )
+    assert moe["gate"]["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(
+        params["layers"][0]["self_attn"]["kv_b_proj"]["kernel"],
+        tensors["model.layers.0.self_attn.kv_b_proj.weight"].T.astype(np.float32),
+    )
+    np.testing.assert_array_equal(
+        params["embed_tokens"]["embedding"],
+        tensors["model.embed_tokens.weight"].astype(np.float32),
+    )
+    leaves = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert leaves == sum(tensor.size for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_converts_to_the_dtype_asked_for(single, params, dtype):
+    _, loaded = load_checkpoint(single, dtype=dtype)
+    assert loaded["layers"][1]["mlp"]["gate"]["kernel"].dtype == jnp.float32
+    assert loaded["norm"]["scale"].dtype == dtype
+    got = loaded["lm_head"]["kernel"]
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, params["lm_head"]["kernel"].astype(dtype))
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_reads_other_dtypes(single, params, stored):
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(stored)
+
+    rewrite(single, change)
+    _, loaded = load_checkpoint(single)
+    assert loaded["norm"]["scale"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.float32(loaded["lm_head"]["kernel"]), np.float32(params["lm_head"]["kernel"]), atol=1e-3
+    )
+
+
+def test_ignores_multi_token_prediction_and_frequencies(single):
+    def change(tensors):
+        tensors["model.layers.2.eh_proj.weight"] = np.zeros((6, 12), np.float32)
+        tensors["model.layers.2.self_attn.q_proj.weight"] = np.zeros((6, 12), np.float32)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(32, np.float32)
+
+    rewrite(single, change)
+    _, loaded = load_checkpoint(single)
+    assert len(loaded["layers"]) == 2
+
+
+def test_parameters_do_not_alias_the_files(single):
+    _, loaded = load_checkpoint(single, dtype=jnp.bfloat16)
+    before = jax.tree.map(np.array, loaded)
+    file = single / "model.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    jax.tree.map(np.testing.assert_array_equal, loaded, before)
+
+
+def test_configuration_can_be_given(single):
+    (single / "config.json").unlink()
+    config, _ = load_checkpoint(single, CONFIG)
+    assert config is CONFIG
+
+
+# --- What is written -----------------------------------------------------------------------------
+
+
+def test_sharded_round_trip(sharded, params):
+    config, loaded = load_checkpoint(sharded)
+    assert config == CONFIG
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+    index = json.loads((sharded / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [
+        f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)
+    ]
+    assert len(files) >= 2
+    total = 0
+    for file in files:
+        tensors = read_tensors(sharded / file)
+        assert sum(t.nbytes for t in tensors.values()) <= 20_000 or len(tensors) == 1
+        total += sum(t.nbytes for t in tensors.values())
+        assert {name for name, f in index["weight_map"].items() if f == file} == set(tensors)
+    assert index["metadata"]["total_size"] == total
+    assert sorted(path.name for path in sharded.iterdir()) == sorted([*files, INDEX, "config.json"])
+    assert [path.name for path in sharded.parent.iterdir()] == ["model"]
+
+
+def test_float32_round_trip(tmp_path):
+    params = init_params(CONFIG, jax.random.key(1), jnp.float32)
+    save_checkpoint(tmp_path / "deep" / "model", CONFIG, params)
+    _, loaded = load_checkpoint(tmp_path / "deep" / "model", dtype=jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_tensors_are_aligned_within_a_file(single):
+    """PyTorch cannot view a float32 tensor that begins at an odd place."""
+    with open(single / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        assert file.tell() % 8 == 0
+    header.pop("__metadata__")
+    assert {entry["dtype"] for entry in header.values()} == {"F32", "BF16"}
+    for entry in header.values():
+        assert entry["data_offsets"][0] % (4 if entry["dtype"] == "F32" else 2) == 0
+
+
+def test_does_not_overwrite(single, params):
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        save_checkpoint(single, CONFIG, params)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, params, monkeypatch):
+    monkeypatch.setattr(DeepSeekConfig, "to_dict", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(tmp_path / "model", CONFIG, params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_checks_the_parameters(tmp_path, params):
+    def save():
+        save_checkpoint(tmp_path / "model", CONFIG, params)
+
+    kernel = params["lm_head"]["kernel"]
+    params["lm_head"]["kernel"] = kernel[:, :-1]
+    with pytest.raises(ValueError, match=r"lm_head.kernel has shape \(6, 10\), .* \(6, 11\)"):
+        save()
+    params["lm_head"]["kernel"] = kernel.astype(jnp.int32)
+    with pytest.raises(ValueError, match=r"lm_head.kernel is int32"):
+        save()
+    del params["layers"][1]["mlp"]["gate"]
+    with pytest.raises(ValueError, match=r"lack layers.1.mlp.gate.kernel"):
+        save()
+
+
+def test_init_params():
+    params = init_params(CONFIG, jax.random.key(0))
+    again = init_params(CONFIG, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    kernel = np.float32(params["layers"][0]["self_attn"]["kv_b_proj"]["kernel"])
+    assert kernel.std() == pytest.approx(512**-0.5, rel=0.05)
+    logits = deepseek.forward(params, CONFIG, np.zeros((1, 3), np.int32))
+    assert np.isfinite(logits).all()
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+def test_missing_files(sharded, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        load_checkpoint(tmp_path, CONFIG)
+    next(sharded.glob("*-of-*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"names files that .* lacks: model-0000\d-of"):
+        load_checkpoint(sharded)
+
+
+def test_missing_tensors(single):
+    rewrite(single, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: model\.layers\.1\.mlp\.experts\.3\.up"):
+        load_checkpoint(single)
+
+
+def test_wrong_shape(single):
+    def change(tensors):
+        tensors["model.norm.weight"] = np.ones(5, np.float32)
+
+    rewrite(single, change)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(5,\), .* \(6,\)"):
+        load_checkpoint(single)
+
+
+def test_unexpected_tensors(single):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.indexer.wk.weight"] = np.ones(5, np.float32)
+
+    rewrite(single, change)
+    with pytest.raises(ValueError, match=r"1 tensors that the model has no place for: .*indexer"):
+        load_checkpoint(single)
+
+
+def test_quantised_weights(single):
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = np.ones((1, 1), np.float32)
+
+    rewrite(single, change)
+    with pytest.raises(NotImplementedError, match=r"quantised weights .*convert the checkpoint"):
+        load_checkpoint(single)
+
+
+def test_unknown_dtype(single):
+    def change(tensors):
+        tensors["model.norm.weight"] = np.ones(6, np.int32)
+
+    rewrite(single, change)
+    with pytest.raises(NotImplementedError, match=r"model\.norm\.weight .* is I32"):
+        load_checkpoint(single)
+
+
+def test_truncated_files(sharded):
+    file = sorted(sharded.glob("*.safetensors"))[0]
+    whole = file.read_bytes()
+    header_size = int.from_bytes(whole[:8], "little")
+    for size in (0, 5, 8 + header_size // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"is truncated"):
+            load_checkpoint(sharded)
+    file.write_bytes(whole[:8] + b"?" * header_size + whole[8 + header_size :])
+    with pytest.raises(ValueError, match=r"its header is no JSON"):
+        load_checkpoint(sharded)
+
+
+def test_damaged_index(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    name = next(name for name, file in index["weight_map"].items() if file == files[0])
+    index["weight_map"][name] = files[1]
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks .*, which the index says it has"):
+        load_checkpoint(sharded)
+    (sharded / INDEX).write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json is no JSON"):
+        load_checkpoint(sharded)
+
+
+def test_config_that_disagrees_with_the_tensors(tmp_path):
+    shutil.copytree(GOLDENS / "deepseek_v3", tmp_path / "model")
+    contents = json.loads((tmp_path / "model" / "config.json").read_text())
+    contents["num_attention_heads"] = 4
+    (tmp_path / "model" / "config.json").write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=r"q_b_proj\.weight has shape \(264, 48\), .* \(352, 48\)"):
+        load_checkpoint(tmp_path / "model")

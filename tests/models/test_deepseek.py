@@ -1,0 +1,407 @@
+"""The models against Hugging Face (golden files, see goldens/make_goldens.py) and against NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.layers import YarnScaling
+from flashmla_jax.models import deepseek, init_params, load_checkpoint
+from flashmla_jax.models.deepseek import DeepSeekConfig
+
+GOLDENS = Path(__file__).parent / "goldens"
+LOGITS = {"atol": 1e-5, "rtol": 0}
+LATENTS = {"atol": 2e-5, "rtol": 0}
+
+V3_JSON = json.loads((GOLDENS / "deepseek_v3" / "config.json").read_text())
+V2_JSON = json.loads((GOLDENS / "deepseek_v2_lite" / "config.json").read_text())
+
+
+class Golden(NamedTuple):
+    config: DeepSeekConfig
+    params: dict
+    prompts: np.ndarray
+    lengths: np.ndarray
+    next_ids: np.ndarray
+    prefill: np.ndarray
+    decode: np.ndarray
+    latents: np.ndarray
+
+    def cache(self, batch: int = 2, num_pages: int = 3) -> PagedKVCache:
+        return PagedKVCache.create(
+            num_layers=self.config.num_hidden_layers,
+            num_pages=num_pages,
+            batch=batch,
+            max_pages_per_seq=2,
+            dtype=self.params["embed_tokens"]["embedding"].dtype,
+        )
+
+
+@pytest.fixture(scope="module", params=["deepseek_v3", "deepseek_v2_lite"])
+def golden(request) -> Golden:
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def v3() -> Golden:
+    return load_golden("deepseek_v3")
+
+
+def load_golden(name: str) -> Golden:
+    config, params = load_checkpoint(GOLDENS / name, dtype=jnp.float32)
+    with np.load(GOLDENS / name / "goldens.npz") as arrays:
+        return Golden(config, params, **arrays)
+
+
+def cached_tokens(cache: PagedKVCache, layer: int, sequence: int) -> np.ndarray:
+    rows = cache.pages[layer][cache.block_table[sequence], :, 0].reshape(-1, 576)
+    return np.asarray(rows[: cache.cache_seqlens[sequence]])
+
+
+# --- Parity with Hugging Face --------------------------------------------------------------------
+
+
+def test_goldens_reach_past_the_yarn_threshold(golden):
+    assert golden.lengths.min() > golden.config.rope_scaling.original_max_position_embeddings
+
+
+def test_forward_matches_hugging_face(golden):
+    logits = deepseek.forward(golden.params, golden.config, golden.prompts)
+    assert logits.dtype == jnp.float32
+    for i, length in enumerate(golden.lengths):
+        np.testing.assert_allclose(logits[i, :length], golden.prefill[i, :length], **LOGITS)
+
+
+def test_prefill_and_every_decode_step_match_hugging_face(golden):
+    cache = golden.cache()
+    logits, cache, ok = deepseek.prefill(
+        golden.params, golden.config, golden.prompts, golden.lengths, cache
+    )
+    assert ok
+    last = golden.prefill[np.arange(2), golden.lengths - 1]
+    np.testing.assert_allclose(logits, last, **LOGITS)
+    compiled = deepseek.decode_step._cache_size()
+    for step in range(golden.next_ids.shape[1]):
+        ids = golden.next_ids[:, step : step + 1]
+        logits, cache, ok = deepseek.decode_step(golden.params, golden.config, ids, cache)
+        assert ok
+        np.testing.assert_allclose(logits[:, 0], golden.decode[:, step], **LOGITS)
+    assert deepseek.decode_step._cache_size() == compiled + 1
+
+    for layer, latents in enumerate(golden.latents):
+        np.testing.assert_allclose(cached_tokens(cache, layer, 0), latents, **LATENTS)
+
+
+def test_prefill_logits_of_all_positions(v3):
+    logits, _, ok = deepseek.prefill(
+        v3.params, v3.config, v3.prompts, v3.lengths, v3.cache(), all_positions=True
+    )
+    assert ok
+    for i, length in enumerate(v3.lengths):
+        np.testing.assert_allclose(logits[i, :length], v3.prefill[i, :length], **LOGITS)
+
+
+def test_several_tokens_in_one_decode_step(v3):
+    _, cache, _ = deepseek.prefill(v3.params, v3.config, v3.prompts, v3.lengths, v3.cache())
+    logits, _, ok = deepseek.decode_step(v3.params, v3.config, v3.next_ids[:, :5], cache)
+    assert ok
+    np.testing.assert_allclose(logits, v3.decode[:, :5], **LOGITS)
+
+
+def test_prompts_join_and_leave_a_running_batch(v3):
+    """The second prompt comes two steps after the first, and rests while the first goes on."""
+    params, config, cache = v3.params, v3.config, v3.cache()
+    only = np.eye(2, dtype=bool)
+    _, cache, ok = deepseek.prefill(params, config, v3.prompts, v3.lengths * only[0], cache)
+    assert ok
+    for step in range(2):
+        ids = v3.next_ids[:, step : step + 1]
+        logits, cache, ok = deepseek.decode_step(params, config, ids, cache, only[0])
+        assert ok
+        np.testing.assert_allclose(logits[0, 0], v3.decode[0, step], **LOGITS)
+    np.testing.assert_array_equal(cache.cache_seqlens, [42, 0])
+
+    logits, cache, ok = deepseek.prefill(params, config, v3.prompts, v3.lengths * only[1], cache)
+    assert ok
+    np.testing.assert_allclose(logits[1], v3.prefill[1, v3.lengths[1] - 1], **LOGITS)
+    ids = np.stack([v3.next_ids[0, 2:3], v3.next_ids[1, 0:1]])
+    logits, cache, ok = deepseek.decode_step(params, config, ids, cache, np.array([True, True]))
+    assert ok
+    np.testing.assert_allclose(logits[0, 0], v3.decode[0, 2], **LOGITS)
+    np.testing.assert_allclose(logits[1, 0], v3.decode[1, 0], **LOGITS)
+
+
+# --- When it does not fit ------------------------------------------------------------------------
+
+
+def test_a_full_cache_is_left_alone_and_the_logits_are_nan(v3):
+    params, config = v3.params, v3.config
+    _, cache, ok = deepseek.prefill(
+        params, config, np.zeros((2, 64), np.int32), np.array([64, 23]), v3.cache(num_pages=2)
+    )
+    assert ok
+    before = jax.tree.map(np.array, cache)
+    logits, cache, ok = deepseek.decode_step(params, config, v3.next_ids[:, :1], cache)
+    assert not ok
+    assert np.isnan(logits).all()
+    for name in ("pages", "block_table", "cache_seqlens", "num_free"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(cache, name), getattr(before, name))
+
+
+@pytest.mark.parametrize(
+    "lengths", [[41, 3], [3, -1], [128, 128]], ids=["longer than ids", "negative", "pool"]
+)
+def test_prefill_refuses_lengths_that_do_not_fit(v3, lengths):
+    logits, cache, ok = deepseek.prefill(
+        v3.params, v3.config, v3.prompts, np.array(lengths), v3.cache()
+    )
+    assert not ok
+    assert np.isnan(logits).all()
+    np.testing.assert_array_equal(cache.cache_seqlens, [0, 0])
+
+
+def test_prefill_refuses_a_sequence_that_is_not_empty(v3):
+    args = (v3.params, v3.config, v3.prompts)
+    _, cache, ok = deepseek.prefill(*args, v3.lengths, v3.cache())
+    assert ok
+    _, cache, ok = deepseek.prefill(*args, np.array([0, 3]), cache)
+    assert not ok
+    np.testing.assert_array_equal(cache.cache_seqlens, v3.lengths)
+
+
+def test_shape_errors(v3):
+    args = (v3.params, v3.config)
+    with pytest.raises(ValueError, match=r"ids must be \[batch, tokens\].*\(2,\)"):
+        deepseek.forward(*args, np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match=r"lengths or active must be \[batch\], got \(3,\)"):
+        deepseek.prefill(*args, v3.prompts, np.zeros(3, np.int32), v3.cache())
+    with pytest.raises(ValueError, match=r"at least one token, got \(2, 0\)"):
+        deepseek.decode_step(*args, np.zeros((2, 0), np.int32), v3.cache())
+
+
+def test_the_cache_is_donated(v3):
+    cache = v3.cache()
+    deepseek.prefill(v3.params, v3.config, v3.prompts, v3.lengths, cache)
+    assert all(pool.is_deleted() for pool in cache.pages)
+
+
+def test_bfloat16(v3):
+    """Without experts, for a rounding error that sends a token to another one is no small error."""
+    config = dataclasses.replace(v3.config, first_k_dense_replace=3)
+    params = init_params(config, jax.random.key(0), jnp.bfloat16)
+    bf16 = v3._replace(config=config, params=params)
+    prompts, lengths = v3.prompts[:, :8], np.array([8, 5])
+    logits, cache, ok = deepseek.prefill(params, config, prompts, lengths, bf16.cache())
+    assert ok
+    assert cache.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    ids = np.concatenate([prompts[:1], v3.next_ids[:1, :1]], axis=1)
+    dense = deepseek.forward(params, config, ids)
+    np.testing.assert_allclose(logits[0], dense[0, 7], atol=0.15)  # logits deviate by about 1
+    logits, _, _ = deepseek.decode_step(params, config, v3.next_ids[:, :1], cache)
+    np.testing.assert_allclose(logits[0, 0], dense[0, 8], atol=0.15)
+
+
+def test_tied_embeddings():
+    config = DeepSeekConfig.from_dict({**V2_JSON, "tie_word_embeddings": True})
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    assert "lm_head" not in params
+    ids = np.arange(6, dtype=np.int32)[None]
+    untied = {**params, "lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+    np.testing.assert_allclose(
+        deepseek.forward(params, config, ids),
+        deepseek.forward(untied, dataclasses.replace(config, tie_word_embeddings=False), ids),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+# --- The mixture of experts ----------------------------------------------------------------------
+
+
+def oracle_route(config: DeepSeekConfig, logits: np.ndarray, bias: np.ndarray) -> dict[int, float]:
+    """The weights of the chosen experts of one token, in float64."""
+    if config.scoring_func == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+        choice = scores + bias
+    else:
+        scores = np.exp(logits - logits.max())
+        scores /= scores.sum()
+        choice = scores
+    candidates = range(len(logits))
+    if config.topk_method != "greedy":
+        size = len(logits) // config.n_group
+        groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
+        best = 2 if config.scoring_func == "sigmoid" else 1
+        groups.sort(key=lambda g: -sum(sorted(choice[e] for e in g)[-best:]))
+        candidates = [e for g in groups[: config.topk_group] for e in g]
+    chosen = sorted(candidates, key=lambda e: -choice[e])[: config.num_experts_per_tok]
+    weights = {e: scores[e] for e in chosen}
+    total = sum(weights.values())
+    if config.norm_topk_prob:
+        weights = {e: w / total for e, w in weights.items()}
+    if config.scoring_func == "sigmoid" or not config.norm_topk_prob:
+        weights = {e: w * config.routed_scaling_factor for e, w in weights.items()}
+    return weights
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    ("json_config", "topk_method", "n_group"),
+    [
+        (V3_JSON, "noaux_tc", 4),
+        (V3_JSON, "noaux_tc", 1),
+        (V2_JSON, "greedy", 4),
+        (V2_JSON, "group_limited_greedy", 4),
+    ],
+)
+def test_routers_match_float64(json_config, topk_method, n_group, norm):
+    changes = {
+        "topk_method": topk_method,
+        "n_group": n_group,
+        "topk_group": min(n_group, 2),
+        "n_routed_experts": 16,
+        "norm_topk_prob": norm,
+    }
+    config = DeepSeekConfig.from_dict({**json_config, **changes})
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((50, 60)).astype(np.float32)
+    kernel = rng.standard_normal((60, 16)).astype(np.float32) * 60**-0.5
+    bias = 0.3 * rng.standard_normal(16).astype(np.float32)
+    params = {"kernel": kernel, "e_score_correction_bias": bias}
+    experts, weights = deepseek._route(params, config, tokens)
+    assert weights.dtype == jnp.float32
+    logits = tokens.astype(np.float64) @ kernel
+    for t in range(len(tokens)):
+        got = dict(zip(experts[t].tolist(), weights[t].tolist(), strict=True))
+        assert got == pytest.approx(oracle_route(config, logits[t], bias), abs=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["random", "all to the same", "few tokens"])
+def test_experts_match_float64(routing):
+    rng = np.random.default_rng(0)
+    num_tokens, k, num_experts = (3, 2, 40) if routing == "few tokens" else (150, 3, 7)
+    gate, up = rng.standard_normal((2, num_experts, 12, 20)).astype(np.float32)
+    down = rng.standard_normal((num_experts, 20, 12)).astype(np.float32) * 0.1
+    tokens = rng.standard_normal((num_tokens, 12)).astype(np.float32) * 0.3
+    weights = rng.random((num_tokens, k)).astype(np.float32)
+    experts = np.stack([rng.permutation(num_experts)[:k] for _ in range(num_tokens)])
+    if routing == "all to the same":
+        experts[:] = [4, 1, 6]
+
+    params = {"gate_proj": {"kernel": gate}, "up_proj": {"kernel": up}}
+    params["down_proj"] = {"kernel": down}
+    out = jax.jit(deepseek._experts)(params, tokens, experts, weights)
+    for t, x in enumerate(tokens.astype(np.float64)):
+        want = np.zeros(12)
+        for e, weight in zip(experts[t], weights[t], strict=True):
+            g = x @ gate[e]
+            want += weight * ((g / (1 + np.exp(-g)) * (x @ up[e])) @ down[e])
+        np.testing.assert_allclose(out[t], want, atol=1e-5)
+
+
+def test_experts_do_not_multiply_every_token_with_every_expert():
+    """The loop runs over blocks of rows, whose number does not follow that of the experts."""
+
+    def rows(num_experts: int) -> int:
+        kernel = jax.ShapeDtypeStruct((num_experts, 8, 8), jnp.float32)
+        params = {f"{name}_proj": {"kernel": kernel} for name in ("gate", "up", "down")}
+        tokens = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+        chosen = jax.ShapeDtypeStruct((6, 4), jnp.int32)
+        weights = jax.ShapeDtypeStruct((6, 4), jnp.float32)
+        jaxpr = jax.make_jaxpr(deepseek._experts)(params, tokens, chosen, weights).jaxpr
+        (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+        return scan.params["length"]
+
+    assert rows(256) == rows(64) == 24  # one block for each of 6 x 4 rows at most
+
+
+# --- The configuration ---------------------------------------------------------------------------
+
+
+def test_config_of_v3():
+    config = DeepSeekConfig.from_dict(V3_JSON)
+    assert (config.scoring_func, config.topk_method) == ("sigmoid", "noaux_tc")
+    assert config.rope_scaling == YarnScaling(40, 16, 32, 1, 1.4, 1.0)
+    assert [config.is_moe(layer) for layer in range(3)] == [False, True, True]
+    assert config.mla.norm_eps == 1e-6
+    assert hash(config) == hash(DeepSeekConfig.from_dict(V3_JSON))
+
+
+def test_config_goes_there_and_back():
+    for contents in (V3_JSON, V2_JSON, {**V3_JSON, "rope_scaling": None, "eos_token_id": [1, 2]}):
+        config = DeepSeekConfig.from_dict(contents)
+        assert DeepSeekConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_reads_rope_parameters():
+    rope = {**V3_JSON["rope_scaling"], "rope_type": "yarn", "rope_theta": 50000.0}
+    del rope["type"]
+    contents = {**V3_JSON, "rope_parameters": rope}
+    del contents["rope_scaling"], contents["rope_theta"]
+    assert DeepSeekConfig.from_dict(contents) == dataclasses.replace(
+        DeepSeekConfig.from_dict(V3_JSON), rope_theta=50000.0
+    )
+
+
+def test_config_of_v2_without_router_fields():
+    contents = {**V2_JSON, "n_group": None, "topk_group": None}
+    for name in ("scoring_func", "topk_method", "norm_topk_prob"):
+        del contents[name]
+    assert DeepSeekConfig.from_dict(contents) == DeepSeekConfig.from_dict(V2_JSON)
+
+
+def test_config_without_experts():
+    contents = {**V2_JSON, "n_routed_experts": None, "n_shared_experts": None}
+    config = DeepSeekConfig.from_dict(contents)
+    assert not any(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+
+
+YARN = V3_JSON["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model_type": "llama"}, NotImplementedError, "model_type 'llama'"),
+        ({"model_type": None}, NotImplementedError, "model_type None"),
+        ({"kv_lora_rank": 256}, NotImplementedError, "kv_lora_rank=256"),
+        ({"qk_rope_head_dim": 32}, NotImplementedError, "qk_rope_head_dim=32"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            NotImplementedError,
+            r"quantised weights \('fp8'\).*convert the checkpoint to bfloat16",
+        ),
+        ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act='gelu'"),
+        ({"moe_layer_freq": 2}, NotImplementedError, "moe_layer_freq=2"),
+        ({"rope_interleave": False}, NotImplementedError, "rope_interleave=False"),
+        ({"rope_scaling": {**YARN, "type": "linear"}}, NotImplementedError, "'linear'"),
+        (
+            {"rope_scaling": {**YARN, "attention_factor": 1.0}},
+            NotImplementedError,
+            "attention_factor=1.0",
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, ValueError, "lack factor, original_max"),
+        ({"scoring_func": "softmax"}, NotImplementedError, "scoring_func='softmax'"),
+        ({"hidden_size": None, "vocab_size": None}, ValueError, "lacks vocab_size, hidden_size"),
+        ({"routed_scaling_factor": None}, ValueError, "lacks routed_scaling_factor"),
+        ({"n_group": None}, ValueError, "lacks n_group"),
+        ({"n_group": 3}, ValueError, "n_routed_experts=8 do not divide into .*n_group=3"),
+        ({"n_group": 8}, ValueError, "best two experts, it has 1"),
+        ({"topk_group": 5}, ValueError, "topk_group=5 is not between 1 and self.n_group=4"),
+        ({"num_experts_per_tok": 5}, ValueError, "num_experts_per_tok=5 .* the 4 experts"),
+        ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers must be positive, got 0"),
+        ({"moe_intermediate_size": -1}, ValueError, "moe_intermediate_size=-1"),
+    ],
+)
+def test_config_errors(changes, error, message):
+    with pytest.raises(error, match=message):
+        DeepSeekConfig.from_dict({**V3_JSON, **changes})
