@@ -185,7 +185,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     own code; transformers' V3 moves the even numbers before the odd ones, which changes no dot
     product but makes its cached keys a permutation of these.
     """
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
@@ -289,7 +289,7 @@ def causal_attention(
         return out.astype(v.dtype)
 
     out = jax.lax.map(attend, starts)  # [chunks, batch, chunk, heads, v]
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, v.shape[-1])[:, :s]
+    return jnp.moveaxis(out, 0, 1).reshape(batch, q.shape[1], heads, v.shape[-1])[:, :s]
 
 
 def prefill(
@@ -323,7 +323,9 @@ def prefill(
     k = jnp.concatenate([k_nope, k_rope], axis=-1)
 
     out = causal_attention(q, k, v, config.softmax_scale, precision=precision)
-    return linear(out.reshape(*x.shape[:2], -1), params["o_proj"], precision), kv
+    return linear(
+        out.reshape(*x.shape[:2], config.num_heads * config.v_head_dim), params["o_proj"], precision
+    ), kv
 
 
 def decode(
@@ -369,4 +371,6 @@ def decode(
         causal=True,
     )
     out = jnp.einsum("bshc,chv->bshv", out.astype(x.dtype), w_uv, precision=precision)
-    return linear(out.reshape(*x.shape[:2], -1), params["o_proj"], precision), cache
+    return linear(
+        out.reshape(*x.shape[:2], config.num_heads * config.v_head_dim), params["o_proj"], precision
+    ), cache

@@ -105,10 +105,7 @@ class DeepSeekConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.model_type not in _MODEL_TYPES:
-            raise NotImplementedError(
-                f"model_type {self.model_type!r} is not supported, only {', '.join(_MODEL_TYPES)}"
-            )
+        _check_model_type(self.model_type)
         for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -166,7 +163,11 @@ class DeepSeekConfig:
         if os.path.isdir(path):
             path = os.path.join(path, "config.json")
         with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+            try:
+                config = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path} is no JSON: {error}") from error
+        return cls.from_dict(config)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> DeepSeekConfig:
@@ -177,11 +178,7 @@ class DeepSeekConfig:
           NotImplementedError: a field asks for what there is no code for, quantised weights
             included.
         """
-        model_type = config.get("model_type")
-        if model_type not in _MODEL_TYPES:
-            raise NotImplementedError(
-                f"model_type {model_type!r} is not supported, only {', '.join(_MODEL_TYPES)}"
-            )
+        _check_model_type(config.get("model_type"))
         if quantization := config.get("quantization_config"):
             raise NotImplementedError(
                 f"quantised weights ({quantization.get('quant_method', 'unknown')!r}) are not "
@@ -198,7 +195,7 @@ class DeepSeekConfig:
                     f"{name}={config[name]!r} is not supported, only {supported!r}"
                 )
 
-        is_v2 = model_type == "deepseek_v2"
+        is_v2 = config["model_type"] == "deepseek_v2"
         fields = dataclasses.fields(cls)
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         required.remove("q_lora_rank")  # null or absent: the query has no low-rank projection
@@ -228,6 +225,13 @@ class DeepSeekConfig:
             config["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
         architecture = "DeepseekV2" if self.model_type == "deepseek_v2" else "DeepseekV3"
         return {"architectures": [f"{architecture}ForCausalLM"], "hidden_act": "silu", **config}
+
+
+def _check_model_type(model_type: str | None) -> None:
+    if model_type not in _MODEL_TYPES:
+        raise NotImplementedError(
+            f"model_type {model_type!r} is not supported, only {', '.join(_MODEL_TYPES)}"
+        )
 
 
 def _parse_rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
@@ -480,7 +484,7 @@ def _experts(
     to whole blocks, and a loop multiplies block after block with its expert's kernels: the work
     follows the number of rows, not of experts. (`jax.lax.ragged_dot` would say the same in a line,
     but outside the TPU it multiplies every row with every expert's kernel.) There are no capacity
-    limits, so a token's result does not depend on which others are in the batch.
+    limits: no token loses an expert to the others of its batch.
 
     Args:
       params: the kernels [experts, in, out] of `gate_proj`, `up_proj` and `down_proj`.

@@ -187,6 +187,19 @@ def test_shape_errors(v3):
         deepseek.decode_step(*args, np.zeros((2, 0), np.int32), v3.cache())
 
 
+def test_empty_batch(v3):
+    params, config, ids = v3.params, v3.config, np.zeros((0, 4), np.int32)
+    assert deepseek.forward(params, config, ids).shape == (0, 4, 96)
+    logits, cache, ok = deepseek.prefill(
+        params, config, ids, np.zeros(0, np.int32), v3.cache(batch=0)
+    )
+    assert ok
+    assert logits.shape == (0, 96)
+    logits, _, ok = deepseek.decode_step(params, config, ids, cache)
+    assert ok
+    assert logits.shape == (0, 4, 96)
+
+
 def test_the_cache_is_donated(v3):
     cache = v3.cache()
     deepseek.prefill(v3.params, v3.config, v3.prompts, v3.lengths, cache)
@@ -350,6 +363,12 @@ def test_config_reads_rope_parameters():
     assert DeepSeekConfig.from_dict(contents) == dataclasses.replace(
         DeepSeekConfig.from_dict(V3_JSON), rope_theta=50000.0
     )
+
+
+def test_config_file_that_is_no_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        DeepSeekConfig.from_json(tmp_path)
 
 
 def test_config_of_v2_without_router_fields():
