@@ -106,21 +106,36 @@ __device__ __forceinline__ void StMatrix4(uint32_t address, uint32_t a, uint32_t
 
 // --- wgmma ----------------------------------------------------------------------------------
 
-// Shared-memory operands are made of 64-element (128-byte) wide, 128-byte swizzled panels.
+// A shared-memory operand is made of 64-element (128-byte) wide, 128-byte swizzled panels whose rows
+// are 128 bytes apart; eight rows are a 1024-byte pattern. Its descriptor is 64 bits of which only
+// the address changes from instruction to instruction: keeping it apart leaves one uniform add each.
 //
-// K-major (the contraction runs along the 128 bytes): rows are 128 bytes apart, groups of eight
-// rows 1024; a step of 16 along the contraction is 32 bytes.
-__device__ __forceinline__ uint64_t DescriptorKMajor(uint32_t address) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
-         ((address & 0x3FFFF) >> 4);
+// KMajor: the contraction runs along the 128 bytes; a step of 16 along it is 32 bytes.
+// MnMajor: the contraction runs across the rows; a step of 16 along it is 2048 bytes, and the next
+// 64 elements of the other dimension are `PanelBytes` away.
+struct KMajor {
+  static constexpr uint64_t kBits =
+      (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
+};
+template <uint32_t PanelBytes>
+struct MnMajor {
+  static constexpr uint64_t kBits =
+      (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{PanelBytes >> 4} << 16);
+};
+
+// `address` is uniform over the warpgroup, a multiple of 16, and below 256 KB like all of them.
+template <typename Layout>
+__device__ __forceinline__ uint64_t Descriptor(uint32_t address) {
+  const uint32_t low = static_cast<uint32_t>(Layout::kBits) | (address >> 4);
+  const uint32_t high = static_cast<uint32_t>(Layout::kBits >> 32);
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(high));
+  return descriptor;
 }
 
-// MN-major (the contraction runs across the rows): groups of eight contraction rows are 1024 bytes
-// apart, the next 64 elements of the other dimension `panel_bytes`; a step of 16 along the
-// contraction is 2048 bytes.
-__device__ __forceinline__ uint64_t DescriptorMnMajor(uint32_t address, uint32_t panel_bytes) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{panel_bytes >> 4} << 16) |
-         ((address & 0x3FFFF) >> 4);
+// The same operand `bytes` further on.
+__device__ __forceinline__ uint64_t Advance(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);
 }
 
 // Orders register accesses before the wgmmas that follow.

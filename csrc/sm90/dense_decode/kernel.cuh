@@ -171,7 +171,8 @@ __device__ __forceinline__ void LoadQuery(const DenseDecodeParams& p, const RowT
 template <typename T>
 __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, const Range& range,
                                int partitions, SharedMemory& shared) {
-  const int consumer = threadIdx.x / 128;
+  // Said to be uniform, so that addresses stay in uniform registers, where wgmma wants them.
+  const int consumer = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
   // This thread's accumulator elements: rows row and row + 8, columns 8 j + 2 (lane % 4) + {0, 1}.
@@ -179,9 +180,13 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
   const int column = lane % 4 * 2;
   const float scale = p.softmax_scale * static_cast<float>(M_LOG2E);
 
-  const uint32_t q_address = ptx::SmemAddress(shared.q);
-  const uint32_t p_address = ptx::SmemAddress(shared.p);
-  const uint32_t p_store = p_address + (warp * 16 + lane % 16) * 128;
+  const uint64_t q_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q));
+  const uint64_t p_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p));
+  const uint64_t k_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]) +
+                                                          consumer * kTokensEach * 128);
+  const uint64_t v_operand = ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(
+      ptx::SmemAddress(shared.k[0]) + consumer * (kColumnsEach / kPanel) * kPanelBytes);
+  const uint32_t p_store = ptx::SmemAddress(shared.p) + (warp * 16 + lane % 16) * 128;
 
   RingPosition ring;
   Segments segments(p, tile, range);
@@ -202,8 +207,8 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
 
     for (int i = 0; i < s.visible; ++i) {
       const int first_token = (s.first_block + i) * kPageSize;
-      uint8_t* k = shared.k[ring.stage];
-      const uint32_t k_address = ptx::SmemAddress(k);
+      const uint64_t k = ptx::Advance(k_operand, ring.stage * kTileBytes);
+      const uint64_t v = ptx::Advance(v_operand, ring.stage * kTileBytes);
       ptx::MbarrierWait(&shared.full[ring.stage], ring.parity);
 
       // S = Q K^T for this consumer's 32 tokens.
@@ -212,9 +217,7 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
         const uint32_t offset = step / 4 * kPanelBytes + step % 4 * 32;
-        ptx::WgmmaM64N32<T>(
-            x, ptx::DescriptorKMajor(q_address + offset),
-            ptx::DescriptorKMajor(k_address + consumer * kTokensEach * 128 + offset), step > 0);
+        ptx::WgmmaM64N32<T>(x, ptx::Advance(q_operand, offset), ptx::Advance(k, offset), step > 0);
       }
       ptx::WgmmaCommit();
       ptx::WgmmaWait<0>();
@@ -233,7 +236,7 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
         }
         // Tokens that do not exist have no value: whatever the page holds there, 0 x NaN included.
         const int existing = s.length - first_token - consumer * kTokensEach;
-        uint8_t* rows = k + consumer * kTokensEach * 128;
+        uint8_t* rows = shared.k[ring.stage] + consumer * kTokensEach * 128;
         for (int t = max(existing, 0) * 8 + threadIdx.x % 128; t < kTokensEach * 8; t += 128) {
           for (int panel = 0; panel < kHeadDimV / kPanel; ++panel) {
             *reinterpret_cast<uint4*>(rows + panel * kPanelBytes + t * 16) = uint4{0, 0, 0, 0};
@@ -274,9 +277,10 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int chunk = consumer * 4 + half * 2 + lane / 16;
-        const float* v = x + half * 8;
-        ptx::StMatrix4(p_store + ((chunk ^ (lane % 8)) << 4), Pack(T{}, v[0], v[1]),
-                       Pack(T{}, v[2], v[3]), Pack(T{}, v[4], v[5]), Pack(T{}, v[6], v[7]));
+        const float* piece = x + half * 8;
+        ptx::StMatrix4(p_store + ((chunk ^ (lane % 8)) << 4), Pack(T{}, piece[0], piece[1]),
+                       Pack(T{}, piece[2], piece[3]), Pack(T{}, piece[4], piece[5]),
+                       Pack(T{}, piece[6], piece[7]));
       }
       ptx::FenceProxyAsync();
       ptx::NamedBarrierSync(kProbabilitiesReady, kConsumerThreads);
@@ -290,12 +294,7 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
       ptx::WgmmaFence();
 #pragma unroll
       for (int step = 0; step < kPageSize / 16; ++step) {
-        ptx::WgmmaM64N256<T>(
-            o, ptx::DescriptorKMajor(p_address + step * 32),
-            ptx::DescriptorMnMajor(
-                k_address + consumer * (kColumnsEach / kPanel) * kPanelBytes + step * 2048,
-                kPanelBytes),
-            1);
+        ptx::WgmmaM64N256<T>(o, ptx::Advance(p_operand, step * 32), ptx::Advance(v, step * 2048), 1);
       }
       ptx::WgmmaCommit();
       ptx::WgmmaWait<0>();
@@ -360,8 +359,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ DenseDecodeParams p,
                       const __grid_constant__ CUtensorMap k_map) {
   extern __shared__ uint8_t raw[];
-  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(
-      (reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  SharedMemory& shared =
+      *reinterpret_cast<SharedMemory*>(raw + (-ptx::SmemAddress(raw) & (alignof(SharedMemory) - 1)));
   if (threadIdx.x == 0) {
     ptx::PrefetchTensorMap(&k_map);
     for (int i = 0; i < kStages; ++i) {
