@@ -7,13 +7,14 @@
 namespace flashmla {
 
 // The page format. The same numbers stand in flashmla_jax/cache/layout.py; a test compares them.
-inline constexpr int kPageSize = 64;   // tokens in a page
-inline constexpr int kHeadDim = 576;   // numbers per token: latent and RoPE part; a key is all of them
+inline constexpr int kPageSize = 64;  // tokens in a page
+inline constexpr int kHeadDim =
+    576;  // numbers per token: latent and RoPE part; a key is all of them
 inline constexpr int kHeadDimV = 512;  // of which the first are the latent; a value is these
 
 // The GPU workspace: bounded by how many thread blocks a Hopper die can hold at once, so that it
 // does not grow with the batch. A full GH100 has 144 multiprocessors (132 are enabled on an H100).
-inline constexpr int kRowTile = 64;        // query rows that one thread block works on
+inline constexpr int kRowTile = 64;         // query rows that one thread block works on
 inline constexpr int kMaxPartitions = 144;  // KV partitions over the whole grid, at most
 
 enum class DType { kBF16, kF16, kF32 };
@@ -34,12 +35,12 @@ struct DenseDecodeParams {
   bool causal;
   DType dtype;
 
-  const void* q;               // [batch, s_q, h_q, kHeadDim]
-  const void* k_cache;         // [num_pages, kPageSize, h_kv, kHeadDim]
-  const int32_t* block_table;  // [batch, max_pages_per_seq]
+  const void* q;                 // [batch, s_q, h_q, kHeadDim]
+  const void* k_cache;           // [num_pages, kPageSize, h_kv, kHeadDim]
+  const int32_t* block_table;    // [batch, max_pages_per_seq]
   const int32_t* cache_seqlens;  // [batch]
-  void* out;                   // [batch, s_q, h_q, kHeadDimV]
-  float* lse;                  // [batch, h_q, s_q], natural logarithm
+  void* out;                     // [batch, s_q, h_q, kHeadDimV]
+  float* lse;                    // [batch, h_q, s_q], natural logarithm
 
   // GPU workspace, written before it is read; row_tiles = h_kv * ceil(s_q * h_q / h_kv / kRowTile),
   // partitions = MaxPartitions(row_tiles).
@@ -47,8 +48,10 @@ struct DenseDecodeParams {
   float* partial_lse;   // [row_tiles, partitions, 2, kRowTile], base 2
   int32_t* split_info;  // [partitions, 4]
 
-  constexpr int64_t group() const { return h_q / h_kv; }         // query heads that share a KV head
-  constexpr int64_t rows() const { return s_q * group(); }       // query rows of one sequence and KV head
+  constexpr int64_t group() const { return h_q / h_kv; }  // query heads that share a KV head
+  constexpr int64_t rows() const {
+    return s_q * group();
+  }  // query rows of one sequence and KV head
   constexpr int64_t tiles_per_head() const { return (rows() + kRowTile - 1) / kRowTile; }
   constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }
 };
@@ -60,11 +63,11 @@ struct CacheAppendParams {
   int64_t max_pages_per_seq;
   int64_t token_bytes;  // h_kv * kHeadDim * size of an element
 
-  const void* new_kv;            // [batch, num_tokens, token_bytes]
-  const int32_t* block_table;    // [batch, max_pages_per_seq]
-  const int32_t* start;          // [batch]: position of a sequence's first new token
-  const int32_t* count;          // [batch]: how many of its rows are written
-  void* k_cache;                 // [num_pages, kPageSize, token_bytes], updated in place
+  const void* new_kv;          // [batch, num_tokens, token_bytes]
+  const int32_t* block_table;  // [batch, max_pages_per_seq]
+  const int32_t* start;        // [batch]: position of a sequence's first new token
+  const int32_t* count;        // [batch]: how many of its rows are written
+  void* k_cache;               // [num_pages, kPageSize, token_bytes], updated in place
 };
 
 // The thread pool a CPU kernel may use. `schedule` runs its argument on some thread, at some time.

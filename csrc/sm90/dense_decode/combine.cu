@@ -6,14 +6,13 @@
 // a team a row. Many parts: all four teams share a row, each with every fourth part, so that no
 // thread walks more than a quarter of them; eight 16-byte loads are in flight per thread. The order
 // of additions depends on the number of parts alone: the same inputs give the same bits.
-#include "sm90/dense_decode/combine.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/schedule.cuh"
 
 namespace flashmla::sm90 {
@@ -25,7 +24,8 @@ constexpr int kInFlight = 8;
 constexpr int kManyParts = 8;
 
 __device__ uint2 Pack4(__nv_bfloat16, float4 v) {
-  const __nv_bfloat162 low = __floats2bfloat162_rn(v.x, v.y), high = __floats2bfloat162_rn(v.z, v.w);
+  const __nv_bfloat162 low = __floats2bfloat162_rn(v.x, v.y),
+                       high = __floats2bfloat162_rn(v.z, v.w);
   return {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
 }
 __device__ uint2 Pack4(__half, float4 v) {
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kTeams* kTeamThreads)
           v[u] = float4{0, 0, 0, 0};
           // A part without weight may be unwritten: it is not read.
           if (w[u] != 0.f) {
-            v[u] = __ldcg(reinterpret_cast<const float4*>(
-                              p.partial_out + (slot(i) + row) * kHeadDimV) +
-                          member);
+            v[u] = __ldcg(
+                reinterpret_cast<const float4*>(p.partial_out + (slot(i) + row) * kHeadDimV) +
+                member);
           }
         }
 #pragma unroll

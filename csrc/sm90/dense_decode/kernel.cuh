@@ -24,8 +24,8 @@
 // when a row's maximum has grown by more than 2^8, so that O is rarely rescaled. Exact after the
 // final division; P stays below 2^8, within half precision's range.
 //
-// Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, statistics 1 KB. Registers: 232 a consumer thread, of
-// which O takes 128; 40 a producer thread.
+// Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, statistics 1 KB. Registers: 232 a consumer thread,
+// of which O takes 128; 40 a producer thread.
 #pragma once
 
 #include <cmath>
@@ -36,19 +36,19 @@
 
 namespace flashmla::sm90 {
 
-inline constexpr int kPanel = 64;                                      // columns of a panel
-inline constexpr int kPanels = kHeadDim / kPanel;                      // 9
-inline constexpr int kPanelBytes = kPageSize * kPanel * 2;             // 8 KB
-inline constexpr int kTileBytes = kPanels * kPanelBytes;               // 72 KB
+inline constexpr int kPanel = 64;                           // columns of a panel
+inline constexpr int kPanels = kHeadDim / kPanel;           // 9
+inline constexpr int kPanelBytes = kPageSize * kPanel * 2;  // 8 KB
+inline constexpr int kTileBytes = kPanels * kPanelBytes;    // 72 KB
 inline constexpr int kStages = 2;
-inline constexpr int kConsumers = 2;                                   // warpgroups
+inline constexpr int kConsumers = 2;  // warpgroups
 inline constexpr int kConsumerThreads = kConsumers * 128;
-inline constexpr int kThreads = kConsumerThreads + 128;                // and the producer's
+inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
 inline constexpr int kConsumerRegisters = 232;
 inline constexpr int kProducerRegisters = 40;
-inline constexpr int kTokensEach = kPageSize / kConsumers;             // of S, per consumer
-inline constexpr int kColumnsEach = kHeadDimV / kConsumers;            // of O, per consumer
-inline constexpr float kRescaleThreshold = 8;                          // a factor of 2^8
+inline constexpr int kTokensEach = kPageSize / kConsumers;   // of S, per consumer
+inline constexpr int kColumnsEach = kHeadDimV / kConsumers;  // of O, per consumer
+inline constexpr float kRescaleThreshold = 8;                // a factor of 2^8
 static_assert(kRowTile == 64, "wgmma works on 64 rows");
 static_assert(kPanels * kPanel == kHeadDim && kColumnsEach == 256 && kTokensEach == 32);
 
@@ -162,8 +162,7 @@ __device__ __forceinline__ void LoadQuery(const DenseDecodeParams& p, const RowT
     const int row = i / kChunks, chunk = i % kChunks;
     const bool valid = row < tile.count;
     const int64_t source = valid ? tile.token(p, row) * p.h_q + tile.head(p, row) : 0;
-    const uint32_t offset =
-        chunk / 8 * kPanelBytes + row * 128 + (((chunk % 8) ^ (row % 8)) << 4);
+    const uint32_t offset = chunk / 8 * kPanelBytes + row * 128 + (((chunk % 8) ^ (row % 8)) << 4);
     ptx::CpAsync16(base + offset, q + source * kHeadDim + chunk * 8, valid);
   }
 }
@@ -182,8 +181,8 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
 
   const uint64_t q_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q));
   const uint64_t p_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p));
-  const uint64_t k_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]) +
-                                                          consumer * kTokensEach * 128);
+  const uint64_t k_operand =
+      ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]) + consumer * kTokensEach * 128);
   const uint64_t v_operand = ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(
       ptx::SmemAddress(shared.k[0]) + consumer * (kColumnsEach / kPanel) * kPanelBytes);
   const uint32_t p_store = ptx::SmemAddress(shared.p) + (warp * 16 + lane % 16) * 128;
@@ -262,14 +261,14 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
         const float both = fmaxf(block_max[h], shared.row_max[consumer ^ 1][row + 8 * h]);
         const bool grown = both > running_max[h] + kRescaleThreshold;
         const float updated = grown ? both : running_max[h];
-        alpha[h] = grown ? exp2f(running_max[h] - updated) : 1.f;
+        alpha[h] = grown ? ptx::Exp2(running_max[h] - updated) : 1.f;
         running_max[h] = updated;
         reference[h] = updated == -INFINITY ? 0.f : updated;
         sum[h] *= alpha[h];
       }
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        x[j] = exp2f(x[j] - reference[j / 2 % 2]);
+        x[j] = ptx::Exp2(x[j] - reference[j / 2 % 2]);
         sum[j / 2 % 2] += x[j];
       }
 
@@ -294,7 +293,8 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
       ptx::WgmmaFence();
 #pragma unroll
       for (int step = 0; step < kPageSize / 16; ++step) {
-        ptx::WgmmaM64N256<T>(o, ptx::Advance(p_operand, step * 32), ptx::Advance(v, step * 2048), 1);
+        ptx::WgmmaM64N256<T>(o, ptx::Advance(p_operand, step * 32), ptx::Advance(v, step * 2048),
+                             1);
       }
       ptx::WgmmaCommit();
       ptx::WgmmaWait<0>();
@@ -328,8 +328,8 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
       if (r >= tile.count) continue;
       if (complete) {
         const int token = tile.token(p, r), head = tile.head(p, r);
-        T* out = static_cast<T*>(p.out) +
-                 ((s.batch * p.s_q + token) * p.h_q + head) * kHeadDimV + consumer * kColumnsEach;
+        T* out = static_cast<T*>(p.out) + ((s.batch * p.s_q + token) * p.h_q + head) * kHeadDimV +
+                 consumer * kColumnsEach;
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
           *reinterpret_cast<uint32_t*>(out + 8 * j + column) =
@@ -359,8 +359,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ DenseDecodeParams p,
                       const __grid_constant__ CUtensorMap k_map) {
   extern __shared__ uint8_t raw[];
-  SharedMemory& shared =
-      *reinterpret_cast<SharedMemory*>(raw + (-ptx::SmemAddress(raw) & (alignof(SharedMemory) - 1)));
+  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(
+      raw + (-ptx::SmemAddress(raw) & (alignof(SharedMemory) - 1)));
   if (threadIdx.x == 0) {
     ptx::PrefetchTensorMap(&k_map);
     for (int i = 0; i < kStages; ++i) {

@@ -33,7 +33,8 @@ Status MakePageMap(const DenseDecodeParams& p, CUtensorMap* map) {
   const cuuint32_t box[4] = {kPanel, kPageSize, kPanels, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result = encode(
-      map, p.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      map,
+      p.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
       4, const_cast<void*>(p.k_cache), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -86,8 +87,8 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
   if (!status.empty()) return status;
 
   // One thread block per multiprocessor, divided among the row tiles.
-  const int partitions = static_cast<int>(std::clamp<int64_t>(
-      multiprocessors / row_tiles, 1, MaxPartitions(row_tiles)));
+  const int partitions = static_cast<int>(
+      std::clamp<int64_t>(multiprocessors / row_tiles, 1, MaxPartitions(row_tiles)));
   const dim3 grid(partitions, static_cast<unsigned>(row_tiles));
   status = p.dtype == DType::kBF16 ? Launch<__nv_bfloat16>(p, map, grid, stream)
                                    : Launch<__half>(p, map, grid, stream);

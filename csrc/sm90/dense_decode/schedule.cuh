@@ -27,8 +27,7 @@ struct Range {
 };
 
 __device__ __forceinline__ int SequenceLength(const DenseDecodeParams& p, int batch) {
-  return static_cast<int>(
-      EffectiveLength(p.cache_seqlens[batch], p.max_pages_per_seq, p.s_q));
+  return static_cast<int>(EffectiveLength(p.cache_seqlens[batch], p.max_pages_per_seq, p.s_q));
 }
 
 __device__ __forceinline__ int BlocksOf(int length) {
@@ -42,8 +41,8 @@ __device__ __forceinline__ int64_t PartitionBefore(int64_t end, const Range& ran
 
 // The first partition's view of split_info: which sequence a partial result belongs to.
 struct SplitInfo {
-  int batch;       // -1: nothing to combine
-  int first;       // partitions first..last hold a part each
+  int batch;  // -1: nothing to combine
+  int first;  // partitions first..last hold a part each
   int last;
   int first_slot;  // which of its two slots the first partition used; the others used slot 0
 };
@@ -95,8 +94,8 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
     for (int blocks; position + (blocks = BlocksOf(SequenceLength(p, b))) <= start; ++b) {
       position += blocks;
     }
-    scratch->range = Range{static_cast<int>(b), static_cast<int>(start - position), start,
-                           end - start, total, active};
+    scratch->range = Range{
+        static_cast<int>(b), static_cast<int>(start - position), start, end - start, total, active};
   }
   __syncthreads();
   return scratch->range;
@@ -108,9 +107,9 @@ struct Segment {
   int length;       // tokens of the sequence
   int first_block;  // blocks first_block .. first_block + blocks are this range's
   int blocks;
-  int all_blocks;   // blocks of the sequence, whoever has them
-  int visible;      // how many of this range's blocks some row of the tile may see
-  bool opening;     // the first segment of its range
+  int all_blocks;  // blocks of the sequence, whoever has them
+  int visible;     // how many of this range's blocks some row of the tile may see
+  bool opening;    // the first segment of its range
 
   __device__ bool complete() const { return first_block == 0 && blocks == all_blocks; }
 };
