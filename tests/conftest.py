@@ -1,0 +1,51 @@
+"""What all tests share: the platform they run on, and the marker `gpu`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import pytest
+
+# Tests import their neighbours (`oracle`) by name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def on_hopper() -> bool:
+    device = jax.devices()[0]
+    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--grid",
+        choices=("small", "full"),
+        default=None,
+        help="conformance grid of the attention op; full on a Hopper GPU, small elsewhere",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.grid is None:
+        config.option.grid = "full" if on_hopper() else "small"
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    if not on_hopper():
+        skip = pytest.mark.skip(reason="needs a Hopper GPU (compute capability 9.0)")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+def pytest_report_header() -> str:
+    device = jax.devices()[0]
+    return f"jax {jax.__version__} on {device.platform} ({device.device_kind})"
+
+
+@pytest.fixture(scope="session")
+def platform() -> str:
+    """Where the tests run: cpu, gpu or tpu."""
+    return jax.devices()[0].platform
