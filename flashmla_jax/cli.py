@@ -1,0 +1,387 @@
+"""The `flashmla-jax` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashmla_jax import generate as generation
+from flashmla_jax.config import kernel_on, show_config
+from flashmla_jax.layers.mla import Params, YarnScaling
+from flashmla_jax.models import (
+    DeepSeekConfig,
+    deepseek,
+    init_params,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+_DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+
+# How far the logits of decoding through the cache may be from those of a forward pass without one,
+# in standard deviations of the logits, and for which share of each sequence's tokens that must
+# hold. Both ways round, in another order. In 16 bits this sometimes makes a router swap two nearly
+# equal experts, and the logits of that token are then those of another model.
+_TOLERANCES = {"float32": (1e-3, 1.0), "float16": (0.05, 0.75), "bfloat16": (0.2, 0.75)}
+
+_DEMO_CONFIG = DeepSeekConfig(
+    model_type="deepseek_v3",
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=16,
+    q_lora_rank=128,
+    moe_intermediate_size=128,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=1,
+    rope_scaling=YarnScaling(
+        factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
+    ),
+    max_position_embeddings=163840,
+)
+_DEMO_PROMPT_LENGTHS = (5, 37, 64, 150)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code.
+
+    0 is success, 1 a result that failed its check, 2 a mistake of the user's, which one line on
+    stderr explains.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"flashmla-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# --- Arguments -------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="flashmla-jax",
+        description="Runs DeepSeek models on a paged latent cache, through FlashMLA in JAX.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("generate", _generate, "Continues prompts with a checkpoint.")
+    _add_model(sub, "the default is bfloat16 on a GPU and float32 on the CPU")
+    prompts = sub.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt-ids", nargs="+", type=_ids, metavar="IDS", help="prompts, as 1,5,7"
+    )
+    prompts.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="prompts, for the checkpoint's tokenizer.json"
+    )
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"
+    )
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1: all tokens")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default 0")
+    sub.add_argument(
+        "--check", action="store_true", help="compare the logits with an uncached forward pass"
+    )
+
+    sub = command(
+        "demo",
+        _demo,
+        "Writes a small random DeepSeek-V3 checkpoint, continues four prompts with it, and checks "
+        "the result against an uncached forward pass.",
+    )
+    sub.add_argument(
+        "--dir",
+        type=Path,
+        default=Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flashmla_jax",
+        help="where checkpoints are kept; default ~/.cache/flashmla_jax",
+    )
+    sub.add_argument("--max-new-tokens", type=int, default=65, metavar="N", help="default 65")
+    sub.add_argument("--dtype", choices=_DTYPES, help="as in generate")
+
+    sub = command("score", _score, "Prints the log-probability of each token of a sequence.")
+    _add_model(sub, "as in generate")
+    sub.add_argument("--ids", type=_ids, required=True, metavar="IDS", help="as 1,5,7")
+    sub.add_argument(
+        "--prefill",
+        type=int,
+        metavar="K",
+        help="read the first K tokens at once and decode the others one by one; default all",
+    )
+    sub.add_argument("--json", action="store_true", help='print {"logprobs": [...]}')
+
+    command("info", _info, "Prints versions, how the package was built, and what runs where.")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, dtype_help: str) -> None:
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="in Hugging Face's format"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"token ids must look like 1,5,7, got {text!r}") from None
+
+
+# --- Commands --------------------------------------------------------------------------------
+
+
+def _info(args: argparse.Namespace) -> int:
+    show_config()
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    config, params = _load(args.checkpoint, args.dtype)
+    logprobs = generation.score(params, config, args.ids, args.prefill)
+    if args.json:
+        print(json.dumps({"logprobs": logprobs.tolist()}))
+    else:
+        for token, logprob in zip(args.ids[1:], logprobs, strict=True):
+            print(f"{token:>8} {logprob:12.6f}")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    sampling = generation.Sampling(args.temperature, args.top_p, args.seed)
+    tokenizer = _tokenizer(args.checkpoint) if args.prompt else None
+    prompts = args.prompt_ids
+    if tokenizer is not None:
+        prompts = [tokenizer.encode(text).ids for text in args.prompt]
+    config, params = _load(args.checkpoint, args.dtype)
+    run = generation.Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
+    return _run(run, params, config, tokenizer, args.check)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    checkpoint = _demo_checkpoint(args.dir)
+    config, params = _load(checkpoint, args.dtype)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in _DEMO_PROMPT_LENGTHS]
+    run = generation.Generation(params, config, prompts, args.max_new_tokens)
+    return _run(run, params, config, None, check=True)
+
+
+def _demo_checkpoint(folder: Path) -> Path:
+    """Where the demonstration's checkpoint is, after writing it if need be."""
+    fingerprint = hashlib.sha256(json.dumps(_DEMO_CONFIG.to_dict()).encode()).hexdigest()[:8]
+    path = folder / f"deepseek-v3-random-{fingerprint}"
+    if path.exists():
+        _report("checkpoint", f"{path} (from an earlier run)")
+        return path
+    with _progress("writing a checkpoint"):
+        params = init_params(_DEMO_CONFIG, jax.random.key(0), jnp.bfloat16)
+        save_checkpoint(path, _DEMO_CONFIG, params, max_shard_size=8 * 2**20)
+    _report("checkpoint", f"{path} (random weights, written now)")
+    return path
+
+
+def _load(checkpoint: Path, dtype: str | None) -> tuple[DeepSeekConfig, Params]:
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
+    if dtype is None:
+        dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    with _progress(f"loading {checkpoint.name}"):
+        return load_checkpoint(checkpoint, dtype=_DTYPES[dtype])
+
+
+def _tokenizer(checkpoint: Path) -> Any:
+    path = checkpoint / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompt needs {path}, which is not there; or use --prompt-ids")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise NotImplementedError(
+            "--prompt needs the tokenizers package (pip install 'flashmla-jax[hf]'); "
+            "or use --prompt-ids"
+        ) from None
+    return Tokenizer.from_file(str(path))
+
+
+# --- A generation, timed, printed and checked ------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Record:
+    """What a generation did.
+
+    Attributes:
+      tokens: the new tokens of each sequence.
+      logits: if kept, of each step, float32[batch, vocab].
+      compile_seconds, prefill_seconds, decode_seconds: wall-clock time.
+      steps: decode steps, which follow the one that reads the prompts.
+      decoded: tokens that those steps gave.
+    """
+
+    tokens: list[list[int]]
+    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: int = 0
+    decoded: int = 0
+
+
+def _run(
+    run: generation.Generation,
+    params: Params,
+    config: DeepSeekConfig,
+    tokenizer: Any,
+    check: bool,
+) -> int:
+    """Runs a generation and prints what came of it; returns the exit code."""
+    device = jax.devices()[0]
+    dtype = run.cache.dtype.name
+    size = sum(x.size for x in jax.tree.leaves(params))
+    _report("model", f"{config.model_type}, {size / 1e6:.1f} M parameters in {dtype}")
+    _report("platform", f"{device.platform} ({device.device_kind})")
+    _report("kernel", kernel_on(device))
+
+    record = _record(run, keep_logits=check)
+    _report("compiled", f"in {record.compile_seconds:.1f} s, which the speeds below leave out")
+    for i, (prompt, tokens) in enumerate(zip(run.prompts, record.tokens, strict=True)):
+        text = repr(tokenizer.decode(tokens)) if tokenizer else ",".join(map(str, tokens))
+        _report(f"sequence {i}", f"{len(prompt)} prompt tokens, {len(tokens)} new: {text}")
+
+    _report_speed("prefill", sum(map(len, run.prompts)), record.prefill_seconds)
+    if record.steps:
+        _report_speed("decode", record.decoded, record.decode_seconds, f" in {record.steps} steps")
+    cache = run.cache
+    _report(
+        "cache",
+        f"{int(cache.num_used)} of {cache.num_pages} pages of {cache.page_size} tokens in use "
+        f"({float(cache.usage):.0%}), {cache.nbytes / 2**20:.1f} MiB in {cache.num_layers} layers",
+    )
+    return _check(run, params, config, record) if check else 0
+
+
+def _record(run: generation.Generation, keep_logits: bool) -> _Record:
+    record = _Record([[] for _ in run.prompts])
+    start = time.perf_counter()
+    with _progress("compiling"):
+        run.compile()
+    record.compile_seconds = time.perf_counter() - start
+
+    start = time.perf_counter()
+    with _progress("generating", run.max_new_tokens) as advance:
+        for number, step in enumerate(run):
+            now = time.perf_counter()
+            if number == 0:
+                record.prefill_seconds = now - start
+            else:
+                record.decode_seconds = now - start - record.prefill_seconds
+                record.steps = number
+                record.decoded += sum(token is not None for token in step.tokens)
+            for tokens, token in zip(record.tokens, step.tokens, strict=True):
+                if token is not None:
+                    tokens.append(token)
+            if keep_logits:
+                record.logits.append(np.asarray(step.logits))
+            advance()
+    return record
+
+
+def _check(
+    run: generation.Generation, params: Params, config: DeepSeekConfig, record: _Record
+) -> int:
+    """Compares the logits of every step with those of one forward pass without a cache."""
+    rows = [[*p.tolist(), *new] for p, new in zip(run.prompts, record.tokens, strict=True)]
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+    with _progress("checking"):
+        forward = np.asarray(deepseek.forward(params, config, ids))
+
+    tolerance, share = _TOLERANCES[run.cache.dtype.name]
+    std = float(np.std(forward))
+    largest, within = np.float32(0), np.float32(0)
+    for i, (prompt, new) in enumerate(zip(run.prompts, record.tokens, strict=True)):
+        stepwise = np.array([logits[i] for logits in record.logits[: len(new)]])
+        dense = forward[i, len(prompt) - 1 :][: len(new)]
+        differences = np.max(np.abs(stepwise - dense), axis=-1)
+        # `np.maximum` keeps NaN, which then fails the comparison.
+        largest = np.maximum(largest, np.max(differences))
+        within = np.maximum(within, np.quantile(differences, share))
+    passed = bool(within <= tolerance * std)
+    most = "" if share == 1 else f", for {share:.0%} of each sequence's tokens {within:.2e}"
+    _report(
+        "check",
+        f"{'passed' if passed else 'FAILED'}: max difference between the logits of decoding and "
+        f"those of one uncached forward pass {largest:.2e}{most} (allowed {tolerance * std:.2e}, "
+        f"standard deviation of the logits {std:.2f})",
+    )
+    return 0 if passed else 1
+
+
+def _report(name: str, value: str) -> None:
+    print(f"{name:12}{value}", flush=True)
+
+
+def _report_speed(name: str, tokens: int, seconds: float, steps: str = "") -> None:
+    _report(name, f"{tokens} tokens{steps}, {seconds:.3f} s: {tokens / seconds:.0f} tokens/s")
+
+
+@contextlib.contextmanager
+def _progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Shows that something is under way, on stderr; gives a function that counts one step done."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    except ImportError:
+        has_rich = False
+    else:
+        has_rich = True
+    if not (has_rich and sys.stderr.isatty()):
+        print(f"{description} ...", file=sys.stderr, flush=True)
+        yield lambda: None
+        return
+    columns = [SpinnerColumn(), TextColumn("{task.description}")]
+    if total is not None:
+        columns += [BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
