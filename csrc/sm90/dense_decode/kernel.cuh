@@ -29,6 +29,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "params.h"
 #include "sm90/dense_decode/schedule.cuh"
@@ -167,6 +168,37 @@ __device__ __forceinline__ void LoadQuery(const DenseDecodeParams& p, const RowT
   }
 }
 
+// Two 16-bit numbers, of which those that are not finite become zero.
+template <typename T>
+__device__ __forceinline__ uint32_t FiniteOnly(uint32_t pair) {
+  constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7C00 : 0x7F80;
+  if ((pair & kExponent) == kExponent) pair &= 0xFFFF0000;
+  if ((pair >> 16 & kExponent) == kExponent) pair &= 0x0000FFFF;
+  return pair;
+}
+
+// A weight of zero does not undo a NaN: 0 x NaN is NaN. So among a consumer's 32 tokens, those that
+// do not exist lose their values, whatever the page holds there; and those that only some rows of
+// the tile may see lose what is not finite in them, which reaches the rows that see it by way of
+// their scores. Every row sees the tokens before `seen_by_all`; those from `existing` on do not
+// exist.
+template <typename T>
+__device__ __forceinline__ void CleanValues(uint8_t* tokens, int seen_by_all, int existing) {
+  const int thread = threadIdx.x % 128;
+  for (int i = max(seen_by_all, 0) * 8 + thread; i < kTokensEach * 8; i += 128) {
+    const bool exists = i / 8 < existing;
+    for (int panel = 0; panel < kHeadDimV / kPanel; ++panel) {
+      uint4& eight = *reinterpret_cast<uint4*>(tokens + panel * kPanelBytes + i * 16);
+      uint4 v{0, 0, 0, 0};
+      if (exists) {
+        v = eight;
+        v = {FiniteOnly<T>(v.x), FiniteOnly<T>(v.y), FiniteOnly<T>(v.z), FiniteOnly<T>(v.w)};
+      }
+      eight = v;
+    }
+  }
+}
+
 template <typename T>
 __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, const Range& range,
                                int partitions, SharedMemory& shared) {
@@ -233,14 +265,9 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
         for (int j = 0; j < 16; ++j) {
           if (token + j / 4 * 8 + j % 2 >= limit[j / 2 % 2]) x[j] = -INFINITY;
         }
-        // Tokens that do not exist have no value: whatever the page holds there, 0 x NaN included.
-        const int existing = s.length - first_token - consumer * kTokensEach;
-        uint8_t* rows = shared.k[ring.stage] + consumer * kTokensEach * 128;
-        for (int t = max(existing, 0) * 8 + threadIdx.x % 128; t < kTokensEach * 8; t += 128) {
-          for (int panel = 0; panel < kHeadDimV / kPanel; ++panel) {
-            *reinterpret_cast<uint4*>(rows + panel * kPanelBytes + t * 16) = uint4{0, 0, 0, 0};
-          }
-        }
+        CleanValues<T>(shared.k[ring.stage] + consumer * kTokensEach * 128,
+                       lowest_limit - first_token - consumer * kTokensEach,
+                       s.length - first_token - consumer * kTokensEach);
       }
 
       // The maximum of each row over all 64 tokens.
