@@ -1,15 +1,17 @@
 # Finds a CUDA compiler that can build for sm_90a, in this order: CUDACXX or CUDA_HOME, nvcc on
-# PATH, the compiler inside NVIDIA's Python wheels (site-packages/nvidia/cu13).
+# PATH, the compiler inside NVIDIA's Python wheels (site-packages/nvidia/cu13). Sets
+# `out_compiler` to it; or to "", and `out_why_not` to the reason.
 
-function(flashmla_find_cuda_compiler out_compiler out_root out_why_not)
+function(flashmla_find_cuda_compiler out_compiler out_why_not)
   set(${out_compiler} "" PARENT_SCOPE)
-  set(${out_root} "" PARENT_SCOPE)
   set(minimum 12.8)
 
+  # Not only what can be imported: pip builds in an environment of its own, to which the packages
+  # of the environment that it installs into are hidden.
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
-            "import importlib.util as u; s = u.find_spec('nvidia'); print(next(iter(s.submodule_search_locations), '') if s else '')"
-    OUTPUT_VARIABLE nvidia_wheels OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+            "import sys, sysconfig; print(sysconfig.get_path('purelib'), *sys.path, sep=';')"
+    OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 
   set(candidates "")
   if(DEFINED ENV{CUDACXX})
@@ -18,13 +20,13 @@ function(flashmla_find_cuda_compiler out_compiler out_root out_why_not)
   if(DEFINED ENV{CUDA_HOME})
     list(APPEND candidates "$ENV{CUDA_HOME}/bin/nvcc")
   endif()
-  find_program(nvcc_on_path nvcc NO_CACHE)
+  find_program(nvcc_on_path nvcc NO_CACHE NO_DEFAULT_PATH PATHS ENV PATH)
   if(nvcc_on_path)
     list(APPEND candidates "${nvcc_on_path}")
   endif()
-  if(nvidia_wheels)
-    list(APPEND candidates "${nvidia_wheels}/cu13/bin/nvcc")
-  endif()
+  foreach(folder IN LISTS site_packages)
+    list(APPEND candidates "${folder}/nvidia/cu13/bin/nvcc")
+  endforeach()
 
   set(why_not "no CUDA compiler was found (looked at CUDACXX, CUDA_HOME, PATH and the nvidia wheels)")
   foreach(candidate IN LISTS candidates)
@@ -56,7 +58,6 @@ function(flashmla_find_cuda_compiler out_compiler out_root out_why_not)
     endif()
     message(STATUS "flashmla_jax: CUDA ${version} (${nvcc})")
     set(${out_compiler} "${nvcc}" PARENT_SCOPE)
-    set(${out_root} "${root}" PARENT_SCOPE)
     return()
   endforeach()
   set(${out_why_not} "${why_not}" PARENT_SCOPE)
