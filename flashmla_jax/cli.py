@@ -32,10 +32,10 @@ from flashmla_jax.models import (
 _DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
 # How far the logits of decoding through the cache may be from those of a forward pass without one,
-# in standard deviations of the logits, and for which share of each sequence's tokens that must
-# hold. Both ways round, in another order. In 16 bits this sometimes makes a router swap two nearly
-# equal experts, and the logits of that token are then those of another model.
-_TOLERANCES = {"float32": (1e-3, 1.0), "float16": (0.05, 0.75), "bfloat16": (0.2, 0.75)}
+# in standard deviations of the logits: at every token, and at three quarters of each sequence's.
+# Both ways round, in another order; in 16 bits this sometimes makes a router swap two nearly equal
+# experts, which moves the logits of that token much further.
+_TOLERANCES = {"float32": (1e-3, 1e-3), "float16": (0.5, 0.05), "bfloat16": (0.5, 0.1)}
 
 _DEMO_CONFIG = DeepSeekConfig(
     model_type="deepseek_v3",
@@ -51,7 +51,8 @@ _DEMO_CONFIG = DeepSeekConfig(
     num_experts_per_tok=2,
     n_group=4,
     topk_group=2,
-    routed_scaling_factor=2.5,
+    # Small, so that random experts that swap places in 16 bits do not drown all other rounding.
+    routed_scaling_factor=0.25,
     first_k_dense_replace=1,
     rope_scaling=YarnScaling(
         factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
@@ -115,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1: all tokens")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default 0")
     sub.add_argument(
-        "--check", action="store_true", help="compare the logits with an uncached forward pass"
+        "--check",
+        action="store_true",
+        help="compare the logits with an uncached forward pass",
     )
 
     sub = command(
@@ -332,23 +335,22 @@ def _check(
     with _progress("checking"):
         forward = np.asarray(deepseek.forward(params, config, ids))
 
-    tolerance, share = _TOLERANCES[run.cache.dtype.name]
-    std = float(np.std(forward))
-    largest, within = np.float32(0), np.float32(0)
+    largest, usual = np.float32(0), np.float32(0)
     for i, (prompt, new) in enumerate(zip(run.prompts, record.tokens, strict=True)):
         stepwise = np.array([logits[i] for logits in record.logits[: len(new)]])
         dense = forward[i, len(prompt) - 1 :][: len(new)]
         differences = np.max(np.abs(stepwise - dense), axis=-1)
         # `np.maximum` keeps NaN, which then fails the comparison.
         largest = np.maximum(largest, np.max(differences))
-        within = np.maximum(within, np.quantile(differences, share))
-    passed = bool(within <= tolerance * std)
-    most = "" if share == 1 else f", for {share:.0%} of each sequence's tokens {within:.2e}"
+        usual = np.maximum(usual, np.quantile(differences, 0.75))
+    std = np.std(forward)
+    allowed, usually_allowed = (tolerance * std for tolerance in _TOLERANCES[run.cache.dtype.name])
+    passed = bool(largest <= allowed and usual <= usually_allowed)
     _report(
         "check",
-        f"{'passed' if passed else 'FAILED'}: max difference between the logits of decoding and "
-        f"those of one uncached forward pass {largest:.2e}{most} (allowed {tolerance * std:.2e}, "
-        f"standard deviation of the logits {std:.2f})",
+        f"{'passed' if passed else 'FAILED'}: max difference between the logits of decoding and of "
+        f"one uncached forward pass {largest:.1e} (allowed {allowed:.1e}), at three quarters of "
+        f"the tokens {usual:.1e} (allowed {usually_allowed:.1e})",
     )
     return 0 if passed else 1
 
