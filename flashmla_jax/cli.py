@@ -222,9 +222,15 @@ def _load(checkpoint: Path, dtype: str | None) -> tuple[DeepSeekConfig, Params]:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
     if dtype is None:
-        dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+        dtype = "bfloat16" if _device().platform == "gpu" else "float32"
     with _progress(f"loading {checkpoint.name}"):
         return load_checkpoint(checkpoint, dtype=_DTYPES[dtype])
+
+
+def _device() -> jax.Device:
+    """Where arrays go, and programs run, by default."""
+    (device,) = jnp.zeros(()).devices()
+    return device
 
 
 def _tokenizer(checkpoint: Path) -> Any:
@@ -273,7 +279,7 @@ def _run(
     check: bool,
 ) -> int:
     """Runs a generation and prints what came of it; returns the exit code."""
-    device = jax.devices()[0]
+    device = _device()
     dtype = run.cache.dtype.name
     size = sum(x.size for x in jax.tree.leaves(params))
     _report("model", f"{config.model_type}, {size / 1e6:.1f} M parameters in {dtype}")
