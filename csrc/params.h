@@ -42,18 +42,23 @@ struct DenseDecodeParams {
   void* out;                     // [batch, s_q, h_q, kHeadDimV]
   float* lse;                    // [batch, h_q, s_q], natural logarithm
 
-  // GPU workspace, written before it is read; row_tiles = h_kv * ceil(s_q * h_q / h_kv / kRowTile),
-  // partitions = MaxPartitions(row_tiles).
-  float* partial_out;   // [row_tiles, partitions, 2, kRowTile, kHeadDimV]
-  float* partial_lse;   // [row_tiles, partitions, 2, kRowTile], base 2
-  int32_t* split_info;  // [partitions, 4]
+  // GPU workspace, written before it is read.
+  float* partial_out;   // [workspace_slots, tile_rows, kHeadDimV]
+  float* partial_lse;   // [workspace_slots, tile_rows], base 2
+  int32_t* split_info;  // [max_partitions, 4]
 
   constexpr int64_t group() const { return h_q / h_kv; }  // query heads that share a KV head
   constexpr int64_t rows() const {
     return s_q * group();
   }  // query rows of one sequence and KV head
   constexpr int64_t tiles_per_head() const { return (rows() + kRowTile - 1) / kRowTile; }
+  constexpr int64_t tile_rows() const { return rows() < kRowTile ? rows() : kRowTile; }
   constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }
+  constexpr int64_t max_partitions() const { return MaxPartitions(row_tiles()); }
+  // Two partial results for each partition of each row tile; none when nothing is divided.
+  constexpr int64_t workspace_slots() const {
+    return max_partitions() > 1 ? row_tiles() * max_partitions() * 2 : 1;
+  }
 };
 
 struct CacheAppendParams {

@@ -5,9 +5,15 @@ from flashmla_jax.attention import (
     get_mla_metadata,
     merge_attention_states,
 )
+from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.config import show_config
+from flashmla_jax.ops.cache_append import cache_append
 
 __all__ = [
+    "PagedKVCache",
+    "cache_append",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "merge_attention_states",
+    "show_config",
 ]

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashmla_jax import reference
-from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
+from flashmla_jax._checks import array
+from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
 from flashmla_jax.ops.dense_decode import dense_decode
-
-_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def get_mla_metadata(
@@ -49,7 +48,7 @@ def get_mla_metadata(
       NotImplementedError: for `is_fp8_kvcache` and `topk`.
     """
     _refuse(is_fp8_kvcache=is_fp8_kvcache or None, topk=topk)
-    cache_seqlens = _array("cache_seqlens", cache_seqlens, "[batch]", dtype=jnp.int32)
+    cache_seqlens = array("cache_seqlens", cache_seqlens, "[batch]", dtype=jnp.int32)
     _positive("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
     _positive("num_heads_k", num_heads_k)
     if num_heads_q is not None:
@@ -58,7 +57,7 @@ def get_mla_metadata(
             raise ValueError(
                 f"num_heads_q must be a multiple of num_heads_k, got {num_heads_q=}, {num_heads_k=}"
             )
-    pages = jnp.maximum(cache_seqlens, 0) // PAGE_SIZE + (jnp.maximum(cache_seqlens, 0) % 64 > 0)
+    pages = -(-jnp.maximum(cache_seqlens, 0) // PAGE_SIZE)
     return jnp.pad(jnp.cumsum(pages, dtype=jnp.int32), (1, 0)), None
 
 
@@ -140,14 +139,14 @@ def flash_mla_with_kvcache(
         topk_length=topk_length,
         extra_topk_length=extra_topk_length,
     )
-    q = _array("q", q, "[batch, s_q, h_q, 576]")
-    k_cache = _array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
-    block_table = _array("block_table", block_table, "[batch, max_pages_per_seq]", dtype=jnp.int32)
-    cache_seqlens = _array("cache_seqlens", cache_seqlens, "[batch]", dtype=jnp.int32)
+    q = array("q", q, "[batch, s_q, h_q, 576]")
+    k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
+    block_table = array("block_table", block_table, "[batch, max_pages_per_seq]", dtype=jnp.int32)
+    cache_seqlens = array("cache_seqlens", cache_seqlens, "[batch]", dtype=jnp.int32)
     batch, s_q, h_q, head_dim = q.shape
     num_pages, page_size, h_kv, cache_head_dim = k_cache.shape
 
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
     if k_cache.dtype != q.dtype:
         raise ValueError(f"k_cache must have q's dtype {q.dtype}, got {k_cache.dtype}")
@@ -173,7 +172,7 @@ def flash_mla_with_kvcache(
     if head_dim_v != HEAD_DIM_V:
         raise ValueError(f"head_dim_v must be 512, got {head_dim_v}")
     if tile_scheduler_metadata is not None:
-        metadata = _array(
+        metadata = array(
             "tile_scheduler_metadata", tile_scheduler_metadata, "[batch + 1]", dtype=jnp.int32
         )
         if metadata.shape != (batch + 1,):
@@ -209,11 +208,10 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     Raises:
       ValueError: for shapes and dtypes outside the above.
 
-    Source: section 2.2 of "Ring Attention" style merging, as in FlashAttention-2
-      (arXiv:2307.08691), section 3.1.
+    Source: FlashAttention-2 (arXiv:2307.08691), section 3.1.
     """
-    outs = _array("outs", outs, "[parts, batch, s_q, h_q, head_dim_v]")
-    lses = _array("lses", lses, "[parts, batch, h_q, s_q]", dtype=jnp.float32)
+    outs = array("outs", outs, "[parts, batch, s_q, h_q, head_dim_v]")
+    lses = array("lses", lses, "[parts, batch, h_q, s_q]", dtype=jnp.float32)
     if not jnp.issubdtype(outs.dtype, jnp.floating):
         raise ValueError(f"outs must be floating point, got {outs.dtype}")
     parts, batch, s_q, h_q, _ = outs.shape
@@ -228,17 +226,6 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
 
 
 # --- Validation ------------------------------------------------------------------------------
-
-
-def _array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
-    """`value` as an array of the rank that `shape` names, and of `dtype` exactly if given."""
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise ValueError(f"{name} must be an array {shape}, got {type(value).__name__}")
-    if value.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name} must be {shape}, got shape {value.shape}")
-    if dtype is not None and value.dtype != dtype:
-        raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {value.dtype}")
-    return jnp.asarray(value)
 
 
 def _number(name: str, value: Any) -> float:

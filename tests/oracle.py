@@ -136,8 +136,12 @@ def assert_matches(actual: tuple[Any, Any], expected: Expected) -> None:
         roundings = 4 * float(ml_dtypes.finfo(dtype).eps) / 2 * expected.spread
         tolerances = {"abs_tol": 8e-4 + roundings, "rel_tol": 2.01 / 128, "cos_tol": 5e-6}
     _assert_close("out", out, expected.out, **tolerances)
-    lse_tolerance = 1e-6 if dtype == np.float32 else 8.01 / 65536
-    _assert_close("lse", lse, expected.lse, abs_tol=1e-6, rel_tol=lse_tolerance, cos_tol=None)
+    # A score is a float32 sum over 36 steps of the tensor cores, which truncate.
+    if dtype == np.float32:
+        tolerances = {"abs_tol": 1e-6, "rel_tol": 1e-6}
+    else:
+        tolerances = {"abs_tol": 4e-6, "rel_tol": 8.01 / 65536}
+    _assert_close("lse", lse, expected.lse, **tolerances, cos_tol=None)
 
 
 def _assert_close(

@@ -28,10 +28,12 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
     return xffi::Error(xffi::ErrorCode::kUnimplemented,
                        "flashmla_dense_decode: float32 runs on the CPU only");
   }
-  const int64_t slots = params.row_tiles() * MaxPartitions(params.row_tiles()) * 2;
-  if (static_cast<int64_t>(partial_out->element_count()) < slots * kRowTile * kHeadDimV ||
-      static_cast<int64_t>(partial_lse->element_count()) < slots * kRowTile ||
-      static_cast<int64_t>(split_info->element_count()) < MaxPartitions(params.row_tiles()) * 4) {
+  const int64_t rows = params.workspace_slots() * params.tile_rows();
+  const auto holds = [](const auto& buffer, int64_t elements) {
+    return static_cast<int64_t>(buffer->element_count()) >= elements;
+  };
+  if (!holds(partial_out, rows * kHeadDimV) || !holds(partial_lse, rows) ||
+      !holds(split_info, params.max_partitions() * 4)) {
     return xffi::Error::InvalidArgument("flashmla_dense_decode: the workspace is too small");
   }
   params.partial_out = partial_out->typed_data();

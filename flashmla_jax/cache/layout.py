@@ -5,6 +5,11 @@ key-value latent (`HEAD_DIM_V` numbers) followed by the rotated RoPE key. Keys a
 its first `HEAD_DIM_V` numbers. The same constants stand in `csrc/params.h`.
 """
 
+import jax.numpy as jnp
+
 PAGE_SIZE = 64
 HEAD_DIM = 576
 HEAD_DIM_V = 512
+
+# What a page may be made of; float32 runs on the CPU only.
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
-from flashmla_jax.ops.cache_append import DTYPES, cache_append
+from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
+from flashmla_jax.ops.cache_append import cache_append
 
 _INT32_MAX = 2**31 - 1
 

@@ -6,17 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import batching
 
 from flashmla_jax import reference
-from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
+from flashmla_jax._checks import array
+from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
 from flashmla_jax.ops import _ffi
 from flashmla_jax.ops.dense_decode import fold, fold_pool
 
 _TARGET = "flashmla_cache_append"
-
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def cache_append(
@@ -50,11 +48,11 @@ def cache_append(
       ValueError: for shapes and dtypes outside the above, at trace time.
       NotImplementedError: when differentiated.
     """
-    k_cache = _array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
-    new_kv = _array("new_kv", new_kv, "[batch, num_tokens, h_kv, 576]")
-    block_table = _array("block_table", block_table, "[batch, max_pages_per_seq]", jnp.int32)
-    start = _array("start", start, "[batch]", jnp.int32)
-    count = _array("count", count, "[batch]", jnp.int32)
+    k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
+    new_kv = array("new_kv", new_kv, "[batch, num_tokens, h_kv, 576]")
+    block_table = array("block_table", block_table, "[batch, max_pages_per_seq]", jnp.int32)
+    start = array("start", start, "[batch]", jnp.int32)
+    count = array("count", count, "[batch]", jnp.int32)
     num_pages, page_size, h_kv, head_dim = k_cache.shape
     batch, num_tokens = new_kv.shape[:2]
 
@@ -78,25 +76,14 @@ def cache_append(
             f"block_table must be [batch, max_pages_per_seq] with {batch=} and at least one page, "
             f"got shape {block_table.shape}"
         )
-    for name, array in {"start": start, "count": count}.items():
-        if array.shape != (batch,):
-            raise ValueError(f"{name} must be [batch] with {batch=}, got shape {array.shape}")
+    for name, value in {"start": start, "count": count}.items():
+        if value.shape != (batch,):
+            raise ValueError(f"{name} must be [batch] with {batch=}, got shape {value.shape}")
 
     if batch == 0 or num_tokens == 0:
         return k_cache
     (pool,) = cache_append_p.bind(k_cache, new_kv, block_table, start, count)
     return pool
-
-
-def _array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
-    """`value` as an array of the rank that `shape` names, and of `dtype` exactly if given."""
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise ValueError(f"{name} must be an array {shape}, got {type(value).__name__}")
-    if value.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name} must be {shape}, got shape {value.shape}")
-    if dtype is not None and value.dtype != dtype:
-        raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {value.dtype}")
-    return jnp.asarray(value)
 
 
 # --- Abstract evaluation ---------------------------------------------------------------------

@@ -66,12 +66,13 @@ def _results(q: jax.Array) -> list[jax.ShapeDtypeStruct]:
 
 def _workspace(s_q: int, h_q: int, h_kv: int) -> list[jax.ShapeDtypeStruct]:
     """Partial results of sequences that several thread blocks share: bounded by the grid."""
-    row_tiles = h_kv * -(-s_q * (h_q // h_kv) // ROW_TILE)
-    partitions = MAX_PARTITIONS // row_tiles if row_tiles <= MAX_PARTITIONS else 1
-    slots = (row_tiles, partitions, 2, ROW_TILE)
+    rows = s_q * (h_q // h_kv)
+    row_tiles = h_kv * -(-rows // ROW_TILE)
+    partitions = max(1, MAX_PARTITIONS // row_tiles)
+    slots = row_tiles * partitions * 2 if partitions > 1 else 1
     return [
-        jax.ShapeDtypeStruct((*slots, HEAD_DIM_V), jnp.float32),
-        jax.ShapeDtypeStruct(slots, jnp.float32),
+        jax.ShapeDtypeStruct((slots, min(rows, ROW_TILE), HEAD_DIM_V), jnp.float32),
+        jax.ShapeDtypeStruct((slots, min(rows, ROW_TILE)), jnp.float32),
         jax.ShapeDtypeStruct((partitions, 4), jnp.int32),
     ]
 

@@ -4,6 +4,7 @@ The compiled program is asked, not the clock: a copy of a pool is an instruction
 needs memory of the pool's size. Every check is also made to fail once, without donation.
 """
 
+import math
 import re
 
 import jax
@@ -15,8 +16,11 @@ import flashmla_jax
 from flashmla_jax.cache.layout import HEAD_DIM
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.ops.cache_append import cache_append
+from flashmla_jax.ops.dense_decode import _workspace
 
 LAYERS, BATCH, HEADS = 3, 2, 4
+# What attention needs on a GPU besides its results, whatever the size of the cache.
+WORKSPACE = sum(math.prod(x.shape) * x.dtype.itemsize for x in _workspace(2, HEADS, 1))
 HLO_NAMES = {jnp.bfloat16: "bf16", jnp.float16: "f16", jnp.float32: "f32"}
 
 
@@ -54,7 +58,8 @@ def assert_in_place(function, cache, *args):
     assert len(copies(kept, pool)) == len(pools)
     memory = donated.memory_analysis()
     assert memory.alias_size_in_bytes >= len(pools) * pool.nbytes
-    assert memory.temp_size_in_bytes < pool.nbytes
+    workspace = 0 if jax.devices()[0].platform == "cpu" else WORKSPACE
+    assert memory.temp_size_in_bytes < pool.nbytes + workspace
 
 
 def append_everywhere(cache, num_tokens, kv):

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kTeams* kTeamThreads)
   // Where part i of a row lies: the first partition may have used either of its slots.
   const auto slot = [&](int i) {
     return PartialSlot(blockIdx.y, partitions, info.first + i, i == 0 ? info.first_slot : 0) *
-           kRowTile;
+           p.tile_rows();
   };
 
   for (int first_row = blockIdx.z * rows_per_block; first_row < last_row;
@@ -150,7 +150,7 @@ void LaunchCombine(const DenseDecodeParams& params, int partitions, int multipro
   // Rows per block such that the grid is a few blocks per multiprocessor, however many sequences.
   const int entries = static_cast<int>(std::min<int64_t>(params.batch, partitions));
   const int row_tiles = static_cast<int>(params.row_tiles());
-  const int rows = static_cast<int>(std::min<int64_t>(params.rows(), kRowTile));
+  const int rows = static_cast<int>(params.tile_rows());
   const int groups = std::clamp(4 * multiprocessors / (entries * row_tiles), 1, rows);
   const int rows_per_block = (rows + groups - 1) / groups;
   const dim3 grid(entries, row_tiles, (rows + rows_per_block - 1) / rows_per_block);

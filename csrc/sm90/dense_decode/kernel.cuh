@@ -348,7 +348,7 @@ __device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, 
 
     const bool complete = s.complete();
     const int64_t slot =
-        PartialSlot(blockIdx.y, partitions, blockIdx.x, s.opening ? 0 : 1) * kRowTile;
+        PartialSlot(blockIdx.y, partitions, blockIdx.x, s.opening ? 0 : 1) * p.tile_rows();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row + 8 * h;

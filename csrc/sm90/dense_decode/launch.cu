@@ -87,8 +87,8 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
   if (!status.empty()) return status;
 
   // One thread block per multiprocessor, divided among the row tiles.
-  const int partitions = static_cast<int>(
-      std::clamp<int64_t>(multiprocessors / row_tiles, 1, MaxPartitions(row_tiles)));
+  const int partitions =
+      static_cast<int>(std::clamp<int64_t>(multiprocessors / row_tiles, 1, p.max_partitions()));
   const dim3 grid(partitions, static_cast<unsigned>(row_tiles));
   status = p.dtype == DType::kBF16 ? Launch<__nv_bfloat16>(p, map, grid, stream)
                                    : Launch<__half>(p, map, grid, stream);

@@ -1,0 +1,20 @@
+"""Checks that several public functions make of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
+    """`value` as an array of the rank that `shape` names, and of `dtype` exactly if given."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name} must be an array {shape}, got {type(value).__name__}")
+    if value.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name} must be {shape}, got shape {value.shape}")
+    if dtype is not None and value.dtype != dtype:
+        raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {value.dtype}")
+    return jnp.asarray(value)
