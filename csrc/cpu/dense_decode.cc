@@ -536,14 +536,18 @@ class Call {
   std::unique_ptr<Result[]> results_;  // [batch, h_kv, tiles]
 };
 
-}  // namespace
-
-void DenseDecode(const DenseDecodeParams& p, const ThreadPool& pool) {
+void DecodeWith(const Kernels& kernels, const DenseDecodeParams& p, const ThreadPool& pool) {
   if (p.batch == 0 || p.rows() == 0) return;
-  Call call(p, BestKernels(p.dtype));
+  Call call(p, kernels);
   std::vector<Scratch> scratch(NumWorkers(pool, call.num_tasks()));
   ParallelFor(pool, call.num_tasks(),
               [&](int64_t worker, int64_t index) { call.Run(index, scratch[worker]); });
+}
+
+}  // namespace
+
+void DenseDecode(const DenseDecodeParams& p, const ThreadPool& pool) {
+  DecodeWith(BestKernels(p.dtype), p, pool);
 }
 
 }  // namespace flashmla::cpu
