@@ -1,0 +1,100 @@
+"""What only a GPU has room or reason for: huge pools and batches, and replayed CUDA graphs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import flashmla_jax as fm
+
+pytestmark = pytest.mark.gpu
+
+
+def test_pools_beyond_32_bits() -> None:
+    """Pages whose numbers lie beyond element 2^31 are written and read like any others."""
+    rng = np.random.default_rng(0)
+    problem = oracle.make_problem(rng, (300, 64, 1, 777), s_q=2, h_q=20)
+    small = jnp.asarray(problem.k_cache)
+    num_pages = 2**31 // (64 * 576) + 1000
+    far = num_pages - small.shape[0]
+    table = np.where(
+        (problem.block_table >= 0) & (problem.block_table < small.shape[0]),
+        problem.block_table + far,
+        problem.block_table,
+    ).astype(np.int32)
+
+    @jax.jit
+    def make_pool(small: jax.Array) -> jax.Array:
+        pool = jnp.zeros((num_pages, *small.shape[1:]), small.dtype)
+        rows = small.reshape(1, -1, *small.shape[2:])
+        pages = jnp.arange(far, num_pages, dtype=jnp.int32)[None]
+        start, count = jnp.zeros(1, jnp.int32), jnp.full(1, rows.shape[1], jnp.int32)
+        return fm.cache_append(pool, rows, pages, start, count)
+
+    pool = make_pool(small)
+    np.testing.assert_array_equal(
+        np.asarray(pool[far:]).view(np.uint16), np.asarray(small).view(np.uint16)
+    )
+    attend = jax.jit(lambda *operands: fm.flash_mla_with_kvcache(*operands, causal=True))
+    got = attend(problem.q, pool, table, problem.cache_seqlens)
+    want = attend(problem.q, small, problem.block_table, problem.cache_seqlens)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_a_batch_of_thousands() -> None:
+    rng = np.random.default_rng(1)
+    batch, num_pages = 20_000, 500
+    k_cache = rng.standard_normal((num_pages, 64, 1, 576), np.float32).astype(jnp.bfloat16)
+    q = rng.standard_normal((batch, 1, 3, 576), np.float32).astype(jnp.bfloat16)
+    table = rng.integers(0, num_pages, (batch, 3)).astype(np.int32)
+    lengths = rng.integers(0, 193, batch).astype(np.int32)
+    out, lse = (np.asarray(x) for x in fm.flash_mla_with_kvcache(q, k_cache, table, lengths))
+    some = np.sort(rng.choice(batch, 500, replace=False))
+    sample = oracle.Problem(q[some], k_cache, table[some], lengths[some])
+    oracle.assert_matches((out[some], lse[some]), oracle.attend(sample, 576**-0.5, False))
+    np.testing.assert_array_equal(np.isneginf(lse[:, 0, 0]), lengths == 0)
+    assert np.isfinite(out.astype(np.float32)).all()
+
+
+def test_more_row_tiles_than_multiprocessors() -> None:
+    rng = np.random.default_rng(2)
+    problem = oracle.make_problem(rng, (700, 0, 90), s_q=150, h_q=64, dtype=jnp.bfloat16)
+    actual = jax.jit(lambda *x: fm.flash_mla_with_kvcache(*x, causal=True))(*problem)
+    oracle.assert_matches(actual, oracle.attend(problem, 576**-0.5, True))
+
+
+def test_lengths_change_under_replay() -> None:
+    """A program long enough to become a CUDA graph, replayed with other lengths and tables."""
+    rng = np.random.default_rng(3)
+    layers = 12
+    problem = oracle.make_problem(rng, (1500, 900, 64, 2000), h_q=16)
+
+    @jax.jit
+    def steps(q, k_cache, table, lengths):
+        results = []
+        for _ in range(layers):
+            out, lse = fm.flash_mla_with_kvcache(q, k_cache, table, lengths)
+            results.append((out, lse))
+            q = q.at[..., :512].set(out)
+        return results
+
+    one = jax.jit(fm.flash_mla_with_kvcache)
+    operands = [jnp.asarray(x) for x in (problem.q, problem.k_cache)]
+    for lengths in ((1500, 900, 64, 2000), (1, 900, 0, 5), (1500, 0, 64, 1999), (0, 0, 0, 0)):
+        lengths = np.array(lengths, np.int32)
+        table = np.where(
+            np.arange(problem.block_table.shape[1]) < -(-lengths[:, None] // 64),
+            problem.block_table,
+            -1,
+        ).astype(np.int32)
+        q, k_cache = operands
+        for out, lse in steps(q, k_cache, table, lengths):
+            want_out, want_lse = one(q, k_cache, table, lengths)
+            for a, b in ((out, want_out), (lse, want_lse)):
+                np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+            q = q.at[..., :512].set(out)
+    assert steps._cache_size() == 1
