@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashmla_jax import generate as generation
 from flashmla_jax.config import kernel_on, show_config
+from flashmla_jax.generate import Generation, Sampling, score
 from flashmla_jax.layers.mla import Params, YarnScaling
 from flashmla_jax.models import (
     DeepSeekConfig,
@@ -175,7 +175,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     config, params = _load(args.checkpoint, args.dtype)
-    logprobs = generation.score(params, config, args.ids, args.prefill)
+    logprobs = score(params, config, args.ids, args.prefill)
     if args.json:
         print(json.dumps({"logprobs": logprobs.tolist()}))
     else:
@@ -185,13 +185,13 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    sampling = generation.Sampling(args.temperature, args.top_p, args.seed)
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
     tokenizer = _tokenizer(args.checkpoint) if args.prompt else None
     prompts = args.prompt_ids
     if tokenizer is not None:
         prompts = [tokenizer.encode(text).ids for text in args.prompt]
     config, params = _load(args.checkpoint, args.dtype)
-    run = generation.Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
+    run = Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
     return _run(run, params, config, tokenizer, args.check)
 
 
@@ -200,7 +200,7 @@ def _demo(args: argparse.Namespace) -> int:
     config, params = _load(checkpoint, args.dtype)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in _DEMO_PROMPT_LENGTHS]
-    run = generation.Generation(params, config, prompts, args.max_new_tokens)
+    run = Generation(params, config, prompts, args.max_new_tokens)
     return _run(run, params, config, None, check=True)
 
 
@@ -256,14 +256,14 @@ class _Record:
 
     Attributes:
       tokens: the new tokens of each sequence.
-      logits: if kept, of each step, float32[batch, vocab].
+      logits: if kept, of each step, float32[batch, vocab]; on the device, so as not to wait.
       compile_seconds, prefill_seconds, decode_seconds: wall-clock time.
       steps: decode steps, which follow the one that reads the prompts.
       decoded: tokens that those steps gave.
     """
 
     tokens: list[list[int]]
-    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logits: list[jax.Array] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -272,7 +272,7 @@ class _Record:
 
 
 def _run(
-    run: generation.Generation,
+    run: Generation,
     params: Params,
     config: DeepSeekConfig,
     tokenizer: Any,
@@ -304,7 +304,7 @@ def _run(
     return _check(run, params, config, record) if check else 0
 
 
-def _record(run: generation.Generation, keep_logits: bool) -> _Record:
+def _record(run: Generation, keep_logits: bool) -> _Record:
     record = _Record([[] for _ in run.prompts])
     start = time.perf_counter()
     with _progress("compiling"):
@@ -325,14 +325,12 @@ def _record(run: generation.Generation, keep_logits: bool) -> _Record:
                 if token is not None:
                     tokens.append(token)
             if keep_logits:
-                record.logits.append(np.asarray(step.logits))
+                record.logits.append(step.logits)
             advance()
     return record
 
 
-def _check(
-    run: generation.Generation, params: Params, config: DeepSeekConfig, record: _Record
-) -> int:
+def _check(run: Generation, params: Params, config: DeepSeekConfig, record: _Record) -> int:
     """Compares the logits of every step with those of one forward pass without a cache."""
     rows = [[*p.tolist(), *new] for p, new in zip(run.prompts, record.tokens, strict=True)]
     ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
@@ -341,11 +339,11 @@ def _check(
     with _progress("checking"):
         forward = np.asarray(deepseek.forward(params, config, ids))
 
+    steps = np.stack(jax.device_get(record.logits))
     largest, usual = np.float32(0), np.float32(0)
     for i, (prompt, new) in enumerate(zip(run.prompts, record.tokens, strict=True)):
-        stepwise = np.array([logits[i] for logits in record.logits[: len(new)]])
         dense = forward[i, len(prompt) - 1 :][: len(new)]
-        differences = np.max(np.abs(stepwise - dense), axis=-1)
+        differences = np.max(np.abs(steps[: len(new), i] - dense), axis=-1)
         # `np.maximum` keeps NaN, which then fails the comparison.
         largest = np.maximum(largest, np.max(differences))
         usual = np.maximum(usual, np.quantile(differences, 0.75))

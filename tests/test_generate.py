@@ -8,9 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashmla_jax import generate as generate_module
 from flashmla_jax.cache.layout import PAGE_SIZE
-from flashmla_jax.generate import Generation, Sampling, generate, score
+from flashmla_jax.generate import (
+    Generation,
+    Sampling,
+    _begin,
+    _continue,
+    _round_up,
+    _sample,
+    _score_token,
+    generate,
+    score,
+)
 from flashmla_jax.layers import YarnScaling
 from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
 
@@ -105,22 +114,21 @@ def test_bfloat16():
 
 def test_two_programs_for_everything(model):
     """Steps, lengths of the same size class and sampling parameters compile nothing."""
-    begin, go_on = generate_module._begin, generate_module._continue
-    before = begin._cache_size(), go_on._cache_size()
+    before = _begin._cache_size(), _continue._cache_size()
     for prompts, max_new_tokens, sampling in [
         ([[1, 2], [3] * 60], 66, Sampling(0.5)),
         ([[4] * 50, [5]], 70, Sampling(1.5, 0.9, 7)),
     ]:
         list(Generation(*model, prompts, max_new_tokens, sampling=sampling).compile())
         list(Generation(*model, prompts, max_new_tokens, sampling=sampling))
-    assert (begin._cache_size() - before[0], go_on._cache_size() - before[1]) == (1, 1)
+    assert (_begin._cache_size() - before[0], _continue._cache_size() - before[1]) == (1, 1)
 
 
 def test_committed_parameters_compile_once_too(model):
     params = jax.device_put(model[0], jax.devices("cpu")[0])
-    before = generate_module._continue._cache_size()
+    before = _continue._cache_size()
     generate(params, model[1], PROMPTS, 40)
-    assert generate_module._continue._cache_size() == before + 1
+    assert _continue._cache_size() == before + 1
 
 
 def test_pools_stay_in_place(model):
@@ -220,7 +228,7 @@ def test_distribution(temperature, top_p):
     wanted[nucleus] = p[nucleus] / p[nucleus].sum()
 
     n = 20_000
-    draw = jax.jit(jax.vmap(generate_module._sample, (0, None, None, None)))
+    draw = jax.jit(jax.vmap(_sample, (0, None, None, None)))
     drawn = draw(jax.random.split(jax.random.key(0), n), logits, temperature, top_p)
     count = collections.Counter(np.asarray(drawn).tolist())
     assert set(count) == set(np.flatnonzero(wanted).tolist())
@@ -243,9 +251,9 @@ def test_score(model, prefill):
 
 
 def test_score_decodes_with_one_program(model):
-    before = generate_module._score_token._cache_size()
+    before = _score_token._cache_size()
     score(*model, range(1, 200), 7)
-    assert generate_module._score_token._cache_size() <= before + 1
+    assert _score_token._cache_size() <= before + 1
 
 
 @pytest.mark.parametrize("prefill", [None, 0, 1])
@@ -257,7 +265,7 @@ def test_score_of_one_token_is_empty(model, prefill):
 
 
 def test_sizes_are_few_and_waste_at_most_an_eighth():
-    sizes = [generate_module._round_up(n) for n in range(1, 5000)]
+    sizes = [_round_up(n) for n in range(1, 5000)]
     assert all(n <= size <= n * 9 / 8 for n, size in enumerate(sizes, start=1))
     assert len(set(sizes)) < 100
 
