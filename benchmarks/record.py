@@ -1,0 +1,121 @@
+"""Records of measurements: what was measured, on what, from which sources.
+
+A record under `results/` says by a hash which sources of the kernels it was measured with, so that
+a test can warn when they have changed since.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flashmla_jax.ops import _ffi
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_SOURCES = ("csrc", "flashmla_jax/ops", "flashmla_jax/cache")
+_SUFFIXES = {".py", ".cc", ".h", ".cu", ".cuh"}
+
+
+def write_record(path: Path | str, results: Any, command: str) -> Path:
+    """Writes `results`, which must be JSON, with all that is needed to judge and repeat them."""
+    record = {
+        "device": device_name(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command,
+        "commit": _commit(),
+        "source_hash": source_hash(),
+        "versions": versions(),
+        "results": results,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def source_hash() -> str:
+    """SHA-256 over the names and contents of what the kernels are built and called from."""
+    digest = hashlib.sha256()
+    for path in _source_files():
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _source_files() -> Iterator[Path]:
+    yield ROOT / "CMakeLists.txt"
+    for folder in _SOURCES:
+        files = (p for p in (ROOT / folder).rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        yield from sorted(files)
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's with the number of threads it gives us."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return str(device.device_kind)
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} threads"
+
+
+def _processor() -> str:
+    """The processor's name, model and widest vectors, as far as Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = info.get("model name", platform.machine())
+    flags = info.get("flags", "").split()
+    vectors = next((x for x in ("avx512f", "avx2", "sse2") if x in flags), None)
+    model = [f"family {info['cpu family']} model {info['model']}"] if "cpu family" in info else []
+    return ", ".join([name, *model, *([vectors] if vectors else [])])
+
+
+def versions() -> dict[str, str | None]:
+    """Of all that the numbers depend on; None for what is not there."""
+    info = _ffi.build_info()
+    cuda = info.get("cuda_version")
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": _version("jaxlib"),
+        "flashmla_jax": _version("flashmla-jax"),
+        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
+        "compiler": info.get("compiler"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit, marked when files differ from it; None outside a git checkout."""
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
