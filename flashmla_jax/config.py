@@ -52,7 +52,7 @@ def _build() -> list[tuple[str, str]]:
 
 def _devices() -> list[jax.Device]:
     """The devices of the default platform, and the CPU."""
-    devices = jax.local_devices()
+    devices = list(jax.local_devices())
     if devices[0].platform != "cpu":
         with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out.
             devices += jax.local_devices(backend="cpu")

@@ -52,8 +52,10 @@ def flash_mla_with_kvcache(
     position = jnp.arange(tokens.shape[1])
     exists = (position < lengths[:, None])[..., None, None]
 
-    k = jnp.where(in_pool, tokens, jnp.nan)
-    v = jnp.where(in_pool & exists, tokens[..., :head_dim_v], 0)
+    k = jnp.where(exists, jnp.where(in_pool, tokens, jnp.nan), 0)
+    # What is not finite reaches the rows that see it by its score; 0 x NaN would reach the others.
+    v = k[..., :head_dim_v]
+    v = jnp.where(jnp.isfinite(v), v, 0)
 
     rows = q.reshape(batch, s_q, h_kv, h_q // h_kv, head_dim)
     scores = softmax_scale * jnp.einsum(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -49,3 +49,10 @@ def pytest_report_header() -> str:
 def platform() -> str:
     """Where the tests run: cpu, gpu or tpu."""
     return jax.devices()[0].platform
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> Iterator[None]:
+    """For modules that compare float32 tightly: it runs on the CPU only, and in full there."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield

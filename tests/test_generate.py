@@ -23,6 +23,8 @@ from flashmla_jax.generate import (
 from flashmla_jax.layers import YarnScaling
 from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 CONFIG = DeepSeekConfig(
     model_type="deepseek_v3",
     vocab_size=512,
@@ -42,13 +44,6 @@ CONFIG = DeepSeekConfig(
     rope_scaling=YarnScaling(factor=40, original_max_position_embeddings=64, mscale_all_dim=1.0),
 )
 PROMPTS = [[3, 1, 4], list(range(40, 110)), [7], [5, 9, 2, 6, 5, 3, 5, 8]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_cpu():
-    """Float32, in which one can compare tightly, decodes on the CPU only."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 @pytest.fixture(scope="module")

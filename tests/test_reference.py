@@ -12,6 +12,8 @@ from oracle import DTYPES, HEAD_DIM, HEAD_DIM_V, INT32_MAX, PAGE_SIZE
 
 from flashmla_jax import reference
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 
 @functools.partial(jax.jit, static_argnames=("softmax_scale", "causal"))
 def run(q, k_cache, block_table, cache_seqlens, softmax_scale, causal):

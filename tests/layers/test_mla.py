@@ -13,6 +13,8 @@ import pytest
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mla
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 V3_YARN = mla.YarnScaling(
     factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
 )

@@ -18,6 +18,8 @@ from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import MLAConfig, YarnScaling, mla
 from flashmla_jax.layers.nnx import MultiHeadLatentAttention
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 CONFIG = MLAConfig(
     hidden_size=20,
     num_heads=2,

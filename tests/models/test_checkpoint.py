@@ -22,6 +22,8 @@ from flashmla_jax.models import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 GOLDENS = Path(__file__).parent / "goldens"
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 CONFIG = DeepSeekConfig(

@@ -17,6 +17,8 @@ from flashmla_jax.layers import YarnScaling
 from flashmla_jax.models import deepseek, init_params, load_checkpoint
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 GOLDENS = Path(__file__).parent / "goldens"
 LOGITS = {"atol": 1e-5, "rtol": 0}
 LATENTS = {"atol": 2e-5, "rtol": 0}
