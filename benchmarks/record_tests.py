@@ -1,0 +1,56 @@
+"""Turns a JUnit file of the test suite into a record for this GPU under results/.
+
+pytest --junitxml=FILE; python benchmarks/record_tests.py FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, device_name, write_record
+
+
+def outcome(case: ET.Element) -> str:
+    """What became of a test case: passed, failed, error or skipped."""
+    for tag, name in (("failure", "failed"), ("error", "error"), ("skipped", "skipped")):
+        if case.find(tag) is not None:
+            return name
+    return "passed"
+
+
+def summarize(junit: Path) -> dict[str, Any]:
+    """Outcomes in all and by module, and the names of the tests that did not pass."""
+    cases = list(ET.parse(junit).getroot().iter("testcase"))
+    modules: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    not_passed: dict[str, list[str]] = collections.defaultdict(list)
+    for case in cases:
+        module, name = case.get("classname", ""), case.get("name", "")
+        modules[module][outcome(case)] += 1
+        if outcome(case) != "passed":
+            not_passed[outcome(case)].append(f"{module}::{name}")
+    return {
+        "outcomes": dict(sum(modules.values(), collections.Counter())),
+        "seconds": round(sum(float(case.get("time", 0)) for case in cases), 1),
+        "modules": {module: dict(counts) for module, counts in sorted(modules.items())},
+        "not_passed": dict(not_passed),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("junit", type=Path)
+    arguments = parser.parse_args(argv)
+    name = device_name().lower().replace(" ", "_")
+    path = RESULTS / f"gpu_tests_{name}.json"
+    print(f"wrote {write_record(path, summarize(arguments.junit), 'make test-gpu')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

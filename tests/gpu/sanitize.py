@@ -1,0 +1,155 @@
+"""Runs the kernels under compute-sanitizer: memcheck, racecheck and synccheck.
+
+    python tests/gpu/sanitize.py            every tool, and a record under benchmarks/results/
+    python tests/gpu/sanitize.py --cases    the cases alone, as each tool runs them
+
+The grid is small, because racecheck makes a kernel a hundred times slower. Results are checked too:
+a kernel that does nothing has no errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+ENVIRONMENT = {
+    # Every buffer gets an allocation of its own, so that memcheck sees where it ends.
+    "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=",
+    "JAX_PLATFORMS": "cuda,cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+
+
+class Case(NamedTuple):
+    lengths: tuple[int, ...]
+    s_q: int = 1
+    h_q: int = 16
+    h_kv: int = 1
+    causal: bool = False
+    dtype: str = "bf16"
+
+
+DENSE_DECODE = {
+    "one sequence, split, tail page": Case((300,)),
+    "one token": Case((1,), h_q=1),
+    "lengths around page borders, causal": Case(
+        (0, 1, 63, 64, 65, 130), s_q=2, h_q=9, causal=True, dtype="f16"
+    ),
+    "two tiles of heads": Case((200, 65), h_q=128),
+    "ragged tiles, two KV heads, causal": Case((129, 3, 64), s_q=4, h_q=42, h_kv=2, causal=True),
+    "more sequences than multiprocessors": Case((70, 1, 0) * 60, h_q=3),
+}
+
+
+def run_cases() -> None:
+    """Runs every case once on the default device and compares the results."""
+    import functools
+
+    import jax
+    import numpy as np
+    import oracle
+
+    import flashmla_jax as fm
+
+    rng = np.random.default_rng(0)
+    for name, case in DENSE_DECODE.items():
+        problem = oracle.make_problem(
+            rng,
+            case.lengths,
+            s_q=case.s_q,
+            h_q=case.h_q,
+            h_kv=case.h_kv,
+            dtype=oracle.DTYPES[case.dtype],
+        )
+        attend = jax.jit(functools.partial(fm.flash_mla_with_kvcache, causal=case.causal))
+        oracle.assert_matches(attend(*problem), oracle.attend(problem, causal=case.causal))
+        print(f"{name}: correct", flush=True)
+
+    append = jax.jit(fm.cache_append, donate_argnums=0)
+    for h_kv in (1, 2):
+        problem = oracle.make_problem(rng, (200, 0, 100), h_kv=h_kv)
+        table, num_pages = problem.block_table, len(problem.k_cache)
+        new_kv = rng.standard_normal((3, 7, h_kv, 576), np.float32).astype(problem.q.dtype)
+        start, count = np.array([62, 0, 90], np.int32), np.array([7, 7, 3], np.int32)
+        expected = problem.k_cache.copy()
+        for i, j in np.ndindex(3, 7):
+            slot, row = divmod(int(start[i]) + j, 64)
+            if j < count[i] and 0 <= table[i, slot] < num_pages:
+                expected[table[i, slot], row] = new_kv[i, j]
+        pool = append(jax.device_put(problem.k_cache), new_kv, table, start, count)
+        assert np.asarray(pool).tobytes() == expected.tobytes()
+        print(f"cache_append, {h_kv} KV heads: correct", flush=True)
+
+
+def find_sanitizer() -> str:
+    """compute-sanitizer: $COMPUTE_SANITIZER, on PATH, or in a CUDA toolkit."""
+    roots = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *Path("/usr/local").glob("cuda-*")]
+    candidates = [os.environ.get("COMPUTE_SANITIZER"), "compute-sanitizer"]
+    candidates += [f"{root}/bin/compute-sanitizer" for root in roots if root]
+    for candidate in filter(None, candidates):
+        if found := shutil.which(candidate):
+            return found
+    raise SystemExit("compute-sanitizer is not on PATH; COMPUTE_SANITIZER can say where it is")
+
+
+def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
+    """Runs the cases under a tool, showing its output; what it found."""
+    print(f"--- {tool}", flush=True)
+    command = [sanitizer, f"--tool={tool}", "--error-exitcode=99"]
+    # XLA probes the driver with calls that may fail; a failed launch of ours is an error anyhow.
+    command += ["--report-api-errors=no", sys.executable, __file__, "--cases"]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    summary = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if re.search(r"SUMMARY", line):
+            summary = line.strip("= \n")
+    clean = process.wait() == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", summary) is not None
+    return {"clean": clean, "summary": summary, "seconds": round(time.monotonic() - start, 1)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", action="store_true", help="run the cases, without a tool")
+    parser.add_argument("--tool", choices=TOOLS, action="append", help="default: all, in turn")
+    arguments = parser.parse_args(argv)
+    if arguments.cases:
+        run_cases()
+        return 0
+
+    sanitizer = find_sanitizer()
+    results = {tool: run_tool(sanitizer, tool) for tool in arguments.tool or TOOLS}
+    for tool, result in results.items():
+        print(f"{tool}: {'clean' if result['clean'] else 'NOT CLEAN'} ({result['summary']})")
+    if arguments.tool is None:
+        from record import RESULTS, device_name, write_record
+
+        name = device_name().lower().replace(" ", "_")
+        print(f"wrote {write_record(RESULTS / f'sanitizer_{name}.json', results, 'make sanitize')}")
+    return not all(result["clean"] for result in results.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The record that `make test-gpu` makes of a test run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_summary_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import record_tests
+
+    (tmp_path / "test_x.py").write_text(
+        """
+import pytest
+
+@pytest.mark.parametrize("x", [1, 2, 3])
+def test_numbers(x):
+    assert x < 3
+
+@pytest.mark.skip(reason="for the record")
+def test_skipped():
+    pass
+
+def test_with_broken_setup(no_such_fixture):
+    pass
+"""
+    )
+    command = ["-m", "pytest", "-q", "--junitxml=junit.xml", "-p", "no:cacheprovider", "test_x.py"]
+    subprocess.run([sys.executable, *command], cwd=tmp_path, check=False, capture_output=True)
+    summary = record_tests.summarize(tmp_path / "junit.xml")
+    outcomes = {"passed": 2, "failed": 1, "skipped": 1, "error": 1}
+    assert summary["outcomes"] == outcomes
+    assert summary["modules"] == {"test_x": outcomes}
+    assert summary["not_passed"] == {
+        "failed": ["test_x::test_numbers[3]"],
+        "skipped": ["test_x::test_skipped"],
+        "error": ["test_x::test_with_broken_setup"],
+    }
