@@ -71,37 +71,40 @@ CASES = [
 
 
 def seconds_per_call(
-    function: Callable[..., Any], shared: Sequence[Any], rotated: Sequence[Any], few: int, many: int
+    function: Callable[..., Any], shared: Sequence[Any], own: Sequence[Any], few: int
 ) -> float:
-    """Device seconds of `function(*shared, rotated[i])`, one call after the other."""
+    """Device seconds of `function(*shared, own[i])`, one call after the other.
+
+    Every call has an operand of its own, or XLA would make equal calls one.
+    """
+
+    @jax.jit
+    def run(shared: Sequence[Any], own: Sequence[Any]) -> Any:
+        return [function(*shared, operand) for operand in own]
 
     def program(calls: int) -> float:
-        compiled = jax.jit(
-            lambda shared, rotated: [
-                function(*shared, rotated[i % len(rotated)]) for i in range(calls)
-            ]
-        )
         times = []
         for _ in range(9):
             start = time.perf_counter()
-            jax.block_until_ready(compiled(shared, rotated))
+            jax.block_until_ready(run(shared, own[:calls]))
             times.append(time.perf_counter() - start)
         return statistics.median(times[2:])
 
-    return (program(many) - program(few)) / (many - few)
+    return (program(len(own)) - program(few)) / (len(own) - few)
 
 
 def attention_seconds(case: Case, attend: Callable[..., Any], few: int, many: int) -> float:
     rng = np.random.default_rng(0)
     lengths = sample_lengths(case, rng)
     pages = -(-lengths // PAGE_SIZE)
-    bytes_per_call = int(pages.sum()) * PAGE_SIZE * HEAD_DIM * 2
-    tables_wanted = min(many, -(-BEYOND_L2 // bytes_per_call))
-    num_pages = int(pages.sum()) * tables_wanted
-    order = rng.permutation(num_pages).astype(np.int32)
+    copies = -(-BEYOND_L2 // (int(pages.sum()) * PAGE_SIZE * HEAD_DIM * 2))
+    num_pages = int(pages.sum()) * min(many, copies)
     tables = []
-    for _ in range(tables_wanted):
+    order = rng.permutation(num_pages).astype(np.int32)
+    for _ in range(many):
         table = np.full((case.batch, pages.max()), -1, np.int32)
+        if order.size == 0:
+            order = rng.permutation(num_pages).astype(np.int32)
         for i, count in enumerate(pages):
             table[i, :count], order = order[:count], order[count:]
         tables.append(jnp.asarray(table))
@@ -112,8 +115,7 @@ def attention_seconds(case: Case, attend: Callable[..., Any], few: int, many: in
     def call(q: jax.Array, k_cache: jax.Array, lengths: jax.Array, table: jax.Array) -> Any:
         return attend(q, k_cache, table, lengths)
 
-    shared = (q, k_cache, jnp.asarray(lengths, jnp.int32))
-    return seconds_per_call(call, shared, tables, few, many)
+    return seconds_per_call(call, (q, k_cache, jnp.asarray(lengths, jnp.int32)), tables, few)
 
 
 def sample_lengths(case: Case, rng: np.random.Generator) -> np.ndarray:
@@ -156,17 +158,22 @@ def measure(case: Case) -> dict[str, Any]:
 def ceilings() -> dict[str, float]:
     """What XLA's own kernels reach: a sum over 8 GB, and products of 8192 x 8192 matrices."""
     x = jnp.ones((4, 2**30), jnp.bfloat16)
-    read = seconds_per_call(lambda x, i: x[i].sum(dtype=jnp.float32), [x], [0, 1, 2, 3], 4, 12)
+    total = jax.jit(lambda x: x.sum(axis=1, dtype=jnp.float32))
     keys = jax.random.split(jax.random.key(1))
     a, b = (jax.random.normal(key, (8192, 8192), jnp.bfloat16) for key in keys)
     chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, 200, lambda _, c: (c @ b) * 0.01, a))
-    chain(a, b).block_until_ready()
-    start = time.perf_counter()
-    chain(a, b).block_until_ready()
-    matmul = (time.perf_counter() - start) / 200
+
+    def seconds(function: Callable[..., Any], *operands: jax.Array) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*operands))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
     return {
-        "read_gbps": round(2 * 2**30 / read / 1e9),
-        "sustained_matmul_tflops": round(2 * 8192**3 / matmul / 1e12, 1),
+        "read_gbps": round(x.nbytes / seconds(total, x) / 1e9),
+        "sustained_matmul_tflops": round(200 * 2 * 8192**3 / seconds(chain, a, b) / 1e12, 1),
     }
 
 

@@ -90,20 +90,23 @@ def test_flash_mla(config: Config) -> None:
 
 @functools.partial(jax.jit, static_argnames="causal")
 def float32_math(q, k_cache, block_table, cache_seqlens, causal):
-    """One sequence after the other, so that memory holds one gathered cache."""
-    pool = k_cache.astype(jnp.float32)
+    """out, lse and spread, one sequence after the other, so that memory holds one gathered cache.
+
+    Tokens being normal, the spread is the root of the sum of squared probabilities; and squares of
+    probabilities are what twice the scale gives.
+    """
 
     def one(operands):
         row, table, length = operands
-        out, lse = reference.flash_mla_with_kvcache(
-            row[None].astype(jnp.float32),
-            pool,
-            table[None],
-            length[None],
-            softmax_scale=HEAD_DIM**-0.5,
-            causal=causal,
+        tokens = k_cache[jnp.clip(table, 0, len(k_cache) - 1)].astype(jnp.float32)
+        row, table, length = row[None].astype(jnp.float32), jnp.arange(len(table)), length[None]
+        attend = functools.partial(
+            reference.flash_mla_with_kvcache, row, tokens, table[None], length, causal=causal
         )
-        return out[0], lse[0]
+        out, lse = attend(softmax_scale=HEAD_DIM**-0.5)
+        _, twice = attend(softmax_scale=2 * HEAD_DIM**-0.5)
+        spread = jnp.swapaxes(jnp.exp(twice / 2 - lse), 1, 2)[..., None]
+        return out[0], lse[0], spread[0]
 
     return jax.lax.map(one, (q, block_table, cache_seqlens))
 
@@ -173,8 +176,8 @@ def validate_and_measure(config: Config) -> str:
     q, k_cache, lengths = shared
     out, lse = attend(q, k_cache, tables[0], lengths, causal=config.causal)
     expected = float32_math(q, k_cache, tables[0], lengths, causal=config.causal)
-    want_out, want_lse = (np.asarray(x, np.float64) for x in expected)
-    oracle.assert_matches((out, lse), oracle.Expected(want_out, want_lse, np.zeros(())))
+    expected = oracle.Expected(*(np.asarray(x, np.float64) for x in expected))
+    oracle.assert_matches((out, lse), expected)
 
     seconds = seconds_per_call(shared, tables, config.causal)
     tokens = int(lengths.sum())
