@@ -19,6 +19,11 @@
 // would be compiled for the baseline.
 #define FLASHMLA_INLINE [[gnu::always_inline]] inline
 
+#if defined(__x86_64__)
+#define FLASHMLA_AVX2 "avx2,fma"
+#define FLASHMLA_AVX512 FLASHMLA_AVX2 ",avx512f,avx512bw,avx512dq,avx512vl"
+#endif
+
 #if defined(__clang__)
 #define FLASHMLA_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -55,9 +60,16 @@ struct ElementOf<DType::kF32> {
 template <DType D>
 using Element = typename ElementOf<D>::type;
 
+template <size_t... I>
+FLASHMLA_INLINE Floats<sizeof...(I)> Broadcast(float x, std::index_sequence<I...>) {
+  const Floats<4> first{x};
+  return __builtin_shufflevector(first, first, (I * 0)...);
+}
+
+// GCC makes of other ways to write this, a number less a vector of zeros say, one load per lane.
 template <int N>
 FLASHMLA_INLINE Floats<N> Broadcast(float x) {
-  return x - Floats<N>{};  // x - 0 is x for every x; x + 0 is not for -0
+  return Broadcast(x, std::make_index_sequence<N>{});
 }
 
 template <int N>
