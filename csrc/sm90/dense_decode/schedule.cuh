@@ -14,9 +14,6 @@
 
 namespace flashmla::sm90 {
 
-// A partition must be worth its share of the combine: it gets at least this many blocks.
-inline constexpr int64_t kMinBlocksPerPartition = 2;
-
 struct Range {
   int batch;       // where it starts: a sequence,
   int block;       // a block in it,
@@ -82,8 +79,7 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
     total += scratch->warp_total[w];
   }
 
-  const int64_t worthwhile = (total + kMinBlocksPerPartition - 1) / kMinBlocksPerPartition;
-  const int64_t active = min(worthwhile, int64_t{partitions});
+  const int64_t active = min(total, int64_t{partitions});
   const int64_t start = total * partition / active;
   const int64_t end = total * (partition + 1) / active;
   if (partition >= active) {
