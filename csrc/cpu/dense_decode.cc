@@ -50,7 +50,7 @@ static_assert(kMinChunkTokens % kPageSize == 0);
 
 struct Kernels {
   int64_t workspace;  // floats
-  void (*attend)(const DenseDecodeParams&, const Task&, const Scratch&);
+  void (*attend)(const DenseDecodeParams&, const Task&, Scratch&);
   void (*merge)(int64_t rows, const Partial& into, const Partial& from);
   void (*finish)(const DenseDecodeParams&, const Task&, const Partial&);
 };
@@ -58,7 +58,7 @@ struct Kernels {
 #define FLASHMLA_KERNELS(NAME, WIDTH, TARGET)                                                   \
   template <DType D>                                                                            \
   struct NAME {                                                                                 \
-    TARGET static void Attend(const DenseDecodeParams& p, const Task& task, const Scratch& s) { \
+    TARGET static void Attend(const DenseDecodeParams& p, const Task& task, Scratch& s) {       \
       AttendWith<D, WIDTH>(p, task, s);                                                         \
     }                                                                                           \
     TARGET static void Merge(int64_t rows, const Partial& into, const Partial& from) {          \
@@ -73,8 +73,8 @@ struct Kernels {
 FLASHMLA_KERNELS(Baseline, 4, )
 
 #if defined(__x86_64__)
-FLASHMLA_KERNELS(Avx2, 8, __attribute__((target(FLASHMLA_AVX2))))
-FLASHMLA_KERNELS(Avx512, 16, __attribute__((target(FLASHMLA_AVX512))))
+FLASHMLA_KERNELS(Avx2, 8, [[gnu::target(FLASHMLA_AVX2)]])
+FLASHMLA_KERNELS(Avx512, 16, [[gnu::target(FLASHMLA_AVX512)]])
 
 bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -158,7 +158,6 @@ class Call {
     if (!scratch.workspace.data()) scratch.workspace = Buffer(kernels_.workspace);
     if (!scratch.partial) scratch.partial = Partial(tile_rows_);
     kernels_.attend(p_, task, scratch);
-    scratch.tile = task.tile;
     if (chunks == 1) {
       kernels_.finish(p_, task, scratch.partial);
     } else {

@@ -74,12 +74,12 @@ FLASHMLA_INLINE Floats<N> Broadcast(float x) {
 
 template <int N>
 FLASHMLA_INLINE Words<N> Bits(const Floats<N>& x) {
-  return std::bit_cast<Words<N>>(x);
+  return __builtin_bit_cast(Words<N>, x);
 }
 
 template <int N>
 FLASHMLA_INLINE Floats<N> FromBits(const Words<N>& x) {
-  return std::bit_cast<Floats<N>>(x);
+  return __builtin_bit_cast(Floats<N>, x);
 }
 
 // --- Memory ----------------------------------------------------------------------------------

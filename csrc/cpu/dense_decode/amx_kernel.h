@@ -32,8 +32,9 @@
 #include "cpu/dense_decode/task.h"
 #include "cpu/simd.h"
 
-// Inlined like all the rest, but only into functions compiled for AMX.
-#define FLASHMLA_AMX __attribute__((target(FLASHMLA_AVX512 ",amx-tile,amx-bf16")))
+// For what uses tile registers. The rest is inlined into it, and passes it nothing in vectors:
+// Clang refuses those between functions compiled for different processors, inlined or not.
+#define FLASHMLA_AMX [[gnu::target(FLASHMLA_AVX512 ",amx-tile,amx-bf16")]]
 #define FLASHMLA_AMX_INLINE FLASHMLA_AMX FLASHMLA_INLINE
 
 namespace flashmla::cpu {
@@ -83,14 +84,14 @@ FLASHMLA_AMX_INLINE void ConfigureTiles() {
 // --- Layouts ---------------------------------------------------------------------------------
 
 template <int kDistance, size_t... I>
-FLASHMLA_AMX_INLINE void Exchange(Words<16>& a, Words<16>& b, std::index_sequence<I...>) {
+FLASHMLA_INLINE void Exchange(Words<16>& a, Words<16>& b, std::index_sequence<I...>) {
   const Words<16> x = a, y = b;
   a = __builtin_shufflevector(x, y, (I & kDistance ? 16 + I - kDistance : I)...);
   b = __builtin_shufflevector(x, y, (I & kDistance ? 16 + I : I + kDistance)...);
 }
 
 template <int kDistance>
-FLASHMLA_AMX_INLINE void ExchangeAll(Words<16>* x) {
+FLASHMLA_INLINE void ExchangeAll(Words<16>* x) {
   FLASHMLA_UNROLL
   for (int i = 0; i < 16; ++i) {
     if (!(i & kDistance))
@@ -98,15 +99,14 @@ FLASHMLA_AMX_INLINE void ExchangeAll(Words<16>* x) {
   }
 }
 
-FLASHMLA_AMX_INLINE void Transpose(Words<16>* x) {
+FLASHMLA_INLINE void Transpose(Words<16>* x) {
   ExchangeAll<8>(x);
   ExchangeAll<4>(x);
   ExchangeAll<2>(x);
   ExchangeAll<1>(x);
 }
 
-FLASHMLA_AMX_INLINE void PackQueries(const DenseDecodeParams& p, const Task& task,
-                                     AmxWorkspace& w) {
+FLASHMLA_INLINE void PackQueries(const DenseDecodeParams& p, const Task& task, AmxWorkspace& w) {
   const auto* from = static_cast<const uint16_t*>(p.q);
   for (int64_t first = 0; first < task.rows; first += kAmxRows) {
     for (int step = 0; step < kKeySteps; ++step) {
@@ -122,8 +122,8 @@ FLASHMLA_AMX_INLINE void PackQueries(const DenseDecodeParams& p, const Task& tas
 }
 
 template <size_t... I>
-FLASHMLA_AMX_INLINE void Interleave(const Halves<32>& a, const Halves<32>& b, uint16_t* first,
-                                    uint16_t* second, std::index_sequence<I...>) {
+FLASHMLA_INLINE void Interleave(const Halves<32>& a, const Halves<32>& b, uint16_t* first,
+                                uint16_t* second, std::index_sequence<I...>) {
   const Halves<32> x = __builtin_shufflevector(a, b, (I / 2 + I % 2 * 32)...);
   const Halves<32> y = __builtin_shufflevector(a, b, (16 + I / 2 + I % 2 * 32)...);
   std::memcpy(first, &x, sizeof(x));
@@ -131,8 +131,8 @@ FLASHMLA_AMX_INLINE void Interleave(const Halves<32>& a, const Halves<32>& b, ui
 }
 
 // The values of 32 tokens `stride` numbers apart, of which those from `count` on become zero.
-FLASHMLA_AMX_INLINE void PackValues(const uint16_t* from, int64_t stride, int count,
-                                    uint16_t (*v)[kTile]) {
+FLASHMLA_INLINE void PackValues(const uint16_t* from, int64_t stride, int count,
+                                uint16_t (*v)[kTile]) {
   for (int pair = 0; pair < 16; ++pair, from += 2 * stride) {
     for (int tile = 0; tile < kValueTiles; tile += 2) {
       Halves<32> a{}, b{};
@@ -221,9 +221,9 @@ FLASHMLA_AMX_INLINE void AmxValues(const uint16_t (*p)[kTile],
 // Turns the scores of 16 rows, one per lane, into probabilities: all in place, and those of the
 // first `common` tokens, rounded to bfloat16, in `p` too. `count` is a multiple of 32; tokens from
 // `visible` on, of each row, do not count.
-FLASHMLA_AMX_INLINE void AmxSoftmax(float (*scores)[kAmxRows], int count, int common,
-                                    const int* visible, float scale, float* max, float* sum,
-                                    float* keep, uint16_t (*p)[kTile]) {
+FLASHMLA_INLINE void AmxSoftmax(float (*scores)[kAmxRows], int count, int common,
+                                const int* visible, float scale, float* max, float* sum,
+                                float* keep, uint16_t (*p)[kTile]) {
   typedef int32_t Ints __attribute__((vector_size(64)));
   Ints end;
   std::memcpy(&end, visible, sizeof(end));
@@ -268,11 +268,26 @@ FLASHMLA_AMX_INLINE void AmxSoftmax(float (*scores)[kAmxRows], int count, int co
   Store<16>(Load<16>(sum) * kept + (total[0] + total[1]), sum);
 }
 
+// Multiplies what was summed before the block.
+FLASHMLA_INLINE void Rescale(const float* keep, int64_t rows, float* acc) {
+  for (int64_t row = 0; row < rows; ++row, acc += kHeadDimV) {
+    if (keep[row] == 1) continue;
+    for (int d = 0; d < kHeadDimV; d += 16) Store<16>(Load<16>(acc + d) * keep[row], acc + d);
+  }
+}
+
+// acc += weight * value, for one token of one row.
+FLASHMLA_INLINE void AddValue(float weight, const uint16_t* value, float* acc) {
+  for (int d = 0; d < kHeadDimV; d += 16) {
+    Store<16>(Load<16>(acc + d) + weight * LoadAs<DType::kBF16, 16>(value + d), acc + d);
+  }
+}
+
 // --- The task --------------------------------------------------------------------------------
 
 // The task's partial result, into scratch.partial.
 FLASHMLA_AMX inline void AttendWithAmx(const DenseDecodeParams& p, const Task& task,
-                                       const Scratch& scratch) {
+                                       Scratch& scratch) {
   auto& w = *reinterpret_cast<AmxWorkspace*>(scratch.workspace.data());
   const int groups = static_cast<int>((task.rows + kAmxRows - 1) / kAmxRows);
   const Partial& partial = scratch.partial;
@@ -284,6 +299,7 @@ FLASHMLA_AMX inline void AttendWithAmx(const DenseDecodeParams& p, const Task& t
   }
   ConfigureTiles();
   if (scratch.tile != task.tile) PackQueries(p, task, w);
+  scratch.tile = task.tile;
 
   int visible[kMaxRows];
   for (int64_t first = task.first_token; first < task.end_token; first += kAmxBlock) {
@@ -330,11 +346,7 @@ FLASHMLA_AMX inline void AttendWithAmx(const DenseDecodeParams& p, const Task& t
                  partial.max() + row, partial.sum() + row, w.keep + row, w.p[group]);
     }
     const bool add = first > task.first_token;
-    for (int row = 0; add && row < task.rows; ++row) {
-      if (w.keep[row] == 1) continue;
-      float* acc = partial.acc() + row * kHeadDimV;
-      for (int d = 0; d < kHeadDimV; d += 16) Store<16>(Load<16>(acc + d) * w.keep[row], acc + d);
-    }
+    if (add) Rescale(w.keep, task.rows, partial.acc());
     for (int tile = 0; tile < kValueTiles; tile += 4) {
       int group = 0;
       for (; group + 1 < groups; group += 2) {
@@ -352,10 +364,7 @@ FLASHMLA_AMX inline void AttendWithAmx(const DenseDecodeParams& p, const Task& t
       for (int token = common; token < visible[row]; ++token) {
         const uint16_t* value =
             tokens[token / kAmxDepth] + token % kAmxDepth * strides[token / kAmxDepth];
-        const float weight = w.scores[row / kAmxRows][token][row % kAmxRows];
-        for (int d = 0; d < kHeadDimV; d += 16) {
-          Store<16>(Load<16>(acc + d) + weight * LoadAs<DType::kBF16, 16>(value + d), acc + d);
-        }
+        AddValue(w.scores[row / kAmxRows][token][row % kAmxRows], value, acc);
       }
     }
   }

@@ -224,8 +224,7 @@ inline constexpr int64_t kVectorWorkspace =
 
 // The task's partial result, into scratch.partial.
 template <DType D, int N>
-FLASHMLA_INLINE void AttendWith(const DenseDecodeParams& p, const Task& task,
-                                const Scratch& scratch) {
+FLASHMLA_INLINE void AttendWith(const DenseDecodeParams& p, const Task& task, Scratch& scratch) {
   const int64_t rows = task.rows;
   float* keys = scratch.workspace.data();
   float* q = keys + kBlock * kHeadDim;
@@ -237,6 +236,7 @@ FLASHMLA_INLINE void AttendWith(const DenseDecodeParams& p, const Task& task,
   std::fill_n(partial.sum(), rows, 0.0f);
   if (task.first_token >= task.end_token) return;
   if (scratch.tile != task.tile) LoadQueries<D, N>(p, task, q);
+  scratch.tile = task.tile;
 
   int visible[kMaxRows];
   for (int64_t first = task.first_token; first < task.end_token; first += kBlock) {
