@@ -1,13 +1,10 @@
 """Hugging Face checkpoints of DeepSeek models: safetensors to parameters and back.
 
-A checkpoint may be far larger than the host's memory, so files are mapped, not read: each parameter
-goes from the mapping to the device on its own (the experts of a layer, which make up one parameter,
-are gathered first), and is transposed and converted there.
+A checkpoint may be far larger than the host's memory. Loading holds one parameter there at a time
+(the experts of a layer, which make up one, are gathered first): it goes to the device, and is
+transposed and converted there. Saving gathers the tensors of one file at a time.
 
-The file format is read here because the `safetensors` package has no reader for NumPy with
-bfloat16, and its Flax reader copies tensors through the host once more. A file is 8 bytes with the
-length of a JSON header, the header with every tensor's dtype, shape and place, then the data
-(https://github.com/huggingface/safetensors#format).
+The `safetensors` package reads and writes the files; only loading and saving import it.
 """
 
 from __future__ import annotations
@@ -22,7 +19,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +36,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def load_checkpoint(
@@ -66,6 +63,7 @@ def load_checkpoint(
         the model.
       NotImplementedError: the model is none this library has code for, or its weights are
         quantised.
+      ImportError: the `safetensors` package is missing.
     """
     path = Path(path)
     if config is None:
@@ -75,8 +73,7 @@ def load_checkpoint(
     checkpoint.check_names([name for p in parameters for name in p.names], config)
 
     def read(parameter: _Parameter) -> jax.Array:
-        views = [checkpoint.read(name, parameter.shape) for name in parameter.names]
-        host = np.stack(views) if parameter.num_experts else views[0]
+        host = checkpoint.read(parameter)
         value = _convert(host, parameter.transposed, parameter.dtype(dtype))
         return value.block_until_ready()  # then `host` can go
 
@@ -98,22 +95,23 @@ def save_checkpoint(
       path: the folder to make; it must not exist, or be empty.
       config: goes to `config.json`.
       params: as `load_checkpoint` returns them, float32, float16 or bfloat16.
-      max_shard_size: bytes of tensors per file, which only a tensor larger than that exceeds. With
-        more than one file there is a `model.safetensors.index.json`.
+      max_shard_size: bytes of tensors per file, which only a tensor larger than that exceeds; a
+        file's tensors are in host memory together. With more than one file there is a
+        `model.safetensors.index.json`.
 
     Raises:
       FileExistsError: `path` exists and is not an empty folder.
       ValueError: a parameter is missing, or has the wrong shape or dtype.
+      OSError: a file cannot be written.
+      ImportError: the `safetensors` package is missing.
     """
+    safetensors = _import_safetensors()
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder")
 
-    # Float32 before narrower types keeps every tensor aligned within its file.
     tensors = [
-        tensor
-        for parameter in sorted(_parameters(config), key=lambda parameter: not parameter.float32)
-        for tensor in _tensors(parameter, params)
+        tensor for parameter in _parameters(config) for tensor in _tensors(parameter, params)
     ]
     shards: list[list[_Tensor]] = [[]]
     size = 0
@@ -127,19 +125,28 @@ def save_checkpoint(
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     scratch.mkdir(parents=True)
     try:
+        config_file = scratch / "config.json"
+        config_file.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             if len(shards) == 1:
                 file = _SINGLE
             weight_map.update({tensor.name: file for tensor in shard})
-            with open(scratch / file, "wb") as output:
-                _write_safetensors(output, shard)
+            try:
+                safetensors.numpy.save_file(
+                    {tensor.name: tensor.host() for tensor in shard},
+                    scratch / file,
+                    metadata={"format": "pt"},
+                )
+            except safetensors.SafetensorError as error:
+                raise OSError(f"{path / file} cannot be written: {error}") from error
+            # safetensors 0.8 leaves a file readable by its owner alone, whatever the umask.
+            shutil.copymode(config_file, scratch / file)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (scratch / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        (scratch / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         os.replace(scratch, path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -302,8 +309,8 @@ def _build(config: DeepSeekConfig, make: Callable[[_Parameter], jax.Array]) -> d
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _convert(x: jax.Array, transposed: bool, dtype: np.dtype[Any]) -> jax.Array:
-    """`x` in the model's layout; always a copy, for `x` may be a view of a mapped file."""
-    x = jnp.copy(x).astype(dtype)
+    """`x`, a parameter as the checkpoint has it, in the model's layout."""
+    x = x.astype(dtype)
     return jnp.swapaxes(x, -1, -2) if transposed else x
 
 
@@ -319,7 +326,8 @@ class _Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files: dict[str, _SafetensorsFile] = {}
+        self._safetensors = _import_safetensors()
+        self._files: dict[str, Any] = {}  # `safetensors.safe_open` by name, once needed
         index = path / _INDEX
         if index.exists():
             self._file_of: dict[str, str] = _read_json_object(index).get("weight_map", {})
@@ -327,7 +335,7 @@ class _Checkpoint:
             if missing := sorted(file for file in files if not (path / file).is_file()):
                 raise FileNotFoundError(f"{_INDEX} names files that {path} lacks: {_some(missing)}")
         elif (path / _SINGLE).is_file():
-            self._file_of = dict.fromkeys(self._open(_SINGLE).names, _SINGLE)
+            self._file_of = dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
         else:
             raise FileNotFoundError(f"{path} has neither {_SINGLE} nor {_INDEX}")
 
@@ -353,66 +361,46 @@ class _Checkpoint:
                 f"{_some(unexpected)}"
             )
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A view of the tensor `name`, which must have that shape."""
-        array = self._open(self._file_of[name]).read(name)
-        if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, the configuration wants {shape}")
+    def read(self, parameter: _Parameter) -> np.ndarray:
+        """The tensors of `parameter`, in host memory; they must have its shape."""
+        names = parameter.names
+        dtypes = [self._check(name, parameter.shape) for name in names]
+        if not parameter.num_experts:
+            return self._get(names[0])
+        stacked = np.empty((parameter.num_experts, *parameter.shape), np.result_type(*dtypes))
+        for e, name in enumerate(names):
+            stacked[e] = self._get(name)
+        return stacked
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> np.dtype[Any]:
+        """The dtype of the tensor `name`, whose data stay unread; it must have that shape."""
+        path = self._path / self._file_of[name]
+        try:
+            tensor = self._open(self._file_of[name]).get_slice(name)
+        except self._safetensors.SafetensorError:
+            raise ValueError(f"{path} lacks {name}, which the index says it has") from None
+        dtype, actual = tensor.get_dtype(), tuple(tensor.get_shape())
+        if dtype not in _DTYPES:
+            raise NotImplementedError(
+                f"{name} in {path} is {dtype}, which is not supported; only {', '.join(_DTYPES)} "
+                "are"
+            )
+        if actual != shape:
+            raise ValueError(f"{name} has shape {actual}, the configuration wants {shape}")
+        return _DTYPES[dtype]
+
+    def _get(self, name: str) -> np.ndarray:
+        array: np.ndarray = self._open(self._file_of[name]).get_tensor(name)
         return array
 
-    def _open(self, file: str) -> _SafetensorsFile:
+    def _open(self, file: str) -> Any:
         if file not in self._files:
-            self._files[file] = _SafetensorsFile(self._path / file)
-        return self._files[file]
-
-
-class _SafetensorsFile:
-    """A memory-mapped safetensors file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            if size < 8 or header_size > size - 8:
-                raise ValueError(
-                    f"{path} is truncated: {size} bytes cannot hold the header it announces"
-                )
+            path = self._path / file
             try:
-                header = json.loads(file.read(header_size))
-            except ValueError as error:
-                raise ValueError(f"{path} is no safetensors file: its header is no JSON") from error
-        header.pop("__metadata__", None)
-        self._header: dict[str, dict[str, Any]] = header
-        data_size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if size < 8 + header_size + data_size:
-            raise ValueError(
-                f"{path} is truncated: it has {size} bytes of {8 + header_size + data_size}"
-            )
-        self._data = np.memmap(path, dtype=np.uint8, mode="r")[8 + header_size :]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._header)
-
-    def read(self, name: str) -> np.ndarray:
-        """A view of the mapped tensor `name`."""
-        entry = self._header.get(name)
-        if entry is None:
-            raise ValueError(f"{self._path} lacks {name}, which the index says it has")
-        if entry["dtype"] not in _DTYPES:
-            raise NotImplementedError(
-                f"{name} in {self._path} is {entry['dtype']}, which is not supported; only "
-                f"{', '.join(_DTYPES)} are"
-            )
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
-                f"{self._path} is damaged: it has {end - begin} bytes for {name}, "
-                f"{entry['dtype']}{list(shape)}"
-            )
-        return self._data[begin:end].view(dtype).reshape(shape)
+                self._files[file] = self._safetensors.safe_open(path, framework="np")
+            except self._safetensors.SafetensorError as error:
+                raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        return self._files[file]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,10 +417,10 @@ class _Tensor:
         return math.prod(self.parameter.shape) * int(np.dtype(self.value.dtype).itemsize)
 
     def host(self) -> np.ndarray:
-        """Its numbers in the checkpoint's layout."""
+        """Its numbers in the checkpoint's layout, contiguous as `save_file` takes them to be."""
         value = self.value[self.expert] if self.parameter.num_experts else self.value
         array = np.asarray(value)
-        return np.ascontiguousarray(array.T) if self.parameter.transposed else array
+        return np.ascontiguousarray(array.T if self.parameter.transposed else array)
 
 
 def _tensors(parameter: _Parameter, params: Mapping[str, Any]) -> list[_Tensor]:
@@ -443,29 +431,19 @@ def _tensors(parameter: _Parameter, params: Mapping[str, Any]) -> list[_Tensor]:
             f"{parameter.path} has shape {value.shape}, the configuration wants "
             f"{parameter.model_shape}"
         )
-    if np.dtype(value.dtype) not in _DTYPE_NAMES:
+    if np.dtype(value.dtype) not in _DTYPES.values():
         raise ValueError(
             f"{parameter.path} is {value.dtype}; only {', '.join(_DTYPES)} are written"
         )
     return [_Tensor(name, parameter, value, e) for e, name in enumerate(parameter.names)]
 
 
-def _write_safetensors(output: BinaryIO, tensors: list[_Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": _DTYPE_NAMES[np.dtype(tensor.value.dtype)],
-            "shape": tensor.parameter.shape,
-            "data_offsets": [begin, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    output.write(len(encoded).to_bytes(8, "little"))
-    output.write(encoded)
-    for tensor in tensors:
-        output.write(tensor.host().view(np.uint8).data)
+def _import_safetensors() -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("checkpoints need safetensors: pip install flashmla-jax[hf]") from error
+    return safetensors
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Reading and writing Hugging Face checkpoints, with the `safetensors` package as the witness."""
+"""Reading and writing Hugging Face checkpoints."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import deserialize
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from flashmla_jax.models import (
     DeepSeekConfig,
@@ -25,7 +26,6 @@ from flashmla_jax.models import (
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 GOLDENS = Path(__file__).parent / "goldens"
-NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 CONFIG = DeepSeekConfig(
     model_type="deepseek_v3",
     vocab_size=11,
@@ -49,14 +49,6 @@ CONFIG = DeepSeekConfig(
 INDEX = "model.safetensors.index.json"
 
 
-def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """What the `safetensors` package finds in a file."""
-    return {
-        name: np.frombuffer(t["data"], NUMPY[t["dtype"]]).reshape(t["shape"])
-        for name, t in deserialize(file.read_bytes())
-    }
-
-
 @pytest.fixture
 def params():
     return init_params(CONFIG, jax.random.key(0), jnp.bfloat16)
@@ -76,7 +68,7 @@ def single(tmp_path, params) -> Path:
 
 def rewrite(folder: Path, change) -> None:
     """Passes the tensors of a single-file checkpoint through `change`."""
-    tensors = read_tensors(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -88,7 +80,7 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2_lite"])
 def test_reads_what_hugging_face_wrote(name):
     config, params = load_checkpoint(GOLDENS / name, dtype=jnp.float32)
-    tensors = read_tensors(GOLDENS / name / "model.safetensors")
+    tensors = load_file(GOLDENS / name / "model.safetensors")
     moe, at = params["layers"][1]["mlp"], "model.layers.1.mlp"
     for e in range(config.n_routed_experts):
         np.testing.assert_array_equal(
@@ -130,6 +122,16 @@ def test_reads_other_dtypes(single, params, stored):
     np.testing.assert_allclose(
         np.float32(loaded["lm_head"]["kernel"]), np.float32(params["lm_head"]["kernel"]), atol=1e-3
     )
+
+
+def test_reads_experts_of_different_dtypes(single, params):
+    def change(tensors):
+        name = "model.layers.1.mlp.experts.2.up_proj.weight"
+        tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+    rewrite(single, change)
+    _, loaded = load_checkpoint(single)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_ignores_multi_token_prediction_and_frequencies(single):
@@ -174,7 +176,7 @@ def test_sharded_round_trip(sharded, params):
     assert len(files) >= 2
     total = 0
     for file in files:
-        tensors = read_tensors(sharded / file)
+        tensors = load_file(sharded / file)
         assert sum(t.nbytes for t in tensors.values()) <= 20_000 or len(tensors) == 1
         total += sum(t.nbytes for t in tensors.values())
         assert {name for name, f in index["weight_map"].items() if f == file} == set(tensors)
@@ -201,6 +203,12 @@ def test_tensors_are_aligned_within_a_file(single):
         assert entry["data_offsets"][0] % (4 if entry["dtype"] == "F32" else 2) == 0
 
 
+def test_files_are_as_readable_as_any(single, tmp_path):
+    (tmp_path / "any").touch()
+    mode = (tmp_path / "any").stat().st_mode
+    assert {path.stat().st_mode for path in single.iterdir()} == {mode}
+
+
 def test_does_not_overwrite(single, params):
     with pytest.raises(FileExistsError, match="is not an empty folder"):
         save_checkpoint(single, CONFIG, params)
@@ -209,6 +217,16 @@ def test_does_not_overwrite(single, params):
 def test_a_failed_write_leaves_nothing(tmp_path, params, monkeypatch):
     monkeypatch.setattr(DeepSeekConfig, "to_dict", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
+        save_checkpoint(tmp_path / "model", CONFIG, params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(tmp_path, params, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left"):
         save_checkpoint(tmp_path / "model", CONFIG, params)
     assert list(tmp_path.iterdir()) == []
 
@@ -294,17 +312,17 @@ def test_unknown_dtype(single):
         load_checkpoint(single)
 
 
-def test_truncated_files(sharded):
+def test_truncated_and_damaged_files(sharded):
     file = sorted(sharded.glob("*.safetensors"))[0]
     whole = file.read_bytes()
     header_size = int.from_bytes(whole[:8], "little")
-    for size in (0, 5, 8 + header_size // 2, len(whole) - 1):
-        file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"is truncated"):
+    damaged = [whole[:size] for size in (0, 5, 8 + header_size // 2, len(whole) - 1)]
+    damaged.append(whole[:8] + b"?" * header_size + whole[8 + header_size :])
+    for contents in damaged:
+        file.write_bytes(contents)
+        with pytest.raises(ValueError, match=rf"{file.name} is truncated or damaged: ") as info:
             load_checkpoint(sharded)
-    file.write_bytes(whole[:8] + b"?" * header_size + whole[8 + header_size :])
-    with pytest.raises(ValueError, match=r"its header is no JSON"):
-        load_checkpoint(sharded)
+        assert isinstance(info.value.__cause__, SafetensorError)
 
 
 def test_damaged_index(sharded):
@@ -327,3 +345,12 @@ def test_config_that_disagrees_with_the_tensors(tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=r"q_b_proj\.weight has shape \(264, 48\), .* \(352, 48\)"):
         load_checkpoint(tmp_path / "model")
+
+
+def test_without_safetensors(single, tmp_path, params, monkeypatch):
+    for module in ("safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"pip install flashmla-jax\[hf\]"):
+        load_checkpoint(single)
+    with pytest.raises(ImportError, match=r"pip install flashmla-jax\[hf\]"):
+        save_checkpoint(tmp_path / "other", CONFIG, params)
