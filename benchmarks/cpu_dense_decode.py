@@ -2,8 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/cpu_dense_decode.py
 
-Prints a table and writes a record under benchmarks/results/. Times are medians of single calls, the
-two functions taking turns; GB/s counts a cache that is read once.
+Prints a table and writes a record under benchmarks/results/. Times are medians of single calls. The
+two take turns, so that neither finds its pages in the processor's caches, as in a model, where the
+weights have passed in between. GB/s counts pages that are read once.
 """
 
 from __future__ import annotations

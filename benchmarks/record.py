@@ -69,7 +69,7 @@ def device_name() -> str:
 
 
 def _processor() -> str:
-    """The processor's name, model and widest vectors, as far as Linux tells."""
+    """The processor's name, model and best instructions for this, as far as Linux tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -77,7 +77,7 @@ def _processor() -> str:
     info = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     name = info.get("model name", platform.machine())
     flags = info.get("flags", "").split()
-    vectors = next((x for x in ("avx512f", "avx2", "sse2") if x in flags), None)
+    vectors = next((x for x in ("amx_bf16", "avx512f", "avx2") if x in flags), None)
     model = [f"family {info['cpu family']} model {info['model']}"] if "cpu family" in info else []
     return ", ".join([name, *model, *([vectors] if vectors else [])])
 
