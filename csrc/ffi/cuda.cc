@@ -29,11 +29,12 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
                        "flashmla_dense_decode: float32 runs on the CPU only");
   }
   const int64_t rows = params.workspace_slots() * params.tile_rows();
-  const auto holds = [](const auto& buffer, int64_t elements) {
-    return static_cast<int64_t>(buffer->element_count()) >= elements;
+  const auto fewer = [](size_t elements, int64_t needed) {
+    return static_cast<int64_t>(elements) < needed;
   };
-  if (!holds(partial_out, rows * kHeadDimV) || !holds(partial_lse, rows) ||
-      !holds(split_info, params.max_partitions() * 4)) {
+  if (fewer(partial_out->element_count(), rows * kHeadDimV) ||
+      fewer(partial_lse->element_count(), rows) ||
+      fewer(split_info->element_count(), params.max_partitions() * 4)) {
     return xffi::Error::InvalidArgument("flashmla_dense_decode: the workspace is too small");
   }
   params.partial_out = partial_out->typed_data();
