@@ -58,31 +58,33 @@ $(VENV)/.hf $(VENV)/.test: $(VENV)/.%: $(NATIVE) | $(BIN)/pip
 
 # --- On a machine with a Hopper GPU ----------------------------------------------------------
 
-# In .venv; or, where there is no network to fill it from, with the installed Python.
-GPU_PYTHON = $$(test -e $(VENV)/.test && echo $(BIN)/python || \
-	echo env PYTHONPATH=$(CURDIR)/build/site $(PYTHON))
+# The Python of .venv; or, where there is no network to fill it from, the installed one.
+GPU_PYTHON := build/gpu-python
 
-test-gpu: gpu  ## All tests on the GPU, the full grid included. Writes a record.
-	@mkdir -p build
-	$(GPU_PYTHON) -P -m pytest --ignore=tests/test_wheel.py \
-		--junitxml=build/gpu_tests.xml $(PYTEST_ARGS); \
-	status=$$?; $(GPU_PYTHON) benchmarks/record_tests.py build/gpu_tests.xml && exit $$status
+test-gpu: gpu  ## All tests on the GPU, with the full grid. Writes a record.
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -P -m pytest --ignore=tests/test_wheel.py \
+		$(or $(PYTEST_ARGS),--junitxml=build/gpu_tests.xml; status=$$?; \
+		$(GPU_PYTHON) benchmarks/record_tests.py build/gpu_tests.xml && exit $$status)
 
-sanitize: gpu  ## compute-sanitizer (memcheck, racecheck, synccheck) on a small grid.
+sanitize: gpu  ## compute-sanitizer (memcheck, racecheck, synccheck) on a small grid. Writes a record.
 	$(GPU_PYTHON) tests/gpu/sanitize.py
 
 bench: gpu  ## The benchmark table. Writes a record.
 	$(GPU_PYTHON) benchmarks/gpu_dense_decode.py
 
 gpu: | $(BIN)/pip
-	@test -n "$(HOPPER)" || { echo "nvidia-smi shows no Hopper GPU (compute capability 9.0)"; exit 1; }
+	@test -n "$(HOPPER)" || \
+		{ echo "nvidia-smi shows no Hopper GPU (compute capability 9.0)"; exit 1; }
+	@mkdir -p build
 	@if test -e $(VENV)/.test || $(PIP) install --quiet --dry-run --ignore-installed --no-deps \
 		--retries 0 --timeout 5 nanobind >/dev/null 2>&1; \
-	then $(MAKE) --no-print-directory $(VENV)/.test; \
-	else $(MAKE) --no-print-directory build/site/.installed; fi
+	then $(MAKE) --no-print-directory $(VENV)/.test && python='$(CURDIR)/$(BIN)/python'; \
+	else $(MAKE) --no-print-directory build/site/.installed && \
+		python='env PYTHONPATH=$(CURDIR)/build/site $(PYTHON)'; \
+	fi && printf '#!/bin/sh\nexec %s "$$@"\n' "$$python" > $(GPU_PYTHON) && chmod +x $(GPU_PYTHON)
 
 build/site/.installed: $(NATIVE) $(shell find flashmla_jax -name '*.py')
-	@echo "No network: installing flashmla-jax in build/site, for the packages of $(PYTHON)."
+	@echo "No network: installing flashmla-jax in build/site, beside the packages of $(PYTHON)."
 	rm -rf build/site
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --target build/site .
 	@touch $@

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from record import RESULTS, device_name, write_record
 
 
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("junit", type=Path)
     arguments = parser.parse_args(argv)
+    if jax.devices()[0].platform != "gpu":
+        print(f"no record: the tests ran on {device_name()}, not on a GPU")
+        return 1
     name = device_name().lower().replace(" ", "_")
     path = RESULTS / f"gpu_tests_{name}.json"
     print(f"wrote {write_record(path, summarize(arguments.junit), 'make test-gpu')}")
