@@ -1,4 +1,4 @@
-"""The README's examples run, each by itself."""
+"""The README's examples run, each by itself, and what the documents call by name is there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
@@ -25,3 +26,14 @@ def test_example(number: int) -> None:
         assert names["ok"]
     if "out" in names:
         assert names["out"].shape[0] == 2
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_commands_and_paths_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    paths = set(re.findall(r"`(?:python )?([a-z_]+/[\w/.]*|[\w/]+\.py)`", text))
+    assert paths
+    for path in paths - {"build/site"}:
+        assert (ROOT / path).exists() or (ROOT / "flashmla_jax" / path).exists(), path
