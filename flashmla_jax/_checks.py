@@ -17,4 +17,7 @@ def array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
         raise ValueError(f"{name} must be {shape}, got shape {value.shape}")
     if dtype is not None and value.dtype != dtype:
         raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {value.dtype}")
-    return jnp.asarray(value)
+    converted = jnp.asarray(value)
+    if converted.dtype != value.dtype:
+        raise ValueError(f"{name} is {value.dtype}, which JAX would narrow to {converted.dtype}")
+    return converted

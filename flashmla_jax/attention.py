@@ -232,8 +232,11 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} must be a Python number: it is part of the compiled program")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+    # Kernels work in float32, and in base 2: the number times log2(e) has to be finite there.
+    if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max) / math.log2(
+        math.e
+    ):
+        raise ValueError(f"{name} must be finite in float32, also times log2(e), got {number}")
     return number
 
 

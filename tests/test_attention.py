@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import threading
 from typing import Any, NamedTuple
 
@@ -604,6 +605,17 @@ def test_bad_input_gets_its_message(changes, words) -> None:
         fm.flash_mla_with_kvcache(**{**GOOD, **changes})
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1e39, -1e39, 3e38, float("inf"), float("nan")])
+def test_scale_beyond_float32_gets_its_message(scale) -> None:
+    with pytest.raises(ValueError, match=r"softmax_scale must be finite.*" + re.escape(str(scale))):
+        fm.flash_mla_with_kvcache(**GOOD, softmax_scale=scale)
+
+
+def test_float64_is_not_narrowed_in_silence() -> None:
+    with pytest.raises(ValueError, match="q is float64"):
+        fm.flash_mla_with_kvcache(**{**GOOD, "q": np.zeros(GOOD["q"].shape)})
 
 
 def test_traced_scale_gets_its_message() -> None:
