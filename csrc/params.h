@@ -7,10 +7,9 @@
 namespace flashmla {
 
 // The page format. The same numbers stand in flashmla_jax/cache/layout.py; a test compares them.
-inline constexpr int kPageSize = 64;  // tokens in a page
-inline constexpr int kHeadDim =
-    576;  // numbers per token: latent and RoPE part; a key is all of them
-inline constexpr int kHeadDimV = 512;  // of which the first are the latent; a value is these
+inline constexpr int kPageSize = 64;   // tokens in a page
+inline constexpr int kHeadDim = 576;   // numbers per token, latent and RoPE part: a key
+inline constexpr int kHeadDimV = 512;  // of which the first are the latent: a value
 
 // The GPU workspace: bounded by how many thread blocks a Hopper die can hold at once, so that it
 // does not grow with the batch. A full GH100 has 144 multiprocessors (132 are enabled on an H100).
@@ -48,9 +47,8 @@ struct DenseDecodeParams {
   int32_t* split_info;  // [max_partitions, 4]
 
   constexpr int64_t group() const { return h_q / h_kv; }  // query heads that share a KV head
-  constexpr int64_t rows() const {
-    return s_q * group();
-  }  // query rows of one sequence and KV head
+  // Query rows of one sequence and KV head.
+  constexpr int64_t rows() const { return s_q * group(); }
   constexpr int64_t tiles_per_head() const { return (rows() + kRowTile - 1) / kRowTile; }
   constexpr int64_t tile_rows() const { return rows() < kRowTile ? rows() : kRowTile; }
   constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }

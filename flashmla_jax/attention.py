@@ -97,7 +97,8 @@ def flash_mla_with_kvcache(
     Lengths and tables are data: they may be traced and change between calls of one compiled
     program. Since they cannot be checked at trace time, a token that cannot exist (a page id
     outside the pool, or a length beyond what the table can hold) gives NaN in the rows that see
-    it, and is never read. The same inputs give the same bits.
+    it, and is never read. Numbers that are not finite in a token that does exist may make NaN of
+    the results of the rows that see it, and of no others. The same inputs give the same bits.
 
     Args:
       q: [batch, s_q, h_q, 576] bfloat16, float16, or on the CPU float32: queries in latent space.

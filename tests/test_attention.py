@@ -390,6 +390,17 @@ def test_nested_vmap(rng) -> None:
         )
 
 
+@pytest.mark.parametrize("mapped", [(0,), (1, 2), (3,), (0, 1, 2, 3)], ids=str)
+def test_vmap_over_nothing(rng, mapped) -> None:
+    problem = oracle.make_problem(rng, (70, 130), h_q=2)
+    operands = [jnp.stack([x] * 2)[:0] if i in mapped else x for i, x in enumerate(problem)]
+    in_axes = [0 if i in mapped else None for i in range(4)]
+    out, lse = jax.vmap(run, in_axes)(*operands)
+    assert out.shape == (0, *problem.q.shape[:-1], 512)
+    assert lse.shape == (0, 2, 2, 1)
+    assert (out.dtype, lse.dtype) == (problem.q.dtype, np.float32)
+
+
 def test_vmapped_pools_do_not_reach_each_other(rng) -> None:
     """A page id past the end of one pool is not the first page of the next."""
     problem = oracle.make_problem(rng, (100,), h_q=2, spare_entries=0)

@@ -8,8 +8,19 @@
 namespace flashmla::ffi {
 namespace {
 
-xffi::Error ToError(const sm90::Status& status) {
-  return status.empty() ? xffi::Error::Success() : xffi::Error::Internal(status);
+xffi::Error ToError(const char* target, const sm90::Status& status) {
+  const std::string message = std::string(target) + ": " + status.message;
+  switch (status.code) {
+    case sm90::StatusCode::kOk:
+      return xffi::Error::Success();
+    case sm90::StatusCode::kInvalidArgument:
+      return xffi::Error::InvalidArgument(message);
+    case sm90::StatusCode::kFailedPrecondition:
+      return xffi::Error(xffi::ErrorCode::kFailedPrecondition, message);
+    case sm90::StatusCode::kInternal:
+      break;
+  }
+  return xffi::Error::Internal(message);
 }
 
 xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
@@ -40,7 +51,7 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
   params.partial_out = partial_out->typed_data();
   params.partial_lse = partial_lse->typed_data();
   params.split_info = split_info->typed_data();
-  return ToError(sm90::DenseDecode(params, stream));
+  return ToError("flashmla_dense_decode", sm90::DenseDecode(params, stream));
 }
 
 xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
@@ -49,7 +60,7 @@ xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyB
   CacheAppendParams params{};
   auto error = Unpack(k_cache, new_kv, block_table, start, count, *result, &params);
   if (error.failure()) return error;
-  return ToError(sm90::CacheAppend(params, stream));
+  return ToError("flashmla_cache_append", sm90::CacheAppend(params, stream));
 }
 
 }  // namespace

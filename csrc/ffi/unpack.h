@@ -69,6 +69,9 @@ inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
       out.element_type() != q.element_type()) {
     return bad("q, k_cache and out must share one of bfloat16, float16, float32");
   }
+  if (p->s_q < 1 || p->h_q < 1) {
+    return bad("q must hold a token and a head, got " + Describe("q", q));
+  }
   if (p->h_kv < 1 || p->h_q % p->h_kv != 0) {
     return bad("h_q must be a multiple of h_kv, got " + Describe("q", q) + " and " +
                Describe("k_cache", k_cache));

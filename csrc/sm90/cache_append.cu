@@ -47,13 +47,13 @@ Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream) {
   const int64_t tokens = params.batch * params.num_tokens;
   if (tokens == 0 || params.token_bytes == 0) return {};
   if (!IsAligned(params.new_kv) || !IsAligned(params.k_cache)) {
-    return "flashmla_cache_append: new_kv and k_cache must be aligned to 16 bytes";
+    return {StatusCode::kInvalidArgument, "new_kv and k_cache must be aligned to 16 bytes"};
   }
   const auto blocks = static_cast<unsigned>(std::min(tokens, kMaxBlocks));
   CacheAppendKernel<<<blocks, kThreads, 0, stream>>>(params);
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return {};
-  return std::string("flashmla_cache_append: ") + cudaGetErrorString(error);
+  return {StatusCode::kInternal, std::string("launch: ") + cudaGetErrorString(error)};
 }
 
 }  // namespace flashmla::sm90

@@ -10,8 +10,14 @@
 
 namespace flashmla::sm90 {
 
-// Empty when all went well, else what did not.
-using Status = std::string;
+enum class StatusCode { kOk, kInvalidArgument, kFailedPrecondition, kInternal };
+
+struct Status {
+  StatusCode code = StatusCode::kOk;
+  std::string message;
+
+  bool ok() const { return code == StatusCode::kOk; }
+};
 
 Status DenseDecode(const DenseDecodeParams& params, cudaStream_t stream);
 Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream);

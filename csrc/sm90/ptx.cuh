@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace flashmla::sm90::ptx {
 
@@ -36,6 +37,16 @@ __device__ __forceinline__ void MbarrierArriveExpectTx(uint64_t* barrier, uint32
                : "memory");
 }
 
+// Arrives on the barrier at the same place in block `rank` of this thread's cluster.
+__device__ __forceinline__ void MbarrierArriveAt(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(SmemAddress(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Returns once the phase of this parity has completed.
 __device__ __forceinline__ void MbarrierWait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -52,6 +63,26 @@ __device__ __forceinline__ void MbarrierWait(uint64_t* barrier, uint32_t parity)
 // Synchronises `threads` threads, all of which name the same barrier (1 to 15; 0 is __syncthreads).
 __device__ __forceinline__ void NamedBarrierSync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Counts this thread in at a barrier that others wait at.
+__device__ __forceinline__ void NamedBarrierArrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// This block's place in its cluster.
+__device__ __forceinline__ uint32_t ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks of the cluster.
+__device__ __forceinline__ void ClusterSync() {
+  asm volatile(
+      "barrier.cluster.arrive;\n"
+      "barrier.cluster.wait;\n" ::
+          : "memory");
 }
 
 // Orders ordinary shared-memory accesses of this thread before those of wgmma and TMA.
@@ -90,6 +121,18 @@ __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* 
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(SmemAddress(destination)),
       "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// The same, to that place in each block of the cluster whose bit is set in `blocks`; the barriers
+// at the place of `barrier` count the bytes.
+__device__ __forceinline__ void TmaLoad4DMulticast(void* destination, const CUtensorMap* map,
+                                                   uint64_t* barrier, int c0, int c1, int c2,
+                                                   int c3, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(SmemAddress(destination)),
+      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
       : "memory");
 }
 
@@ -132,10 +175,11 @@ struct MnMajor {
       (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{PanelBytes >> 4} << 16);
 };
 
-// `address` is uniform over the warpgroup, a multiple of 16, and below 256 KB like all of them.
+// `address` is uniform over the warpgroup and a multiple of 16. Within a block it is below 256 KB;
+// in a cluster the block's rank stands above that.
 template <typename Layout>
 __device__ __forceinline__ uint64_t Descriptor(uint32_t address) {
-  const uint32_t low = static_cast<uint32_t>(Layout::kBits) | (address >> 4);
+  const uint32_t low = static_cast<uint32_t>(Layout::kBits) | (address >> 4 & 0x3FFF);
   const uint32_t high = static_cast<uint32_t>(Layout::kBits >> 32);
   uint64_t descriptor;
   asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(high));
@@ -162,132 +206,111 @@ __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// d[64 x 32] (+)= a[64 x 16] b[32 x 16]^T, both K-major.
+// The accumulator's registers, as constraints and in the text; `a`, `b` and the flag follow them.
+#define FLASHMLA_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FLASHMLA_D16(d, i) \
+  FLASHMLA_D4(d, i), FLASHMLA_D4(d, i + 4), FLASHMLA_D4(d, i + 8), FLASHMLA_D4(d, i + 12)
+#define FLASHMLA_D32(d, i) FLASHMLA_D16(d, i), FLASHMLA_D16(d, i + 16)
+#define FLASHMLA_D128(d) \
+  FLASHMLA_D32(d, 0), FLASHMLA_D32(d, 32), FLASHMLA_D32(d, 64), FLASHMLA_D32(d, 96)
+#define FLASHMLA_D32_TEXT                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  " %8, %9, %10, %11, %12, %13, %14, %15, "   \
+  " %16, %17, %18, %19, %20, %21, %22, %23, " \
+  " %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define FLASHMLA_D128_TEXT                            \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, "                 \
+  " %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  " %16, %17, %18, %19, %20, %21, %22, %23, "         \
+  " %24, %25, %26, %27, %28, %29, %30, %31, "         \
+  " %32, %33, %34, %35, %36, %37, %38, %39, "         \
+  " %40, %41, %42, %43, %44, %45, %46, %47, "         \
+  " %48, %49, %50, %51, %52, %53, %54, %55, "         \
+  " %56, %57, %58, %59, %60, %61, %62, %63, "         \
+  " %64, %65, %66, %67, %68, %69, %70, %71, "         \
+  " %72, %73, %74, %75, %76, %77, %78, %79, "         \
+  " %80, %81, %82, %83, %84, %85, %86, %87, "         \
+  " %88, %89, %90, %91, %92, %93, %94, %95, "         \
+  " %96, %97, %98, %99, %100, %101, %102, %103, "     \
+  " %104, %105, %106, %107, %108, %109, %110, %111, " \
+  " %112, %113, %114, %115, %116, %117, %118, %119, " \
+  " %120, %121, %122, %123, %124, %125, %126, %127}, "
+
+// d[64 x 64] (+)= a[64 x 16] b[64 x 16]^T, both K-major in shared memory.
 template <typename T>
-__device__ void WgmmaM64N32(float (&d)[16], uint64_t a, uint64_t b, int accumulate);
+__device__ __forceinline__ void WgmmaM64N64(float (&d)[32], uint64_t a, uint64_t b,
+                                            int accumulate) {
+#define FLASHMLA_WGMMA(TYPE)                                                   \
+  asm volatile(                                                                \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                             \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE " " FLASHMLA_D32_TEXT \
+      "%32, %33, p, 1, 1, 0, 0;\n}\n"                                          \
+      : FLASHMLA_D32(d, 0)                                                     \
+      : "l"(a), "l"(b), "r"(accumulate))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
 
-// d[64 x 256] (+)= a[64 x 16] b[16 x 256], a K-major, b MN-major.
+// The same with `a` in registers: a row-major fragment, laid out as accumulators are.
 template <typename T>
-__device__ void WgmmaM64N256(float (&d)[128], uint64_t a, uint64_t b, int accumulate);
-
-template <>
-__device__ __forceinline__ void WgmmaM64N32<__nv_bfloat16>(float (&d)[16], uint64_t a, uint64_t b,
-                                                           int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, "
-      " %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, p, 1, 1, 0, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15])
-      : "l"(a), "l"(b), "r"(accumulate));
+__device__ __forceinline__ void WgmmaM64N64(float (&d)[32], const uint32_t* a, uint64_t b,
+                                            int accumulate) {
+#define FLASHMLA_WGMMA(TYPE)                                                   \
+  asm volatile(                                                                \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                             \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE " " FLASHMLA_D32_TEXT \
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"                            \
+      : FLASHMLA_D32(d, 0)                                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
 }
 
-template <>
-__device__ __forceinline__ void WgmmaM64N256<__nv_bfloat16>(float (&d)[128], uint64_t a, uint64_t b,
-                                                            int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, "
-      " %8, %9, %10, %11, %12, %13, %14, %15, "
-      " %16, %17, %18, %19, %20, %21, %22, %23, "
-      " %24, %25, %26, %27, %28, %29, %30, %31, "
-      " %32, %33, %34, %35, %36, %37, %38, %39, "
-      " %40, %41, %42, %43, %44, %45, %46, %47, "
-      " %48, %49, %50, %51, %52, %53, %54, %55, "
-      " %56, %57, %58, %59, %60, %61, %62, %63, "
-      " %64, %65, %66, %67, %68, %69, %70, %71, "
-      " %72, %73, %74, %75, %76, %77, %78, %79, "
-      " %80, %81, %82, %83, %84, %85, %86, %87, "
-      " %88, %89, %90, %91, %92, %93, %94, %95, "
-      " %96, %97, %98, %99, %100, %101, %102, %103, "
-      " %104, %105, %106, %107, %108, %109, %110, %111, "
-      " %112, %113, %114, %115, %116, %117, %118, %119, "
-      " %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, 1;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
-        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
-        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
-        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
-        "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]),
-        "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]),
-        "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]),
-        "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]),
-        "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]),
-        "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),
-        "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),
-        "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),
-        "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "r"(accumulate));
+// d[64 x 256] += a[64 x 16] b[16 x 256], a K-major and b MN-major in shared memory.
+template <typename T>
+__device__ __forceinline__ void WgmmaM64N256(float (&d)[128], uint64_t a, uint64_t b) {
+#define FLASHMLA_WGMMA(TYPE)                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE " " FLASHMLA_D128_TEXT \
+               "%128, %129, 1, 1, 1, 0, 1;\n"                                             \
+               : FLASHMLA_D128(d)                                                         \
+               : "l"(a), "l"(b))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
 }
 
-template <>
-__device__ __forceinline__ void WgmmaM64N32<__half>(float (&d)[16], uint64_t a, uint64_t b,
-                                                    int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, "
-      " %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, p, 1, 1, 0, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15])
-      : "l"(a), "l"(b), "r"(accumulate));
+// The same with `a` in registers.
+template <typename T>
+__device__ __forceinline__ void WgmmaM64N256(float (&d)[128], const uint32_t* a, uint64_t b) {
+#define FLASHMLA_WGMMA(TYPE)                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE " " FLASHMLA_D128_TEXT \
+               "{%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"                            \
+               : FLASHMLA_D128(d)                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
 }
 
-template <>
-__device__ __forceinline__ void WgmmaM64N256<__half>(float (&d)[128], uint64_t a, uint64_t b,
-                                                     int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, "
-      " %8, %9, %10, %11, %12, %13, %14, %15, "
-      " %16, %17, %18, %19, %20, %21, %22, %23, "
-      " %24, %25, %26, %27, %28, %29, %30, %31, "
-      " %32, %33, %34, %35, %36, %37, %38, %39, "
-      " %40, %41, %42, %43, %44, %45, %46, %47, "
-      " %48, %49, %50, %51, %52, %53, %54, %55, "
-      " %56, %57, %58, %59, %60, %61, %62, %63, "
-      " %64, %65, %66, %67, %68, %69, %70, %71, "
-      " %72, %73, %74, %75, %76, %77, %78, %79, "
-      " %80, %81, %82, %83, %84, %85, %86, %87, "
-      " %88, %89, %90, %91, %92, %93, %94, %95, "
-      " %96, %97, %98, %99, %100, %101, %102, %103, "
-      " %104, %105, %106, %107, %108, %109, %110, %111, "
-      " %112, %113, %114, %115, %116, %117, %118, %119, "
-      " %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, 1;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
-        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
-        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
-        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
-        "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]),
-        "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]),
-        "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]),
-        "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]),
-        "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]),
-        "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),
-        "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),
-        "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),
-        "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "r"(accumulate));
-}
+#undef FLASHMLA_D4
+#undef FLASHMLA_D16
+#undef FLASHMLA_D32
+#undef FLASHMLA_D128
+#undef FLASHMLA_D32_TEXT
+#undef FLASHMLA_D128_TEXT
 
 }  // namespace flashmla::sm90::ptx

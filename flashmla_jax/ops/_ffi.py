@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, mlir
+from jax.interpreters import ad, batching, mlir
 
 _flashmla: ModuleType | None
 try:
@@ -56,33 +57,43 @@ def import_error() -> str | None:
 
 @functools.cache
 def _foreign_gpus() -> tuple[str, ...]:
-    """Compute capabilities of the local GPUs that the Hopper kernels cannot run on."""
+    """Compute capabilities of the local GPUs that the Hopper kernels cannot run on.
+
+    One such GPU decides for all: a program is lowered for a platform, not for a device of it.
+    """
     try:
         devices = jax.local_devices(backend="gpu")
     except RuntimeError:
-        return ()  # No GPU here: this is a lowering for another machine, taken at its word.
+        return ()
     found = {str(getattr(device, "compute_capability", "unknown")) for device in devices}
     return tuple(sorted(found - {HOPPER}))
 
 
-def why_no_kernel(platform: str) -> str | None:
-    """Why ops lower to the reference on `platform`, or None when there is a kernel."""
+def why_no_kernel(platform: str, *, elsewhere: bool = False) -> str | None:
+    """Why ops lower to the reference on `platform`, or None when there is a kernel.
+
+    Args:
+      platform: "cpu", "cuda", or another of JAX's.
+      elsewhere: the program is exported, to run on GPUs that need not be those of this machine.
+    """
     if _flashmla is None:
         return f"its compiled module did not load ({_import_error})"
     if platform not in (CPU, CUDA):
         return f"it has no kernels for {platform}"
     if platform not in _PLATFORMS:
         return "it was built without CUDA (FLASHMLA_CUDA=ON builds the Hopper kernels)"
-    if platform == CUDA and _foreign_gpus():
+    if platform == CUDA and not elsewhere and _foreign_gpus():
         capabilities = ", ".join(_foreign_gpus())
-        return f"its GPU kernels need compute capability {HOPPER}, and this GPU has {capabilities}"
+        return (
+            f"its GPU kernels need compute capability {HOPPER}, and a GPU here has {capabilities}"
+        )
     return None
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"flashmla_jax runs the much slower jax.numpy reference here: {reason}.", stacklevel=2
+        f"flashmla_jax runs the much slower jax.numpy reference here: {reason}.", stacklevel=3
     )
 
 
@@ -119,7 +130,7 @@ def register_lowerings(
 
     Args:
       primitive: an operation with several results.
-      kernels: per platform, a function of the operands and parameters that makes the FFI call. It
+      kernels: per platform, a function of the operands and parameters that makes the FFI call.
       reference: the same in `jax.numpy`, for every other platform.
     """
     lower_reference = mlir.lower_fun(reference, multiple_results=True)
@@ -129,8 +140,10 @@ def register_lowerings(
         lower_kernel = mlir.lower_fun(kernel, multiple_results=True) if kernel else None
 
         def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-            name = platform or "/".join(ctx.module_context.platforms)
-            reason = why_no_kernel(name)
+            module = ctx.module_context
+            # A module for several platforms takes this way only on those that have none of theirs.
+            name = platform or "/".join(p for p in module.platforms if p not in kernels)
+            reason = why_no_kernel(name, elsewhere=module.lowering_parameters.for_export)
             if reason is None and lower_kernel is not None:
                 return lower_kernel(ctx, *operands, **params)
             _warn_once(reason or f"it has no kernels for {name}")
@@ -141,3 +154,34 @@ def register_lowerings(
     for platform in kernels:
         mlir.register_lowering(primitive, lowering_for(platform), platform=platform)
     mlir.register_lowering(primitive, lowering_for(None))
+
+
+def register_batching(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Registers how `vmap` maps `primitive`.
+
+    Args:
+      primitive: an operation with several results.
+      rule: a function of the size of the mapped axis (one or more), the operands, the place of the
+        mapped axis in each (or None), and the parameters. It returns the results, mapped in front.
+    """
+
+    def batch(
+        operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
+    ) -> tuple[list[jax.Array], list[int]]:
+        size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+        if size > 0:
+            results = rule(size, operands, dims, **params)
+        else:
+            shapes = [
+                x.shape if d is None else (*x.shape[:d], *x.shape[d + 1 :])
+                for x, d in zip(operands, dims, strict=True)
+            ]
+            elements = [
+                jax.ShapeDtypeStruct(shape, x.dtype)
+                for shape, x in zip(shapes, operands, strict=True)
+            ]
+            one = jax.eval_shape(lambda *args: primitive.bind(*args, **params), *elements)
+            results = [jnp.zeros((0, *x.shape), x.dtype) for x in one]
+        return results, [0] * len(results)
+
+    batching.primitive_batchers[primitive] = batch

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import batching
 
 from flashmla_jax import reference
 from flashmla_jax._checks import array
@@ -29,7 +28,9 @@ def cache_append(
     Row j of sequence i becomes token `t = start[i] + j`, in page `block_table[i, t // 64]`, row
     `t % 64`, for all `j < min(count[i], num_tokens)`. A row without a place is dropped: one at a
     negative position, beyond the table, or in a page outside the pool. The rest of the pool keeps
-    its contents. Where two rows have the same place, either may win.
+    its contents. Where two rows have the same place, what it holds afterwards is
+    unspecified. Under `vmap` every element of the mapped axis has a pool of its own: a pool that
+    they share is copied for each.
 
     The result is `k_cache`'s own buffer when that is donated to the jitted function (or is an
     intermediate value of it); otherwise XLA copies the pool first, as for any functional update.
@@ -120,10 +121,9 @@ _ffi.register_lowerings(
 
 
 def _batch(
-    operands: tuple[jax.Array, ...], dims: tuple[int | None, ...]
-) -> tuple[list[jax.Array], list[int]]:
+    size: int, operands: tuple[jax.Array, ...], dims: tuple[int | None, ...]
+) -> list[jax.Array]:
     """Each element of the mapped axis has its own pool; one that they share is copied first."""
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     k_cache, new_kv, block_table, start, count = operands
     cache_dim, kv_dim, table_dim, start_dim, count_dim = dims
     if cache_dim is None:
@@ -136,10 +136,10 @@ def _batch(
         fold(start, start_dim, size),
         fold(count, count_dim, size),
     )
-    return [result.reshape(size, -1, *result.shape[1:])], [0]
+    return [result.reshape(size, -1, *result.shape[1:])]
 
 
-batching.primitive_batchers[cache_append_p] = _batch
+_ffi.register_batching(cache_append_p, _batch)
 
 
 # --- Differentiation -------------------------------------------------------------------------

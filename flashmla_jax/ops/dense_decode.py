@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import batching
 
 from flashmla_jax import reference
 from flashmla_jax.cache.layout import HEAD_DIM_V
@@ -134,9 +133,8 @@ def fold_pool(
 
 
 def _batch(
-    operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
-) -> tuple[list[jax.Array], list[int]]:
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    size: int, operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
+) -> list[jax.Array]:
     q, k_cache, block_table, cache_seqlens = operands
     q_dim, cache_dim, table_dim, lens_dim = dims
     if cache_dim is None:
@@ -146,10 +144,10 @@ def _batch(
     results = dense_decode_p.bind(
         fold(q, q_dim, size), pool, tables, fold(cache_seqlens, lens_dim, size), **params
     )
-    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results], [0, 0]
+    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
 
 
-batching.primitive_batchers[dense_decode_p] = _batch
+_ffi.register_batching(dense_decode_p, _batch)
 
 
 # --- Differentiation -------------------------------------------------------------------------

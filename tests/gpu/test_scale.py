@@ -67,6 +67,17 @@ def test_more_row_tiles_than_multiprocessors() -> None:
     oracle.assert_matches(actual, oracle.attend(problem, 576**-0.5, True))
 
 
+def test_more_row_tiles_than_16_bits() -> None:
+    rng = np.random.default_rng(4)
+    s_q, h_q = 32_769, 128  # 65,538 tiles of 64 rows
+    problem = oracle.make_problem(rng, (100,), dtype=jnp.bfloat16)
+    q = jax.random.normal(jax.random.key(4), (1, s_q, h_q, 576), jnp.bfloat16)
+    out, lse = jax.jit(fm.flash_mla_with_kvcache)(q, *tuple(problem)[1:])
+    some = np.array([0, 1, 12_345, 32_766, 32_767, 32_768])
+    sample = problem.replace(q=np.asarray(q[:, some]))
+    oracle.assert_matches((out[:, some], lse[:, :, some]), oracle.attend(sample, 576**-0.5, False))
+
+
 def test_lengths_change_under_replay() -> None:
     """A program long enough to become a CUDA graph, replayed with other lengths and tables."""
     rng = np.random.default_rng(3)

@@ -135,6 +135,14 @@ def test_nested_vmap():
             assert_same_bits(actual[i, j], expected(*(x[i, j] for x in args)))
 
 
+def test_vmap_over_nothing():
+    k_cache, *rest = (np.stack([x] * 2)[:0] for x in problem(10))
+    assert jax.vmap(cache_append)(k_cache, *rest).shape == k_cache.shape
+    shared = problem(10)[0]
+    pools = jax.vmap(cache_append, (None, 0, 0, 0, 0))(shared, *rest)
+    assert pools.shape == (0, *shared.shape)
+
+
 def test_grad_says_what_to_use():
     k_cache, new_kv, *rest = (jnp.asarray(x) for x in problem(9))
     with pytest.raises(NotImplementedError, match=r"reference\.cache_append"):

@@ -83,6 +83,16 @@ def test_the_reference_is_announced_once() -> None:
         lower(2)
 
 
+def test_a_module_for_several_platforms_names_those_without_a_kernel() -> None:
+    _ffi._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="no kernels for tpu") as caught:
+        lowered = jax.jit(attend).trace(*shapes()).lower(lowering_platforms=("cpu", "tpu"))
+    assert not any("cpu" in str(w.message) for w in caught)
+    text = lowered.as_text()
+    assert TARGET in text
+    assert "dot_general" in text
+
+
 # --- One truth -------------------------------------------------------------------------------
 
 
@@ -107,7 +117,7 @@ def call(q, k_cache, block_table, cache_seqlens, *, out=None, lse=None):
         lse or jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32),
     ]
     if jax.devices()[0].platform == "gpu":
-        results += dense_decode._workspace(s_q, h_q, 1)
+        results += dense_decode._workspace(max(s_q, 1), max(h_q, 1), 1)
     f = jax.ffi.ffi_call(TARGET, results)
     operands = [jnp.zeros(x.shape, x.dtype) for x in (q, k_cache, block_table, cache_seqlens)]
     return jax.block_until_ready(f(*operands, softmax_scale=np.float32(1), causal=False))
@@ -145,6 +155,13 @@ def test_the_handler_refuses_operands(position, operand, message) -> None:
     operands[position] = operand
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"{TARGET}.*{message}"):
         call(*operands)
+
+
+@pytest.mark.parametrize("q", [struct(2, 0, 16, 576), struct(2, 1, 0, 576)], ids=str)
+def test_the_handler_refuses_an_empty_query(q) -> None:
+    # A result that is not empty, or XLA would leave the call out.
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{TARGET}.*a token and a head"):
+        call(q, *shapes()[1:], out=struct(2, 1, 16, 512))
 
 
 @pytest.mark.parametrize(

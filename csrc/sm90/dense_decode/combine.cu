@@ -2,10 +2,10 @@
 //
 //   out = sum_i w_i out_i,   w_i = 2^(lse_i - max lse) / sum_j 2^(lse_j - max lse)
 //
-// A thread block has four teams of 128 threads, a thread owning four of the 512 columns. Few parts:
-// a team a row. Many parts: all four teams share a row, each with every fourth part, so that no
-// thread walks more than a quarter of them; eight 16-byte loads are in flight per thread. The order
-// of additions depends on the number of parts alone: the same inputs give the same bits.
+// A warp works on a slice of 128 columns, and its loads, eight to a thread, are in flight together
+// and beside those of the weights. Few parts: the eight are several rows' parts. Many parts: the
+// warps of a block share one row's slice. The order of additions depends on the number of parts
+// alone: the same inputs give the same bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,10 +18,12 @@
 namespace flashmla::sm90 {
 namespace {
 
-constexpr int kTeams = 4;
-constexpr int kTeamThreads = kHeadDimV / 4;
-constexpr int kInFlight = 8;
-constexpr int kManyParts = 8;
+constexpr int kWarps = 8;
+constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kSlice = 128;  // columns: four a lane
+constexpr int kSlices = kHeadDimV / kSlice;
+constexpr int kInFlight = 8;  // 16-byte loads of a thread
+constexpr int kFewParts = kInFlight;
 
 __device__ uint2 Pack4(__nv_bfloat16, float4 v) {
   const __nv_bfloat162 low = __floats2bfloat162_rn(v.x, v.y),
@@ -33,113 +35,182 @@ __device__ uint2 Pack4(__half, float4 v) {
   return {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
 }
 
-// Grid: (entries of split_info, row tiles, groups of rows_per_block rows).
+__device__ __forceinline__ void Accumulate(float4& total, float weight, float4 v) {
+  total.x += weight * v.x;
+  total.y += weight * v.y;
+  total.z += weight * v.z;
+  total.w += weight * v.w;
+}
+
+// Where the parts of a sequence lie in one row tile, and where its result goes.
 template <typename T>
-__global__ void __launch_bounds__(kTeams* kTeamThreads)
-    CombineKernel(const __grid_constant__ DenseDecodeParams p, int partitions, int rows_per_block) {
-  const SplitInfo info = reinterpret_cast<const SplitInfo*>(p.split_info)[blockIdx.x];
+struct Split {
+  const DenseDecodeParams& p;
+  const RowTile tile;
+  const SplitInfo info;
+  const int partitions;
+  const int slice, lane;
+
+  __device__ int parts() const { return info.last - info.first + 1; }
+  // The first partition may have used either of its slots.
+  __device__ int64_t Row(int part, int row) const {
+    const int slot = part == 0 ? info.first_slot : 0;
+    return PartialSlot(tile.index, partitions, info.first + part, slot) * p.tile_rows() + row;
+  }
+  __device__ float Lse(int part, int row) const { return p.partial_lse[Row(part, row)]; }
+  __device__ float4 Load(int part, int row) const {
+    const float* columns = p.partial_out + Row(part, row) * kHeadDimV + slice * kSlice;
+    return __ldcg(reinterpret_cast<const float4*>(columns) + lane);
+  }
+  __device__ void Store(int row, float4 total) const {
+    const int64_t query = (info.batch * p.s_q + tile.token(p, row)) * p.h_q + tile.head(p, row);
+    T* columns = static_cast<T*>(p.out) + query * kHeadDimV + slice * kSlice;
+    reinterpret_cast<uint2*>(columns)[lane] = Pack4(T{}, total);
+  }
+  // `lse` is in base 2.
+  __device__ void StoreLse(int row, float lse) const {
+    p.lse[(info.batch * p.h_q + tile.head(p, row)) * p.s_q + tile.token(p, row)] =
+        lse * static_cast<float>(M_LN2);
+  }
+};
+
+// kRows rows of at most kParts parts each, by one warp.
+template <int kParts, typename T>
+__device__ __forceinline__ void CombineFew(const Split<T>& split, int first_row) {
+  constexpr int kRows = kInFlight / kParts;
+  const auto exists = [&](int i) {
+    return i < kInFlight && i % kParts < split.parts() && first_row + i / kParts < split.tile.count;
+  };
+  float4 v[kInFlight];
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    v[i] = exists(i) ? split.Load(i % kParts, first_row + i / kParts) : float4{0, 0, 0, 0};
+  }
+  // Lane i has the weight of load i.
+  const int row = first_row + split.lane / kParts;
+  const float lse = exists(split.lane) ? split.Lse(split.lane % kParts, row) : -INFINITY;
+  float top = lse;
+#pragma unroll
+  for (int step = kParts / 2; step > 0; step /= 2) {
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  }
+  if (top == -INFINITY) top = 0;
+  const float share = exp2f(lse - top);
+  float sum = share;
+#pragma unroll
+  for (int step = kParts / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  const float weight = sum == 0 ? 0.f : share / sum;
+  if (split.slice == 0 && split.lane % kParts == 0 && exists(split.lane)) {
+    split.StoreLse(row, top + log2f(sum));
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    float4 total{0, 0, 0, 0};
+#pragma unroll
+    for (int i = r * kParts; i < (r + 1) * kParts; ++i) {
+      Accumulate(total, __shfl_sync(~0u, weight, i), v[i]);
+    }
+    if (first_row + r < split.tile.count) split.Store(first_row + r, total);
+  }
+}
+
+struct Scratch {
+  float weights[kMaxPartitions];
+  float4 sums[kWarps][32];
+};
+
+// One row of any number of parts, by all warps of the block.
+template <typename T>
+__device__ __forceinline__ void CombineMany(const Split<T>& split, int row, Scratch& scratch) {
+  const int warp = threadIdx.x / 32;
+  const int parts = split.parts();
+  const auto load = [&](float4(&v)[kInFlight], int base) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int part = base + i * kWarps;
+      v[i] = part < parts ? split.Load(part, row) : float4{0, 0, 0, 0};
+    }
+  };
+  float4 v[kInFlight];
+  load(v, warp);
+  if (warp == 0) {
+    constexpr int kPerLane = (kMaxPartitions + 31) / 32;
+    float lse[kPerLane];
+    float top = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      const int part = split.lane + 32 * k;
+      lse[k] = part < parts ? split.Lse(part, row) : -INFINITY;
+      top = fmaxf(top, lse[k]);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    if (top == -INFINITY) top = 0;
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      lse[k] = exp2f(lse[k] - top);
+      sum += lse[k];
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    const float inverse = sum == 0 ? 0.f : 1.f / sum;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      const int part = split.lane + 32 * k;
+      if (part < parts) scratch.weights[part] = lse[k] * inverse;
+    }
+    if (split.slice == 0 && split.lane == 0) split.StoreLse(row, top + log2f(sum));
+  }
+  __syncthreads();
+  float4 total{0, 0, 0, 0};
+  for (int base = warp; base < parts; base += kInFlight * kWarps) {
+    if (base != warp) load(v, base);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int part = base + i * kWarps;
+      if (part < parts) Accumulate(total, scratch.weights[part], v[i]);
+    }
+  }
+  scratch.sums[warp][split.lane] = total;
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int other = 1; other < kWarps; ++other) {
+      Accumulate(total, 1.f, scratch.sums[other][split.lane]);
+    }
+    split.Store(row, total);
+  }
+  __syncthreads();
+}
+
+// Grid: (row tiles, entries of split_info, any number of blocks to share the work of a tile).
+template <typename T>
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
+    CombineKernel(const __grid_constant__ DenseDecodeParams p, int partitions) {
+  const SplitInfo info = reinterpret_cast<const SplitInfo*>(p.split_info)[blockIdx.y];
   const int parts = info.last - info.first + 1;
   if (info.batch < 0 || parts < 2) return;
+  __shared__ Scratch scratch;
 
-  __shared__ float weights[kTeams][kMaxPartitions];
-  __shared__ float4 sums[kTeams][kTeamThreads];
-
-  const RowTile tile(p, blockIdx.y);
-  const int team = threadIdx.x / kTeamThreads, member = threadIdx.x % kTeamThreads;
-  const int teams_per_row = parts > kManyParts ? kTeams : 1;
-  const int first_part = team % teams_per_row;
-  const int row_of_team = team / teams_per_row;
-  const int last_row = min((static_cast<int>(blockIdx.z) + 1) * rows_per_block, tile.count);
-
-  // Where part i of a row lies: the first partition may have used either of its slots.
-  const auto slot = [&](int i) {
-    return PartialSlot(blockIdx.y, partitions, info.first + i, i == 0 ? info.first_slot : 0) *
-           p.tile_rows();
-  };
-
-  for (int first_row = blockIdx.z * rows_per_block; first_row < last_row;
-       first_row += kTeams / teams_per_row) {
-    const int row = first_row + row_of_team;
-    const bool exists = row < last_row;
-
-    if (exists && first_part == 0 && member < 32) {
-      constexpr int kPerLane = (kMaxPartitions + 31) / 32;
-      float lse[kPerLane];
-      float top = -INFINITY;
-#pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        const int i = member + 32 * k;
-        lse[k] = i < parts ? p.partial_lse[slot(i) + row] : -INFINITY;
-        top = fmaxf(top, lse[k]);
-      }
-      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      if (top == -INFINITY) top = 0;
-      float sum = 0;
-#pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        lse[k] = exp2f(lse[k] - top);
-        sum += lse[k];
-      }
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const float inverse = sum == 0 ? 0.f : 1.f / sum;
-#pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        const int i = member + 32 * k;
-        if (i < parts) weights[row_of_team][i] = lse[k] * inverse;
-      }
-      if (member == 0) {
-        p.lse[(info.batch * p.h_q + tile.head(p, row)) * p.s_q + tile.token(p, row)] =
-            (top + log2f(sum)) * static_cast<float>(M_LN2);
-      }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const RowTile tile(p, blockIdx.x);
+  if (parts > kFewParts) {
+    for (int unit = blockIdx.z; unit < tile.count * kSlices; unit += gridDim.z) {
+      const Split<T> split{p, tile, info, partitions, unit % kSlices, lane};
+      CombineMany(split, unit / kSlices, scratch);
     }
-    __syncthreads();
-
-    float4 total{0, 0, 0, 0};
-    if (exists) {
-      for (int base = first_part; base < parts; base += kInFlight * teams_per_row) {
-        float4 v[kInFlight];
-        float w[kInFlight];
-#pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
-          const int i = base + u * teams_per_row;
-          w[u] = i < parts ? weights[row_of_team][i] : 0.f;
-          v[u] = float4{0, 0, 0, 0};
-          // A part without weight may be unwritten: it is not read.
-          if (w[u] != 0.f) {
-            v[u] = __ldcg(
-                reinterpret_cast<const float4*>(p.partial_out + (slot(i) + row) * kHeadDimV) +
-                member);
-          }
-        }
-#pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
-          total.x += w[u] * v[u].x;
-          total.y += w[u] * v[u].y;
-          total.z += w[u] * v[u].z;
-          total.w += w[u] * v[u].w;
-        }
-      }
-    }
-    if (teams_per_row > 1) {
-      sums[team][member] = total;
-      __syncthreads();
-      if (team == 0) {
-#pragma unroll
-        for (int other = 1; other < kTeams; ++other) {
-          const float4 v = sums[other][member];
-          total.x += v.x;
-          total.y += v.y;
-          total.z += v.z;
-          total.w += v.w;
-        }
-      }
-    }
-    if (exists && first_part == 0) {
-      T* out = static_cast<T*>(p.out) +
-               ((info.batch * p.s_q + tile.token(p, row)) * p.h_q + tile.head(p, row)) * kHeadDimV;
-      reinterpret_cast<uint2*>(out)[member] = Pack4(T{}, total);
-    }
-    __syncthreads();
+    return;
+  }
+  const Split<T> split{p, tile, info, partitions, warp % kSlices, lane};
+  const int team = blockIdx.z * (kWarps / kSlices) + warp / kSlices;
+  const int teams = gridDim.z * (kWarps / kSlices);
+  if (parts == 2) {
+    for (int row = team * 4; row < tile.count; row += teams * 4) CombineFew<2>(split, row);
+  } else if (parts <= 4) {
+    for (int row = team * 2; row < tile.count; row += teams * 2) CombineFew<4>(split, row);
+  } else {
+    for (int row = team; row < tile.count; row += teams) CombineFew<8>(split, row);
   }
 }
 
@@ -147,19 +218,16 @@ __global__ void __launch_bounds__(kTeams* kTeamThreads)
 
 void LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
                    cudaStream_t stream) {
-  // Rows per block such that the grid is a few blocks per multiprocessor, however many sequences.
   const int entries = static_cast<int>(std::min<int64_t>(params.batch, partitions));
   const int row_tiles = static_cast<int>(params.row_tiles());
   const int rows = static_cast<int>(params.tile_rows());
-  const int groups = std::clamp(4 * multiprocessors / (entries * row_tiles), 1, rows);
-  const int rows_per_block = (rows + groups - 1) / groups;
-  const dim3 grid(entries, row_tiles, (rows + rows_per_block - 1) / rows_per_block);
+  const int sharing = std::clamp(kBlocksPerMultiprocessor * multiprocessors / (entries * row_tiles),
+                                 1, rows * kSlices);
+  const dim3 grid(row_tiles, entries, sharing);
   if (params.dtype == DType::kBF16) {
-    CombineKernel<__nv_bfloat16>
-        <<<grid, kTeams * kTeamThreads, 0, stream>>>(params, partitions, rows_per_block);
+    CombineKernel<__nv_bfloat16><<<grid, kWarps * 32, 0, stream>>>(params, partitions);
   } else {
-    CombineKernel<__half>
-        <<<grid, kTeams * kTeamThreads, 0, stream>>>(params, partitions, rows_per_block);
+    CombineKernel<__half><<<grid, kWarps * 32, 0, stream>>>(params, partitions);
   }
 }
 

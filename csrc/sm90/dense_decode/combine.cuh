@@ -1,4 +1,4 @@
-// Merges the partial results of sequences that several partitions worked on.
+// The second kernel of dense decode.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -3,29 +3,38 @@
 // A thread block owns one tile of 64 query rows (tokens times heads that share a KV head) and a
 // range of KV blocks (see schedule.cuh). Per KV block of 64 tokens, one page:
 //
-//   S[64 x 64]  = Q[64 x 576] K[64 x 576]^T       each consumer takes 32 of the 64 tokens
-//   P           = exp2(S - m)                     halves exchanged through shared memory
-//   O[64 x 512] = O * alpha + P[64 x 64] V        each consumer takes 256 of the 512 columns
+//   S[64 x 64]  = Q[64 x 576] K[64 x 576]^T
+//   P           = exp2(S - m)
+//   O[64 x 512] = O * alpha + P[64 x 64] V        V is the first 512 columns of K
 //
-// V is the first 512 columns of K, read from the same shared-memory tile.
+// Blocks are taken in pairs. Two consumer warpgroups, called sides, compute S and P of one block
+// each; each multiplies both blocks' P with its own half of the columns of V. The right side works
+// half a pair behind the left one, so that one side's softmax and waiting hide behind the other's
+// tensor work:
 //
-//   warp 8     producer     TMA: one box a page (9 panels of 64 columns, 72 KB) into a ring of 2,
-//                           running ahead across sequences
-//   warp 9     bookkeeper   tells the combine which sequences are split (warps 10 and 11 only
-//                           complete the warpgroup that gives its registers away)
-//   warps 0-3  consumer 0   S of tokens  0..31, O columns   0..255
-//   warps 4-7  consumer 1   S of tokens 32..63, O columns 256..511
+//   left   | S a          | softmax a | O += Pa Va |     wait     | O += Pb Vb | S a' ...
+//   right  |     wait     | S b          | O += Pa Va + softmax b | O += Pb Vb | wait
+//                      ^gate           ^first ready             ^second ready
 //
-//   producer   | load 0 | load 1 |............| load 2 |...
-//   consumers           | S 0 | max | P | O += P V 0 | S 1 | max | P | O += P V 1 |
-//                              ^named barriers^       ^ stage released
+//   warps 0-3  left      S of even blocks, O columns   0..255
+//   warps 4-7  right     S of odd blocks,  O columns 256..511
+//   warp 8     producer  TMA: a page in three units, as they fall free: the RoPE columns (after S)
+//                        and the left and the right half of V (after the side has multiplied it);
+//                        runs ahead across sequences
+//   warp 9     bookkeeper  tells the combine which sequences are split (warps 10 and 11 only
+//                        complete the warpgroup that gives its registers away)
 //
-// The running maximum m is one per row, agreed between the consumers at every block; it moves only
-// when a row's maximum has grown by more than 2^8, so that O is rarely rescaled. Exact after the
-// final division; P stays below 2^8, within half precision's range.
+// P stays in registers for its own side and goes through shared memory to the other. So does the
+// reference m, one per row: it moves only where a row's maximum has grown by more than a factor of
+// 2^8, so that O is rarely rescaled and the sides seldom depend on each other. Exact after the
+// final division; P is at most 2^8, within half precision's range.
 //
-// Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, statistics 1 KB. Registers: 232 a consumer thread,
-// of which O takes 128; 40 a producer thread.
+// Where two row tiles read the same KV head, their blocks form a cluster of two. Each loads half of
+// every unit, and multicasts it to both.
+//
+// Shared memory: Q's 512 latent columns 64 KB, K 2 x 72 KB, P 2 x 8 KB, statistics 1 KB. Q's 64
+// RoPE columns are in registers. Registers: 224 a consumer thread, of which O takes 128; 56 a
+// producer thread.
 #pragma once
 
 #include <cmath>
@@ -38,49 +47,66 @@
 namespace flashmla::sm90 {
 
 inline constexpr int kPanel = 64;                           // columns of a panel
-inline constexpr int kPanels = kHeadDim / kPanel;           // 9
+inline constexpr int kPanels = kHeadDim / kPanel;           // 9: eight of V, then the RoPE columns
+inline constexpr int kPanelsV = kHeadDimV / kPanel;         // 8
 inline constexpr int kPanelBytes = kPageSize * kPanel * 2;  // 8 KB
-inline constexpr int kTileBytes = kPanels * kPanelBytes;    // 72 KB
 inline constexpr int kStages = 2;
-inline constexpr int kConsumers = 2;  // warpgroups
-inline constexpr int kConsumerThreads = kConsumers * 128;
+inline constexpr int kSides = 2;
+inline constexpr int kConsumerThreads = kSides * 128;
 inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
-inline constexpr int kConsumerRegisters = 232;
-inline constexpr int kProducerRegisters = 40;
-inline constexpr int kTokensEach = kPageSize / kConsumers;   // of S, per consumer
-inline constexpr int kColumnsEach = kHeadDimV / kConsumers;  // of O, per consumer
-inline constexpr float kRescaleThreshold = 8;                // a factor of 2^8
-static_assert(kRowTile == 64, "wgmma works on 64 rows");
-static_assert(kPanels * kPanel == kHeadDim && kColumnsEach == 256 && kTokensEach == 32);
+inline constexpr int kConsumerRegisters = 224;
+inline constexpr int kProducerRegisters = 56;
+inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
+inline constexpr float kRescaleThreshold = 8;            // a factor of 2^8
+static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
+static_assert(kPanels == kPanelsV + 1 && kColumnsEach == 256);
+
+// The parts of a page that are loaded and released on their own.
+enum Unit : int { kLeftHalf, kRightHalf, kRope, kUnits };
+inline constexpr int kHalfPanels = kPanelsV / 2;
+
+enum Side : int { kLeft, kRight };
 
 struct SharedMemory {
-  alignas(1024) uint8_t q[kTileBytes];
-  alignas(1024) uint8_t k[kStages][kTileBytes];
-  alignas(1024) uint8_t p[kPanelBytes];
-  float row_max[kConsumers][kRowTile];
-  float row_sum[kConsumers][kRowTile];
-  uint64_t full[kStages];
-  uint64_t empty[kStages];
+  alignas(1024) uint8_t q[kPanelsV * kPanelBytes];
+  alignas(1024) uint8_t k[kStages][kPanels * kPanelBytes];
+  alignas(1024) uint8_t p[kSides][kPanelBytes];
+  float reference[kSides][kRowTile];
+  float sum[kSides][kRowTile];
+  uint64_t full[kStages][kUnits];
+  uint64_t empty[kStages][kUnits];
   int bad_page[kStages];
+  // Per row of the tile: its place among a sequence's query rows, and its token. Divisions are
+  // slow.
+  int query_row[kRowTile];
+  int query_token[kRowTile];
   ScheduleScratch schedule;
 };
 // The runtime aligns dynamic shared memory less strictly than swizzled tiles need.
 inline constexpr int kSharedBytes = sizeof(SharedMemory) + 1024;
 static_assert(kSharedBytes <= 232448, "a thread block can have 227 KB of shared memory");
 
-enum NamedBarrier : int { kQueryReady = 1, kMaximaReady = 2, kProbabilitiesReady = 3, kSums = 4 };
-
-// Position in the ring of stages.
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+// The page pool as the copy engine sees it, in boxes of half a unit.
+struct PageMaps {
+  CUtensorMap half_panels;  // kHalfPanels / 2 panels, all tokens of a page
+  CUtensorMap rope;         // one panel, half the tokens of a page
 };
+
+enum NamedBarrier : int {
+  kQueryReady = 1,  // both sides: Q is in shared memory
+  kGate,            // the right side may start its S: the left side's is nearly done
+  kPReady,          // kPReady + side: the side's P and reference are in shared memory
+  kSumsReady = kPReady + kSides,
+  kClean,  // kClean + side: the side's S is complete, its block may be altered
+};
+
+// How many blocks of K this thread block has taken, as a place in the ring of stages.
+struct RingPosition {
+  uint32_t count = 0;
+  __device__ int stage() const { return count % kStages; }
+  __device__ uint32_t parity() const { return count / kStages % 2; }
+};
+__device__ __forceinline__ RingPosition Next(RingPosition ring) { return {ring.count + 1}; }
 
 __device__ __forceinline__ uint32_t Pack(__nv_bfloat16, float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -93,7 +119,31 @@ __device__ __forceinline__ uint32_t Pack(__half, float low, float high) {
 
 // --- Producer -------------------------------------------------------------------------------
 
-__device__ inline void Produce(const DenseDecodeParams& p, const CUtensorMap& k_map,
+// Loads one unit of a page, all of it or, in a cluster, this block's half for both.
+template <int kCluster>
+__device__ __forceinline__ void LoadUnit(const PageMaps& maps, SharedMemory& shared, int stage,
+                                         Unit unit, int first_token, int kv_head) {
+  constexpr int kBoxBytes = kHalfPanels / 2 * kPanelBytes;
+  constexpr int kRopeBytes = kPanelBytes / 2;
+  uint64_t* full = &shared.full[stage][unit];
+  ptx::MbarrierArriveExpectTx(full, 2 * (unit == kRope ? kRopeBytes : kBoxBytes));
+#pragma unroll
+  for (int i = 0; i < 2 / kCluster; ++i) {
+    const int half = kCluster == 1 ? i : ptx::ClusterRank();
+    const int panel = unit == kRope ? kPanelsV : unit * kHalfPanels + half * (kHalfPanels / 2);
+    const int token = unit == kRope ? half * (kPageSize / 2) : 0;
+    uint8_t* target = shared.k[stage] + panel * kPanelBytes + token * kPanel * 2;
+    const CUtensorMap* map = unit == kRope ? &maps.rope : &maps.half_panels;
+    if constexpr (kCluster == 1) {
+      ptx::TmaLoad4D(target, map, full, 0, first_token + token, panel, kv_head);
+    } else {
+      ptx::TmaLoad4DMulticast(target, map, full, 0, first_token + token, panel, kv_head, 0b11);
+    }
+  }
+}
+
+template <int kCluster>
+__device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
                                const RowTile& tile, const Range& range, SharedMemory& shared) {
   const int lane = threadIdx.x % 32;
   RingPosition ring;
@@ -109,16 +159,20 @@ __device__ inline void Produce(const DenseDecodeParams& p, const CUtensorMap& k_
       for (int i = 0; i < count; ++i) {
         const int current = __shfl_sync(~0u, page, i);
         if (lane == 0) {
-          ptx::MbarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
+          const int stage = ring.stage();
           const bool bad = current < 0 || current >= p.num_pages;
-          shared.bad_page[ring.stage] = bad;
-          ptx::MbarrierArriveExpectTx(&shared.full[ring.stage], kTileBytes);
           // Out of bounds reads as zero without touching memory.
-          const int row = (bad ? static_cast<int>(p.num_pages) : current) * kPageSize;
-          ptx::TmaLoad4D(shared.k[ring.stage], &k_map, &shared.full[ring.stage], 0, row, 0,
-                         tile.kv_head);
+          const int first_token = (bad ? static_cast<int>(p.num_pages) : current) * kPageSize;
+          const auto load = [&](Unit unit) {
+            ptx::MbarrierWait(&shared.empty[stage][unit], ring.parity() ^ 1);
+            if (unit == kRope) shared.bad_page[stage] = bad;
+            LoadUnit<kCluster>(maps, shared, stage, unit, first_token, tile.kv_head);
+          };
+          load(kRope);
+          load(kLeftHalf);
+          load(kRightHalf);
         }
-        ring.Advance();
+        ring = Next(ring);
       }
     }
   }
@@ -129,8 +183,7 @@ __device__ inline void Produce(const DenseDecodeParams& p, const CUtensorMap& k_
 // Tells the combine which partitions share the sequences that start in this range. Entries are
 // indexed by sequence or by partition, whichever are fewer; every entry is written.
 __device__ inline void RecordSplits(const DenseDecodeParams& p, const RowTile& tile,
-                                    const Range& range, int partitions) {
-  const int partition = static_cast<int>(blockIdx.x);
+                                    const Range& range, int partition, int partitions) {
   SplitInfo* split_info = reinterpret_cast<SplitInfo*>(p.split_info);
   SplitInfo continued{-1, 0, 0, 0};
   int64_t end = range.start - range.block;
@@ -138,7 +191,7 @@ __device__ inline void RecordSplits(const DenseDecodeParams& p, const RowTile& t
   for (Segment s; segments.Next(&s);) {
     end += s.all_blocks;
     if (s.first_block != 0) continue;
-    const int last = static_cast<int>(PartitionBefore(end, range));
+    const int last = PartitionBefore(end, range);
     const SplitInfo info{s.batch, partition, last, s.opening ? 0 : 1};
     if (p.batch <= partitions) {
       split_info[s.batch] = info;
@@ -151,23 +204,6 @@ __device__ inline void RecordSplits(const DenseDecodeParams& p, const RowTile& t
 
 // --- Consumers ------------------------------------------------------------------------------
 
-// Copies the tile's query rows to shared memory, 128-byte swizzled; missing rows become zero.
-template <typename T>
-__device__ __forceinline__ void LoadQuery(const DenseDecodeParams& p, const RowTile& tile,
-                                          int batch, uint8_t* destination) {
-  constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, per row
-  const T* q = static_cast<const T*>(p.q) + batch * p.s_q * p.h_q * kHeadDim;
-  const uint32_t base = ptx::SmemAddress(destination);
-#pragma unroll 6
-  for (int i = threadIdx.x; i < kRowTile * kChunks; i += kConsumerThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const bool valid = row < tile.count;
-    const int64_t source = valid ? tile.token(p, row) * p.h_q + tile.head(p, row) : 0;
-    const uint32_t offset = chunk / 8 * kPanelBytes + row * 128 + (((chunk % 8) ^ (row % 8)) << 4);
-    ptx::CpAsync16(base + offset, q + source * kHeadDim + chunk * 8, valid);
-  }
-}
-
 // Two 16-bit numbers, of which those that are not finite become zero.
 template <typename T>
 __device__ __forceinline__ uint32_t FiniteOnly(uint32_t pair) {
@@ -177,17 +213,16 @@ __device__ __forceinline__ uint32_t FiniteOnly(uint32_t pair) {
   return pair;
 }
 
-// A weight of zero does not undo a NaN: 0 x NaN is NaN. So among a consumer's 32 tokens, those that
-// do not exist lose their values, whatever the page holds there; and those that only some rows of
-// the tile may see lose what is not finite in them, which reaches the rows that see it by way of
-// their scores. Every row sees the tokens before `seen_by_all`; those from `existing` on do not
-// exist.
+// A weight of zero does not undo a NaN: 0 x NaN is NaN. So among a block's tokens, those that do
+// not exist lose their values, whatever the page holds there; and those that only some rows of the
+// tile may see lose what is not finite in them, which reaches the rows that see it by way of their
+// scores. Every row sees the tokens before `seen_by_all`; those from `existing` on do not exist.
 template <typename T>
 __device__ __forceinline__ void CleanValues(uint8_t* tokens, int seen_by_all, int existing) {
   const int thread = threadIdx.x % 128;
-  for (int i = max(seen_by_all, 0) * 8 + thread; i < kTokensEach * 8; i += 128) {
+  for (int i = max(seen_by_all, 0) * 8 + thread; i < kPageSize * 8; i += 128) {
     const bool exists = i / 8 < existing;
-    for (int panel = 0; panel < kHeadDimV / kPanel; ++panel) {
+    for (int panel = 0; panel < kPanelsV; ++panel) {
       uint4& eight = *reinterpret_cast<uint4*>(tokens + panel * kPanelBytes + i * 16);
       uint4 v{0, 0, 0, 0};
       if (exists) {
@@ -199,218 +234,385 @@ __device__ __forceinline__ void CleanValues(uint8_t* tokens, int seen_by_all, in
   }
 }
 
-template <typename T>
-__device__ inline void Consume(const DenseDecodeParams& p, const RowTile& tile, const Range& range,
-                               int partitions, SharedMemory& shared) {
-  // Said to be uniform, so that addresses stay in uniform registers, where wgmma wants them.
-  const int consumer = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const int warp = threadIdx.x / 32 % 4;
-  const int lane = threadIdx.x % 32;
-  // This thread's accumulator elements: rows row and row + 8, columns 8 j + 2 (lane % 4) + {0, 1}.
-  const int row = warp * 16 + lane / 4;
-  const int column = lane % 4 * 2;
-  const float scale = p.softmax_scale * static_cast<float>(M_LOG2E);
+// One side. Its four warps hold 16 rows each: a thread's accumulator elements are those of the rows
+// row and row + 8, in the columns 8 j + column + {0, 1}.
+template <typename T, int kCluster, Side kSide>
+class Consumer {
+ public:
+  __device__ Consumer(const DenseDecodeParams& p, const RowTile& tile, SharedMemory& shared)
+      : p_(p),
+        tile_(tile),
+        shared_(shared),
+        scale_(p.softmax_scale * static_cast<float>(M_LOG2E)),
+        q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))),
+        k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]))),
+        v_operand_(ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared.k[0]) +
+                                                              kSide * kHalfPanels * kPanelBytes)),
+        p_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p[kOther]))) {}
 
-  const uint64_t q_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q));
-  const uint64_t p_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p));
-  const uint64_t k_operand =
-      ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]) + consumer * kTokensEach * 128);
-  const uint64_t v_operand = ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(
-      ptx::SmemAddress(shared.k[0]) + consumer * (kColumnsEach / kPanel) * kPanelBytes);
-  const uint32_t p_store = ptx::SmemAddress(shared.p) + (warp * 16 + lane % 16) * 128;
+  __device__ __forceinline__ void Run(const Range& range, int partition, int partitions) {
+    RingPosition ring;
+    Segments segments(p_, tile_, range);
+    for (Segment s; segments.Next(&s);) {
+      Begin(s);
+      int i = 0;
+      for (; i + 1 < s.visible; i += 2) {
+        Pair(ring, (s.first_block + i) * kPageSize);
+        ring = Next(Next(ring));
+      }
+      if (i < s.visible) {
+        Single(ring, (s.first_block + i) * kPageSize);
+        ring = Next(ring);
+      }
+      Finish(s, PartialSlot(tile_.index, partitions, partition, s.opening ? 0 : 1));
+    }
+  }
 
-  RingPosition ring;
-  Segments segments(p, tile, range);
-  for (Segment s; segments.Next(&s);) {
-    LoadQuery<T>(p, tile, s.batch, shared.q);
+ private:
+  static constexpr Side kOther = kSide == kLeft ? kRight : kLeft;
+  static constexpr Unit kOwnHalf = kSide == kLeft ? kLeftHalf : kRightHalf;
 
-    float o[128];
+  // Takes in the query rows of a sequence; rows that do not exist become zero.
+  __device__ __forceinline__ void Begin(const Segment& s) {
+    constexpr int kChunks = kHeadDimV / 8;  // of 16 bytes, per row
+    constexpr int kRowsAtOnce = kConsumerThreads / kChunks;
+    const T* q = static_cast<const T*>(p_.q) + s.batch * p_.s_q * p_.h_q * kHeadDim;
+    const int chunk = threadIdx.x % kChunks;
+    const uint32_t panel = ptx::SmemAddress(shared_.q) + chunk / 8 * kPanelBytes;
+#pragma unroll 1
+    for (int first = threadIdx.x / kChunks; first < kRowTile; first += 8 * kRowsAtOnce) {
 #pragma unroll
-    for (int i = 0; i < 128; ++i) o[i] = 0;
-    float running_max[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {0, 0};
-    const int limit[2] = {tile.limit(p, s.length, row), tile.limit(p, s.length, row + 8)};
-    const int lowest_limit = tile.limit(p, s.length, 0);
-
+      for (int i = 0; i < 8; ++i) {
+        const int r = first + i * kRowsAtOnce;
+        const int64_t source = shared_.query_row[r];
+        ptx::CpAsync16(panel + r * 128 + ((chunk % 8 ^ r % 8) << 4),
+                       q + source * kHeadDim + chunk * 8, r < tile_.count);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row() + 8 * h;
+      const int64_t source = shared_.query_row[r];
+      const T* rope = q + source * kHeadDim + kHeadDimV + column();
+#pragma unroll
+      for (int j = 0; j < kPanel / 8; ++j) {
+        q_rope_[2 * j + h] =
+            r < tile_.count ? *reinterpret_cast<const uint32_t*>(rope + 8 * j) : 0u;
+      }
+      limit_[h] = tile_.limit(p_, s.length, shared_.query_token[r]);
+      reference_[h] = -INFINITY;
+      sum_[h] = 0;
+    }
+    length_ = s.length;
+    lowest_limit_ = tile_.limit(p_, s.length, shared_.query_token[0]);
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o_[i] = 0;
     ptx::CpAsyncWaitAll();
     ptx::FenceProxyAsync();
     ptx::NamedBarrierSync(kQueryReady, kConsumerThreads);
+  }
 
-    for (int i = 0; i < s.visible; ++i) {
-      const int first_token = (s.first_block + i) * kPageSize;
-      const uint64_t k = ptx::Advance(k_operand, ring.stage * kTileBytes);
-      const uint64_t v = ptx::Advance(v_operand, ring.stage * kTileBytes);
-      ptx::MbarrierWait(&shared.full[ring.stage], ring.parity);
-
-      // S = Q K^T for this consumer's 32 tokens.
-      float x[16];
-      ptx::WgmmaFence();
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
-        const uint32_t offset = step / 4 * kPanelBytes + step % 4 * 32;
-        ptx::WgmmaM64N32<T>(x, ptx::Advance(q_operand, offset), ptx::Advance(k, offset), step > 0);
-      }
-      ptx::WgmmaCommit();
-      ptx::WgmmaWait<0>();
-
-#pragma unroll
-      for (int j = 0; j < 16; ++j) x[j] *= scale;
-      if (shared.bad_page[ring.stage]) {
-#pragma unroll
-        for (int j = 0; j < 16; ++j) x[j] = NAN;
-      }
-      if (first_token + kPageSize > lowest_limit) {
-        const int token = first_token + consumer * kTokensEach + column;
-#pragma unroll
-        for (int j = 0; j < 16; ++j) {
-          if (token + j / 4 * 8 + j % 2 >= limit[j / 2 % 2]) x[j] = -INFINITY;
-        }
-        CleanValues<T>(shared.k[ring.stage] + consumer * kTokensEach * 128,
-                       lowest_limit - first_token - consumer * kTokensEach,
-                       s.length - first_token - consumer * kTokensEach);
-      }
-
-      // The maximum of each row over all 64 tokens.
-      float block_max[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-      for (int j = 0; j < 16; ++j) block_max[j / 2 % 2] = fmaxf(block_max[j / 2 % 2], x[j]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(~0u, block_max[h], 1));
-        block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(~0u, block_max[h], 2));
-        if (lane % 4 == 0) shared.row_max[consumer][row + 8 * h] = block_max[h];
-      }
-      ptx::NamedBarrierSync(kMaximaReady, kConsumerThreads);
-
-      float alpha[2], reference[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float both = fmaxf(block_max[h], shared.row_max[consumer ^ 1][row + 8 * h]);
-        const bool grown = both > running_max[h] + kRescaleThreshold;
-        const float updated = grown ? both : running_max[h];
-        alpha[h] = grown ? ptx::Exp2(running_max[h] - updated) : 1.f;
-        running_max[h] = updated;
-        reference[h] = updated == -INFINITY ? 0.f : updated;
-        sum[h] *= alpha[h];
-      }
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        x[j] = ptx::Exp2(x[j] - reference[j / 2 % 2]);
-        sum[j / 2 % 2] += x[j];
-      }
-
-      // P to shared memory: two 16 x 16 pieces a warp, as wgmma reads its first operand.
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int chunk = consumer * 4 + half * 2 + lane / 16;
-        const float* piece = x + half * 8;
-        ptx::StMatrix4(p_store + ((chunk ^ (lane % 8)) << 4), Pack(T{}, piece[0], piece[1]),
-                       Pack(T{}, piece[2], piece[3]), Pack(T{}, piece[4], piece[5]),
-                       Pack(T{}, piece[6], piece[7]));
-      }
-      ptx::FenceProxyAsync();
-      ptx::NamedBarrierSync(kProbabilitiesReady, kConsumerThreads);
-
-      if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
-#pragma unroll
-        for (int j = 0; j < 128; ++j) o[j] *= alpha[j / 2 % 2];
-      }
-
-      // O += P V for this consumer's 256 columns.
-      ptx::WgmmaFence();
-#pragma unroll
-      for (int step = 0; step < kPageSize / 16; ++step) {
-        ptx::WgmmaM64N256<T>(o, ptx::Advance(p_operand, step * 32), ptx::Advance(v, step * 2048),
-                             1);
-      }
-      ptx::WgmmaCommit();
-      ptx::WgmmaWait<0>();
-      if (lane == 0) ptx::MbarrierArrive(&shared.empty[ring.stage]);
-      ring.Advance();
+  // The blocks at `ring`, the left side's, and after it, the right side's.
+  __device__ __forceinline__ void Pair(RingPosition ring, int first_token) {
+    if constexpr (kSide == kLeft) {
+      Scores(ring, first_token);
+      Rescale(Softmax());
+      MultiplyOwn(ring);
+      FinishMultiply(ring);
+      Rescale(AdoptReference());
+      MultiplyOther(Next(ring));
+      FinishMultiply(Next(ring));
+    } else {
+      ptx::NamedBarrierSync(kGate, kConsumerThreads);
+      Scores(Next(ring), first_token + kPageSize);
+      Rescale(AdoptReference());
+      MultiplyOther(ring);
+      const float2 alpha = Softmax();
+      FinishMultiply(ring);
+      Rescale(alpha);
+      MultiplyOwn(Next(ring));
+      FinishMultiply(Next(ring));
     }
+  }
 
-    // The sum of each row over all tokens: four lanes, then the other consumer.
+  // The last block of an odd number. (Not a condition in Pair: the compiler would then wait after
+  // every wgmma.)
+  __device__ __forceinline__ void Single(RingPosition ring, int first_token) {
+    if constexpr (kSide == kLeft) {
+      Scores(ring, first_token);
+      Rescale(Softmax());
+      MultiplyOwn(ring);
+    } else {
+      ptx::NamedBarrierSync(kGate, kConsumerThreads);
+      Rescale(AdoptReference());
+      MultiplyOther(ring);
+    }
+    FinishMultiply(ring);
+  }
+
+  // x_ = scaled and masked scores of the block, in base 2.
+  __device__ __forceinline__ void Scores(RingPosition ring, int first_token) {
+    const int stage = ring.stage();
+    uint64_t* full = shared_.full[stage];
+    const uint64_t k = ptx::Advance(k_operand_, stage * sizeof(shared_.k[0]));
+    ptx::MbarrierWait(&full[kRope], ring.parity());
+    const bool bad_page = shared_.bad_page[stage];
+    ptx::WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kPanel / 16; ++step) {
+      const uint32_t offset = kPanelsV * kPanelBytes + step * 32;
+      ptx::WgmmaM64N64<T>(x_, q_rope_ + 4 * step, ptx::Advance(k, offset), step > 0);
+    }
+#pragma unroll
+    for (int panel = 0; panel < kPanelsV; ++panel) {
+      if (panel % kHalfPanels == 0) {
+        ptx::MbarrierWait(&full[panel / kHalfPanels], ring.parity());
+      }
+      if (kSide == kLeft && panel == kPanelsV - 1) ptx::WgmmaCommit();
+#pragma unroll
+      for (int step = 0; step < kPanel / 16; ++step) {
+        const uint32_t offset = panel * kPanelBytes + step * 32;
+        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand_, offset), ptx::Advance(k, offset), 1);
+      }
+    }
+    ptx::WgmmaCommit();
+    if constexpr (kSide == kLeft) {
+      ptx::WgmmaWait<1>();
+      ptx::NamedBarrierArrive(kGate, kConsumerThreads);
+    }
+    ptx::WgmmaWait<0>();
+    Release(stage, kRope);
+
+#pragma unroll
+    for (int j = 0; j < 32; ++j) x_[j] *= scale_;
+    if (bad_page) {
+#pragma unroll
+      for (int j = 0; j < 32; ++j) x_[j] = NAN;
+    }
+    if (lowest_limit_ - first_token < kPageSize) {
+      const int token = first_token + column();
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        if (token + j / 4 * 8 + j % 2 >= limit_[j / 2 % 2]) x_[j] = -INFINITY;
+      }
+      ptx::NamedBarrierSync(kClean + kSide, 128);
+      CleanValues<T>(shared_.k[stage], lowest_limit_ - first_token, length_ - first_token);
+    }
+  }
+
+  // x_ becomes P, in p_registers_ and in shared memory, with the reference it was computed with.
+  // Returns what O has to be multiplied with.
+  __device__ __forceinline__ float2 Softmax() {
+    float alpha[2], subtrahend[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-      if (lane % 4 == 0) shared.row_sum[consumer][row + 8 * h] = sum[h];
-    }
-    ptx::NamedBarrierSync(kSums, kConsumerThreads);
-    float inverse[2], lse[2];
+      float top[4];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      // In the same order for both consumers, so that both find the same bits.
-      const float total = shared.row_sum[0][row + 8 * h] + shared.row_sum[1][row + 8 * h];
-      inverse[h] = total == 0 ? 0.f : 1.f / total;
-      lse[h] = total == 0 ? -INFINITY : running_max[h] + log2f(total);
+      for (int i = 0; i < 4; ++i) {
+        top[i] = fmaxf(fmaxf(x_[8 * i + 2 * h], x_[8 * i + 2 * h + 1]),
+                       fmaxf(x_[8 * i + 2 * h + 4], x_[8 * i + 2 * h + 5]));
+      }
+      float highest = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      const bool grown = highest > reference_[h] + kRescaleThreshold;
+      const float updated = grown ? highest : reference_[h];
+      alpha[h] = grown ? ptx::Exp2(reference_[h] - updated) : 1.f;
+      reference_[h] = updated;
+      subtrahend[h] = updated == -INFINITY ? 0.f : updated;
+      sum_[h] *= alpha[h];
+      if (lane() % 4 == 0) shared_.reference[kSide][row() + 8 * h] = updated;
     }
+    const uint32_t store = ptx::SmemAddress(shared_.p[kSide]) + (warp() * 16 + lane() % 16) * 128;
+#pragma unroll
+    for (int step = 0; step < kPageSize / 16; ++step) {
+      // A 16 x 16 piece, as wgmma reads its first operand.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* pair = x_ + 8 * step + 2 * i;
+        pair[0] = ptx::Exp2(pair[0] - subtrahend[i % 2]);
+        pair[1] = ptx::Exp2(pair[1] - subtrahend[i % 2]);
+        sum_[i % 2] += pair[0] + pair[1];
+        p_registers_[4 * step + i] = Pack(T{}, pair[0], pair[1]);
+      }
+      const uint32_t* piece = p_registers_ + 4 * step;
+      const int chunk = step * 2 + lane() / 16;
+      ptx::StMatrix4(store + ((chunk ^ (lane() % 8)) << 4), piece[0], piece[1], piece[2], piece[3]);
+    }
+    ptx::FenceProxyAsync();
+    ptx::NamedBarrierArrive(kPReady + kSide, kConsumerThreads);
+    return {alpha[0], alpha[1]};
+  }
 
-    const bool complete = s.complete();
-    const int64_t slot =
-        PartialSlot(blockIdx.y, partitions, blockIdx.x, s.opening ? 0 : 1) * p.tile_rows();
+  // Waits for the other side's P, and takes over its reference.
+  __device__ __forceinline__ float2 AdoptReference() {
+    ptx::NamedBarrierSync(kPReady + kOther, kConsumerThreads);
+    float alpha[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int r = row + 8 * h;
-      if (r >= tile.count) continue;
-      if (complete) {
-        const int token = tile.token(p, r), head = tile.head(p, r);
-        T* out = static_cast<T*>(p.out) + ((s.batch * p.s_q + token) * p.h_q + head) * kHeadDimV +
-                 consumer * kColumnsEach;
+      const float updated = shared_.reference[kOther][row() + 8 * h];
+      alpha[h] = updated == reference_[h] ? 1.f : ptx::Exp2(reference_[h] - updated);
+      reference_[h] = updated;
+      sum_[h] *= alpha[h];
+    }
+    return {alpha[0], alpha[1]};
+  }
+
+  __device__ __forceinline__ void Rescale(float2 alpha) {
+    if (__any_sync(~0u, alpha.x != 1.f || alpha.y != 1.f)) {
+#pragma unroll
+      for (int j = 0; j < 128; ++j) o_[j] *= j / 2 % 2 ? alpha.y : alpha.x;
+    }
+  }
+
+  // O += P V for this side's columns: of the block whose P this side has computed, or the other's.
+  __device__ __forceinline__ void MultiplyOwn(RingPosition ring) {
+    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
+    ptx::WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kPageSize / 16; ++step) {
+      ptx::WgmmaM64N256<T>(o_, p_registers_ + 4 * step, ptx::Advance(v, step * 2048));
+    }
+    ptx::WgmmaCommit();
+  }
+  __device__ __forceinline__ void MultiplyOther(RingPosition ring) {
+    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
+    ptx::WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kPageSize / 16; ++step) {
+      ptx::WgmmaM64N256<T>(o_, ptx::Advance(p_operand_, step * 32), ptx::Advance(v, step * 2048));
+    }
+    ptx::WgmmaCommit();
+  }
+  __device__ __forceinline__ void FinishMultiply(RingPosition ring) {
+    ptx::WgmmaWait<0>();
+    Release(ring.stage(), kOwnHalf);
+  }
+
+  // This warp no longer reads the unit. In a cluster, both blocks load into it.
+  __device__ __forceinline__ void Release(int stage, Unit unit) {
+    if constexpr (kCluster == 1) {
+      if (lane() == 0) ptx::MbarrierArrive(&shared_.empty[stage][unit]);
+    } else {
+      if (lane() < kCluster) ptx::MbarrierArriveAt(&shared_.empty[stage][unit], lane());
+    }
+  }
+
+  // Writes the result of a sequence, or of the part of it that this range holds.
+  __device__ __forceinline__ void Finish(const Segment& s, int64_t partial_slot) {
+    // The sum of each row over all tokens: four lanes, then both sides.
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum_[h] += __shfl_xor_sync(~0u, sum_[h], 1);
+      sum_[h] += __shfl_xor_sync(~0u, sum_[h], 2);
+      if (lane() % 4 == 0) shared_.sum[kSide][row() + 8 * h] = sum_[h];
+    }
+    ptx::NamedBarrierSync(kSumsReady, kConsumerThreads);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row() + 8 * h;
+      if (r >= tile_.count) continue;
+      // In the same order on both sides, so that both find the same bits.
+      const float total = shared_.sum[kLeft][r] + shared_.sum[kRight][r];
+      const float inverse = total == 0 ? 0.f : 1.f / total;
+      const float lse = total == 0 ? -INFINITY : reference_[h] + log2f(total);
+      if (s.complete()) {
+        const int token = shared_.query_token[r];
+        const int64_t query = s.batch * p_.s_q * p_.h_q + shared_.query_row[r];
+        T* out = static_cast<T*>(p_.out) + query * kHeadDimV + kSide * kColumnsEach;
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<uint32_t*>(out + 8 * j + column) =
-              Pack(T{}, o[4 * j + 2 * h] * inverse[h], o[4 * j + 2 * h + 1] * inverse[h]);
+          *reinterpret_cast<uint32_t*>(out + 8 * j + column()) =
+              Pack(T{}, o_[4 * j + 2 * h] * inverse, o_[4 * j + 2 * h + 1] * inverse);
         }
-        if (consumer == 0 && lane % 4 == 0) {
-          p.lse[(s.batch * p.h_q + head) * p.s_q + token] = lse[h] * static_cast<float>(M_LN2);
+        if (kSide == kLeft && lane() % 4 == 0) {
+          const int64_t head = shared_.query_row[r] - token * p_.h_q;
+          p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
         }
       } else {
-        float* out = p.partial_out + (slot + r) * kHeadDimV + consumer * kColumnsEach;
+        const int64_t slot = partial_slot * p_.tile_rows() + r;
+        float* out = p_.partial_out + slot * kHeadDimV + kSide * kColumnsEach;
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<float2*>(out + 8 * j + column) =
-              float2{o[4 * j + 2 * h] * inverse[h], o[4 * j + 2 * h + 1] * inverse[h]};
+          *reinterpret_cast<float2*>(out + 8 * j + column()) =
+              float2{o_[4 * j + 2 * h] * inverse, o_[4 * j + 2 * h + 1] * inverse};
         }
-        if (consumer == 0 && lane % 4 == 0) p.partial_lse[slot + r] = lse[h];
+        if (kSide == kLeft && lane() % 4 == 0) p_.partial_lse[slot] = lse;
       }
     }
   }
-}
+
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int warp() { return threadIdx.x / 32 % 4; }
+  __device__ static int row() { return warp() * 16 + lane() / 4; }
+  __device__ static int column() { return lane() % 4 * 2; }
+
+  const DenseDecodeParams& p_;
+  const RowTile& tile_;
+  SharedMemory& shared_;
+  const float scale_;
+  const uint64_t q_operand_, k_operand_, v_operand_, p_operand_;
+
+  // Of the current sequence.
+  int length_;
+  int limit_[2];      // per row, the tokens it may see are those before this
+  int lowest_limit_;  // the least of the tile
+  uint32_t q_rope_[16];
+  float reference_[2];
+  float sum_[2];  // over the blocks whose P this side has computed
+  float o_[128];
+  // Of the current block.
+  float x_[32];
+  uint32_t p_registers_[16];
+};
 
 // --- The kernel -----------------------------------------------------------------------------
 
-// Grid: (partitions, row tiles).
-template <typename T>
+// Grid: (row tiles, partitions), in clusters of kCluster row tiles of the same KV head.
+template <typename T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ DenseDecodeParams p,
-                      const __grid_constant__ CUtensorMap k_map) {
+                      const __grid_constant__ PageMaps maps) {
   extern __shared__ uint8_t raw[];
   SharedMemory& shared = *reinterpret_cast<SharedMemory*>(
       raw + (-ptx::SmemAddress(raw) & (alignof(SharedMemory) - 1)));
   if (threadIdx.x == 0) {
-    ptx::PrefetchTensorMap(&k_map);
+    ptx::PrefetchTensorMap(&maps.half_panels);
+    ptx::PrefetchTensorMap(&maps.rope);
     for (int i = 0; i < kStages; ++i) {
-      ptx::MbarrierInit(&shared.full[i], 1);
-      ptx::MbarrierInit(&shared.empty[i], kConsumerThreads / 32);
+      for (int unit = 0; unit < kUnits; ++unit) {
+        ptx::MbarrierInit(&shared.full[i][unit], 1);
+        ptx::MbarrierInit(&shared.empty[i][unit], kCluster * 4);  // a side's warps, in each block
+      }
     }
     ptx::FenceMbarrierInit();
   }
-  const RowTile tile(p, blockIdx.y);
-  const int partitions = gridDim.x;
-  const Range range = FindRange(p, blockIdx.x, partitions, &shared.schedule);
-  if (threadIdx.x >= kConsumerThreads) {
+  const RowTile tile(p, blockIdx.x, kCluster);
+  if (threadIdx.x < kRowTile) {
+    const int r = min(static_cast<int>(threadIdx.x), tile.count - 1);
+    shared.query_token[threadIdx.x] = tile.token(p, r);
+    shared.query_row[threadIdx.x] = tile.token(p, r) * static_cast<int>(p.h_q) + tile.head(p, r);
+  }
+  const int partition = blockIdx.y, partitions = gridDim.y;
+  const Range& range = FindRange(p, partition, partitions, &shared.schedule);
+  if constexpr (kCluster > 1) ptx::ClusterSync();  // the other's barriers are initialised
+  const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (role == kSides) {
     ptx::DecreaseRegisters<kProducerRegisters>();
     const int warp = threadIdx.x / 32 - kConsumerThreads / 32;
     if (warp == 0) {
-      Produce(p, k_map, tile, range, shared);
-    } else if (warp == 1 && threadIdx.x % 32 == 0 && blockIdx.y == 0 && partitions > 1) {
-      RecordSplits(p, tile, range, partitions);
+      Produce<kCluster>(p, maps, tile, range, shared);
+    } else if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1) {
+      RecordSplits(p, tile, range, partition, partitions);
     }
+  } else if (role == kLeft) {
+    ptx::IncreaseRegisters<kConsumerRegisters>();
+    Consumer<T, kCluster, kLeft>(p, tile, shared).Run(range, partition, partitions);
   } else {
     ptx::IncreaseRegisters<kConsumerRegisters>();
-    Consume<T>(p, tile, range, partitions, shared);
+    Consumer<T, kCluster, kRight>(p, tile, shared).Run(range, partition, partitions);
   }
+  if constexpr (kCluster > 1) ptx::ClusterSync();  // the other no longer copies into this block
 }
 
 }  // namespace flashmla::sm90

@@ -27,18 +27,23 @@ __device__ __forceinline__ int SequenceLength(const DenseDecodeParams& p, int ba
   return static_cast<int>(EffectiveLength(p.cache_seqlens[batch], p.max_pages_per_seq, p.s_q));
 }
 
-__device__ __forceinline__ int BlocksOf(int length) {
-  return length == 0 ? 1 : (length + kPageSize - 1) / kPageSize;
+// KV blocks that hold the first `length` tokens.
+__device__ __forceinline__ int BlocksBefore(int length) {
+  return length <= 0 ? 0 : (length - 1) / kPageSize + 1;
+}
+__device__ __forceinline__ int BlocksOf(int length) { return max(BlocksBefore(length), 1); }
+
+// The last partition that holds a block before position `end` of the line. The quotient of numbers
+// below 2^53, rounded to a double, has the same integer part; integer division takes many
+// registers.
+__device__ __forceinline__ int PartitionBefore(int64_t end, const Range& range) {
+  return static_cast<int>(static_cast<double>(end * range.active - 1) /
+                          static_cast<double>(range.total));
 }
 
-// The last partition that holds a block before position `end` of the line.
-__device__ __forceinline__ int64_t PartitionBefore(int64_t end, const Range& range) {
-  return (end * range.active - 1) / range.total;
-}
-
-// The first partition's view of split_info: which sequence a partial result belongs to.
+// What the combine needs to know of a sequence that lies in several ranges.
 struct SplitInfo {
-  int batch;  // -1: nothing to combine
+  int batch;  // the sequence; -1: nothing to combine
   int first;  // partitions first..last hold a part each
   int last;
   int first_slot;  // which of its two slots the first partition used; the others used slot 0
@@ -49,14 +54,14 @@ inline __device__ int64_t PartialSlot(int64_t row_tile, int64_t partitions, int6
   return (row_tile * partitions + partition) * 2 + slot;
 }
 
-// The range of `partition`. All threads of the block call this; `scratch` is shared memory.
 struct ScheduleScratch {
   int64_t warp_total[32];
   Range range;
 };
 
-__device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int partitions,
-                                  ScheduleScratch* scratch) {
+// The range of `partition`. All threads of the block call this; `scratch` is shared memory.
+__device__ inline const Range& FindRange(const DenseDecodeParams& p, int partition, int partitions,
+                                         ScheduleScratch* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int threads = blockDim.x, warps = threads / 32;
   const int64_t per_thread = (p.batch + threads - 1) / threads;
@@ -104,7 +109,7 @@ struct Segment {
   int first_block;  // blocks first_block .. first_block + blocks are this range's
   int blocks;
   int all_blocks;  // blocks of the sequence, whoever has them
-  int visible;     // how many of this range's blocks some row of the tile may see
+  int visible;     // how many of this range's blocks some row of the cluster may see
   bool opening;    // the first segment of its range
 
   __device__ bool complete() const { return first_block == 0 && blocks == all_blocks; }
@@ -113,15 +118,20 @@ struct Segment {
 // The tile of query rows a thread block works on: rows first .. first + count of the s_q * group
 // rows that read KV head `kv_head`, ordered by token and then head.
 struct RowTile {
+  int index;
   int kv_head;
   int first;
   int count;
+  int last_of_cluster;  // counted from `first`: the last row of the tiles that load pages together
 
-  __device__ RowTile(const DenseDecodeParams& p, int index) {
+  __device__ RowTile(const DenseDecodeParams& p, int index, int cluster = 1) : index(index) {
     const int per_head = static_cast<int>(p.tiles_per_head());
+    const int tile = index % per_head;
     kv_head = index / per_head;
-    first = index % per_head * kRowTile;
-    count = min(kRowTile, static_cast<int>(p.rows()) - first);
+    first = tile * kRowTile;
+    const int left = static_cast<int>(p.rows()) - first;
+    count = min(kRowTile, left);
+    last_of_cluster = min((cluster - tile % cluster) * kRowTile, left) - 1;
   }
   __device__ int token(const DenseDecodeParams& p, int row) const {
     return (first + row) / static_cast<int>(p.group());
@@ -130,9 +140,9 @@ struct RowTile {
     const int group = static_cast<int>(p.group());
     return kv_head * group + (first + row) % group;
   }
-  // Tokens of a sequence that a row may see are those before this.
-  __device__ int limit(const DenseDecodeParams& p, int length, int row) const {
-    return p.causal ? length - static_cast<int>(p.s_q) + token(p, row) + 1 : length;
+  // Tokens of a sequence that the rows of a query token may see are those before this.
+  __device__ int limit(const DenseDecodeParams& p, int length, int query_token) const {
+    return p.causal ? length - static_cast<int>(p.s_q) + query_token + 1 : length;
   }
 };
 
@@ -140,7 +150,12 @@ struct RowTile {
 class Segments {
  public:
   __device__ Segments(const DenseDecodeParams& p, const RowTile& tile, const Range& range)
-      : p_(p), tile_(tile), batch_(range.batch), block_(range.block), left_(range.blocks) {}
+      : p_(p),
+        tile_(tile),
+        last_token_(tile.token(p, tile.last_of_cluster)),
+        batch_(range.batch),
+        block_(range.block),
+        left_(range.blocks) {}
 
   __device__ bool Next(Segment* s) {
     if (left_ <= 0) return false;
@@ -149,9 +164,8 @@ class Segments {
     s->all_blocks = BlocksOf(s->length);
     s->first_block = block_;
     s->blocks = static_cast<int>(min(left_, int64_t{s->all_blocks - block_}));
-    const int end = tile_.limit(p_, s->length, tile_.count - 1);
-    const int visible_blocks = end <= 0 ? 0 : (end + kPageSize - 1) / kPageSize;
-    s->visible = max(0, min(visible_blocks - block_, s->blocks));
+    const int seen = BlocksBefore(tile_.limit(p_, s->length, last_token_));
+    s->visible = max(0, min(seen - block_, s->blocks));
     s->opening = opening_;
     left_ -= s->blocks;
     opening_ = false;
@@ -163,6 +177,7 @@ class Segments {
  private:
   const DenseDecodeParams& p_;
   const RowTile& tile_;
+  const int last_token_;
   int batch_;
   int block_;
   int64_t left_;
