@@ -52,6 +52,8 @@ DENSE_DECODE = {
     "two tiles of heads": Case((200, 65), h_q=128),
     "ragged tiles, two KV heads, causal": Case((129, 3, 64), s_q=4, h_q=42, h_kv=2, causal=True),
     "more sequences than multiprocessors": Case((70, 1, 0) * 60, h_q=3),
+    "many pages to a thread block": Case((20_000, 9_999), s_q=2, h_q=7, causal=True),
+    "many pages to a cluster": Case((13_000, 64, 2_000), h_q=128),
 }
 
 

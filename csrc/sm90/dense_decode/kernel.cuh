@@ -52,7 +52,8 @@ inline constexpr int kPanelsV = kHeadDimV / kPanel;         // 8
 inline constexpr int kPanelBytes = kPageSize * kPanel * 2;  // 8 KB
 inline constexpr int kStages = 2;
 inline constexpr int kSides = 2;
-inline constexpr int kConsumerThreads = kSides * 128;
+inline constexpr int kWarpsPerSide = 4;
+inline constexpr int kConsumerThreads = kSides * kWarpsPerSide * 32;
 inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
 inline constexpr int kConsumerRegisters = 224;
 inline constexpr int kProducerRegisters = 56;
@@ -75,29 +76,24 @@ struct SharedMemory {
   float sum[kSides][kRowTile];
   uint64_t full[kStages][kUnits];
   uint64_t empty[kStages][kUnits];
-  int bad_page[kStages];
+  uint64_t query_ready;      // both sides: Q is in shared memory
+  uint64_t gate;             // the right side may start its S: the left side's is nearly done
+  uint64_t p_ready[kSides];  // the side's P and reference are in shared memory
+  uint64_t sums_ready;       // both sides
+  Segment segment[kSides];   // the side's current one
   // Per row of the tile: its place among a sequence's query rows, and its token. Divisions are
   // slow.
   int query_row[kRowTile];
   int query_token[kRowTile];
   ScheduleScratch schedule;
 };
-// The runtime aligns dynamic shared memory less strictly than swizzled tiles need.
-inline constexpr int kSharedBytes = sizeof(SharedMemory) + 1024;
+inline constexpr int kSharedBytes = sizeof(SharedMemory);
 static_assert(kSharedBytes <= 232448, "a thread block can have 227 KB of shared memory");
 
 // The page pool as the copy engine sees it, in boxes of half a unit.
 struct PageMaps {
   CUtensorMap half_panels;  // kHalfPanels / 2 panels, all tokens of a page
   CUtensorMap rope;         // one panel, half the tokens of a page
-};
-
-enum NamedBarrier : int {
-  kQueryReady = 1,  // both sides: Q is in shared memory
-  kGate,            // the right side may start its S: the left side's is nearly done
-  kPReady,          // kPReady + side: the side's P and reference are in shared memory
-  kSumsReady = kPReady + kSides,
-  kClean,  // kClean + side: the side's S is complete, its block may be altered
 };
 
 // How many blocks of K this thread block has taken, as a place in the ring of stages.
@@ -160,12 +156,11 @@ __device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
         const int current = __shfl_sync(~0u, page, i);
         if (lane == 0) {
           const int stage = ring.stage();
+          // Out of bounds reads as NaN without touching memory.
           const bool bad = current < 0 || current >= p.num_pages;
-          // Out of bounds reads as zero without touching memory.
           const int first_token = (bad ? static_cast<int>(p.num_pages) : current) * kPageSize;
           const auto load = [&](Unit unit) {
             ptx::MbarrierWait(&shared.empty[stage][unit], ring.parity() ^ 1);
-            if (unit == kRope) shared.bad_page[stage] = bad;
             LoadUnit<kCluster>(maps, shared, stage, unit, first_token, tile.kv_head);
           };
           load(kRope);
@@ -255,6 +250,8 @@ class Consumer {
     Segments segments(p_, tile_, range);
     for (Segment s; segments.Next(&s);) {
       Begin(s);
+      // Registers are scarce until Finish.
+      if (threadIdx.x % 128 == 0) shared_.segment[kSide] = s;
       int i = 0;
       for (; i + 1 < s.visible; i += 2) {
         Pair(ring, (s.first_block + i) * kPageSize);
@@ -264,7 +261,7 @@ class Consumer {
         Single(ring, (s.first_block + i) * kPageSize);
         ring = Next(ring);
       }
-      Finish(s, PartialSlot(tile_.index, partitions, partition, s.opening ? 0 : 1));
+      Finish(partition, partitions);
     }
   }
 
@@ -309,7 +306,8 @@ class Consumer {
     for (int i = 0; i < 128; ++i) o_[i] = 0;
     ptx::CpAsyncWaitAll();
     ptx::FenceProxyAsync();
-    ptx::NamedBarrierSync(kQueryReady, kConsumerThreads);
+    ptx::MbarrierArrive(&shared_.query_ready);
+    ptx::MbarrierWait(&shared_.query_ready, segment_parity_);
   }
 
   // The blocks at `ring`, the left side's, and after it, the right side's.
@@ -323,7 +321,7 @@ class Consumer {
       MultiplyOther(Next(ring));
       FinishMultiply(Next(ring));
     } else {
-      ptx::NamedBarrierSync(kGate, kConsumerThreads);
+      ptx::MbarrierWait(&shared_.gate, pair_parity_);
       Scores(Next(ring), first_token + kPageSize);
       Rescale(AdoptReference());
       MultiplyOther(ring);
@@ -343,7 +341,7 @@ class Consumer {
       Rescale(Softmax());
       MultiplyOwn(ring);
     } else {
-      ptx::NamedBarrierSync(kGate, kConsumerThreads);
+      ptx::MbarrierWait(&shared_.gate, pair_parity_);
       Rescale(AdoptReference());
       MultiplyOther(ring);
     }
@@ -356,7 +354,6 @@ class Consumer {
     uint64_t* full = shared_.full[stage];
     const uint64_t k = ptx::Advance(k_operand_, stage * sizeof(shared_.k[0]));
     ptx::MbarrierWait(&full[kRope], ring.parity());
-    const bool bad_page = shared_.bad_page[stage];
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPanel / 16; ++step) {
@@ -378,24 +375,20 @@ class Consumer {
     ptx::WgmmaCommit();
     if constexpr (kSide == kLeft) {
       ptx::WgmmaWait<1>();
-      ptx::NamedBarrierArrive(kGate, kConsumerThreads);
+      if (lane() == 0) ptx::MbarrierArrive(&shared_.gate);
     }
     ptx::WgmmaWait<0>();
     Release(stage, kRope);
 
 #pragma unroll
     for (int j = 0; j < 32; ++j) x_[j] *= scale_;
-    if (bad_page) {
-#pragma unroll
-      for (int j = 0; j < 32; ++j) x_[j] = NAN;
-    }
     if (lowest_limit_ - first_token < kPageSize) {
       const int token = first_token + column();
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
         if (token + j / 4 * 8 + j % 2 >= limit_[j / 2 % 2]) x_[j] = -INFINITY;
       }
-      ptx::NamedBarrierSync(kClean + kSide, 128);
+      ptx::NamedBarrierSync(1 + kSide, 128);  // all warps of this side have their S
       CleanValues<T>(shared_.k[stage], lowest_limit_ - first_token, length_ - first_token);
     }
   }
@@ -440,17 +433,21 @@ class Consumer {
       ptx::StMatrix4(store + ((chunk ^ (lane() % 8)) << 4), piece[0], piece[1], piece[2], piece[3]);
     }
     ptx::FenceProxyAsync();
-    ptx::NamedBarrierArrive(kPReady + kSide, kConsumerThreads);
+    __syncwarp();
+    if (lane() % 4 == 0) ptx::MbarrierArrive(&shared_.p_ready[kSide]);
     return {alpha[0], alpha[1]};
   }
 
   // Waits for the other side's P, and takes over its reference.
   __device__ __forceinline__ float2 AdoptReference() {
-    ptx::NamedBarrierSync(kPReady + kOther, kConsumerThreads);
+    ptx::MbarrierWait(&shared_.p_ready[kOther], pair_parity_);
+    pair_parity_ ^= 1;
     float alpha[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float updated = shared_.reference[kOther][row() + 8 * h];
+      float updated = 0;
+      if (lane() % 4 == 0) updated = shared_.reference[kOther][row() + 8 * h];
+      updated = __shfl_sync(~0u, updated, lane() & ~3);
       alpha[h] = updated == reference_[h] ? 1.f : ptx::Exp2(reference_[h] - updated);
       reference_[h] = updated;
       sum_[h] *= alpha[h];
@@ -491,6 +488,7 @@ class Consumer {
 
   // This warp no longer reads the unit. In a cluster, both blocks load into it.
   __device__ __forceinline__ void Release(int stage, Unit unit) {
+    __syncwarp();
     if constexpr (kCluster == 1) {
       if (lane() == 0) ptx::MbarrierArrive(&shared_.empty[stage][unit]);
     } else {
@@ -499,7 +497,7 @@ class Consumer {
   }
 
   // Writes the result of a sequence, or of the part of it that this range holds.
-  __device__ __forceinline__ void Finish(const Segment& s, int64_t partial_slot) {
+  __device__ __forceinline__ void Finish(int partition, int partitions) {
     // The sum of each row over all tokens: four lanes, then both sides.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -507,7 +505,11 @@ class Consumer {
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 2);
       if (lane() % 4 == 0) shared_.sum[kSide][row() + 8 * h] = sum_[h];
     }
-    ptx::NamedBarrierSync(kSumsReady, kConsumerThreads);
+    ptx::MbarrierArrive(&shared_.sums_ready);
+    ptx::MbarrierWait(&shared_.sums_ready, segment_parity_);
+    segment_parity_ ^= 1;
+    const Segment s = shared_.segment[kSide];
+    const int64_t partial_slot = PartialSlot(tile_.index, partitions, partition, s.opening ? 0 : 1);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
@@ -553,6 +555,8 @@ class Consumer {
   const float scale_;
   const uint64_t q_operand_, k_operand_, v_operand_, p_operand_;
 
+  // Of the mbarriers that complete once a sequence, and once for each P of the other side.
+  uint32_t segment_parity_ = 0, pair_parity_ = 0;
   // Of the current sequence.
   int length_;
   int limit_[2];      // per row, the tokens it may see are those before this
@@ -573,18 +577,23 @@ template <typename T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ DenseDecodeParams p,
                       const __grid_constant__ PageMaps maps) {
-  extern __shared__ uint8_t raw[];
-  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(
-      raw + (-ptx::SmemAddress(raw) & (alignof(SharedMemory) - 1)));
+  extern __shared__ __align__(alignof(SharedMemory)) uint8_t raw[];
+  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(raw);
   if (threadIdx.x == 0) {
+    if (ptx::SmemAddress(raw) % alignof(SharedMemory) != 0) __trap();  // swizzled tiles need it
     ptx::PrefetchTensorMap(&maps.half_panels);
     ptx::PrefetchTensorMap(&maps.rope);
     for (int i = 0; i < kStages; ++i) {
       for (int unit = 0; unit < kUnits; ++unit) {
         ptx::MbarrierInit(&shared.full[i][unit], 1);
-        ptx::MbarrierInit(&shared.empty[i][unit], kCluster * 4);  // a side's warps, in each block
+        ptx::MbarrierInit(&shared.empty[i][unit], kCluster * kWarpsPerSide);
       }
     }
+    // Those that hand over what many threads wrote count each of them: racecheck follows that.
+    ptx::MbarrierInit(&shared.query_ready, kConsumerThreads);
+    ptx::MbarrierInit(&shared.gate, kWarpsPerSide);
+    for (uint64_t& barrier : shared.p_ready) ptx::MbarrierInit(&barrier, kWarpsPerSide * 8);
+    ptx::MbarrierInit(&shared.sums_ready, kConsumerThreads);
     ptx::FenceMbarrierInit();
   }
   const RowTile tile(p, blockIdx.x, kCluster);

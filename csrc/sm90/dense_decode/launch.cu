@@ -41,7 +41,8 @@ Status MakePageMaps(const DenseDecodeParams& p, PageMaps* maps) {
                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                   4, const_cast<void*>(p.k_cache), sizes, strides, box, steps,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA);
   };
   CUresult result = make(&maps->half_panels, kPageSize, kHalfPanels / 2);
   if (result == CUDA_SUCCESS) result = make(&maps->rope, kPageSize / 2, 1);
