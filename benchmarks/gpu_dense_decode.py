@@ -143,7 +143,7 @@ def measure(case: Case) -> dict[str, Any]:
     query_numbers = case.batch * case.s_q * case.h_q
     flop = 2 * case.s_q * case.h_q * int(lengths.sum()) * (HEAD_DIM + HEAD_DIM_V)
     size = 2 * (int(lengths.sum()) * HEAD_DIM + query_numbers * (HEAD_DIM + HEAD_DIM_V))
-    calls = (4, 24) if flop < 1e12 else (2, 10)
+    calls = (8, 88) if flop < 2e10 else (4, 24) if flop < 1e12 else (2, 10)
     seconds = attention_seconds(case, ours, *calls)
     result = {
         "case": str(case),

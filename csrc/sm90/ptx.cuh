@@ -65,11 +65,6 @@ __device__ __forceinline__ void NamedBarrierSync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Counts this thread in at a barrier that others wait at.
-__device__ __forceinline__ void NamedBarrierArrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // This block's place in its cluster.
 __device__ __forceinline__ uint32_t ClusterRank() {
   uint32_t rank;

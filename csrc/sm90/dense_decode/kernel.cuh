@@ -14,15 +14,16 @@
 //
 //   left   | S a          | softmax a | O += Pa Va |     wait     | O += Pb Vb | S a' ...
 //   right  |     wait     | S b          | O += Pa Va + softmax b | O += Pb Vb | wait
-//                      ^gate           ^first ready             ^second ready
+//                      ^gate          ^Pa ready                ^Pb ready
 //
 //   warps 0-3  left      S of even blocks, O columns   0..255
 //   warps 4-7  right     S of odd blocks,  O columns 256..511
-//   warp 8     producer  TMA: a page in three units, as they fall free: the RoPE columns (after S)
-//                        and the left and the right half of V (after the side has multiplied it);
-//                        runs ahead across sequences
+//   warp 8     producer    TMA: a page in three units, as they fall free: the RoPE columns (after
+//   S)
+//                          and the left and the right half of V (after its side has multiplied it);
+//                          runs ahead across sequences
 //   warp 9     bookkeeper  tells the combine which sequences are split (warps 10 and 11 only
-//                        complete the warpgroup that gives its registers away)
+//                          complete the warpgroup that gives its registers away)
 //
 // P stays in registers for its own side and goes through shared memory to the other. So does the
 // reference m, one per row: it moves only where a row's maximum has grown by more than a factor of
@@ -76,15 +77,13 @@ struct SharedMemory {
   float sum[kSides][kRowTile];
   uint64_t full[kStages][kUnits];
   uint64_t empty[kStages][kUnits];
-  uint64_t query_ready;      // both sides: Q is in shared memory
-  uint64_t gate;             // the right side may start its S: the left side's is nearly done
-  uint64_t p_ready[kSides];  // the side's P and reference are in shared memory
-  uint64_t sums_ready;       // both sides
-  Segment segment[kSides];   // the side's current one
-  // Per row of the tile: its place among a sequence's query rows, and its token. Divisions are
-  // slow.
-  int query_row[kRowTile];
-  int query_token[kRowTile];
+  uint64_t query_ready;       // both sides: Q is in shared memory
+  uint64_t gate;              // the right side may start its S: the left side's is nearly done
+  uint64_t p_ready[kSides];   // the side's P and reference are in shared memory
+  uint64_t sums_ready;        // both sides
+  Segment segment[kSides];    // the side's current one
+  int query_row[kRowTile];    // per row of the tile, its place among a sequence's query rows,
+  int query_token[kRowTile];  // and its token: divisions are slow
   ScheduleScratch schedule;
 };
 inline constexpr int kSharedBytes = sizeof(SharedMemory);
@@ -250,8 +249,7 @@ class Consumer {
     Segments segments(p_, tile_, range);
     for (Segment s; segments.Next(&s);) {
       Begin(s);
-      // Registers are scarce until Finish.
-      if (threadIdx.x % 128 == 0) shared_.segment[kSide] = s;
+      if (threadIdx.x % 128 == 0) shared_.segment[kSide] = s;  // registers are scarce until Finish
       int i = 0;
       for (; i + 1 < s.visible; i += 2) {
         Pair(ring, (s.first_block + i) * kPageSize);
@@ -388,7 +386,7 @@ class Consumer {
       for (int j = 0; j < 32; ++j) {
         if (token + j / 4 * 8 + j % 2 >= limit_[j / 2 % 2]) x_[j] = -INFINITY;
       }
-      ptx::NamedBarrierSync(1 + kSide, 128);  // all warps of this side have their S
+      ptx::NamedBarrierSync(1 + kSide, kWarpsPerSide * 32);  // all warps of the side have their S
       CleanValues<T>(shared_.k[stage], lowest_limit_ - first_token, length_ - first_token);
     }
   }
