@@ -56,7 +56,7 @@ $(VENV)/.hf $(VENV)/.test: $(VENV)/.%: $(NATIVE) | $(BIN)/pip
 	$(PIP) install --quiet --editable '.[$*$(CUDA_EXTRA)]'
 	@touch $@ $(if $(filter test,$*),$(VENV)/.hf)
 
-# --- On a machine with a Hopper GPU ----------------------------------------------------------
+# --- For a machine with a Hopper GPU ---------------------------------------------------------
 
 # The Python of .venv; or, where there is no network to fill it from, the installed one.
 GPU_PYTHON := build/gpu-python
@@ -69,8 +69,9 @@ test-gpu: gpu  ## All tests on the GPU, with the full grid. Writes a record.
 sanitize: gpu  ## compute-sanitizer (memcheck, racecheck, synccheck) on a small grid. Writes a record.
 	$(GPU_PYTHON) tests/gpu/sanitize.py
 
-bench: gpu  ## The benchmark table. Writes a record.
-	$(GPU_PYTHON) benchmarks/gpu_dense_decode.py
+bench: $(if $(HOPPER),gpu,$(VENV)/.test)  ## The benchmark, on a Hopper GPU or else on the CPU. Writes a record.
+	$(if $(HOPPER),$(GPU_PYTHON) benchmarks/gpu_dense_decode.py, \
+		JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.decode)
 
 gpu: | $(BIN)/pip
 	@test -n "$(HOPPER)" || \

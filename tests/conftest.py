@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-# Tests import their neighbours (`oracle`) by name.
+# Tests import their neighbours (`oracle`) by name, and `benchmarks`.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 def on_hopper() -> bool:

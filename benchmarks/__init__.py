@@ -1,0 +1,1 @@
+"""What is measured, and how. Run as `python -m benchmarks.decode`; results/ keeps the records."""
