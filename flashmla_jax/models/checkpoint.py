@@ -4,6 +4,9 @@ A checkpoint may be far larger than the host's memory. Loading holds one paramet
 (the experts of a layer, which make up one, are gathered first): it goes to the device, and is
 transposed and converted there. Saving gathers the tensors of one file at a time.
 
+DeepSeek's FP8 checkpoints have e4m3 tensors `X`, and beside each a float32 `X_scale_inv` with one
+number for each block of 128 x 128 (fewer at the ends), by which the block is multiplied.
+
 The `safetensors` package reads and writes the files; only loading and saving import it.
 """
 
@@ -36,6 +39,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_FP8 = "F8_E4M3"
+_SCALE = "_scale_inv"
+_BLOCK = 128
 
 
 def load_checkpoint(
@@ -49,8 +55,8 @@ def load_checkpoint(
       path: a folder with `config.json` and either `model.safetensors` or shards and
         `model.safetensors.index.json`.
       config: used in place of `config.json`.
-      dtype: of the parameters, whatever that of the file (float32, float16 or bfloat16). The
-        routers' stay float32.
+      dtype: of the parameters, whatever that of the file (float32, float16, bfloat16, or DeepSeek's
+        FP8 with block scales, multiplied out in float32). The routers' stay float32.
 
     Returns:
       The configuration and the parameters, laid out as `flashmla_jax.models.deepseek` describes, on
@@ -62,7 +68,7 @@ def load_checkpoint(
       ValueError: a file is damaged; tensors are missing, have the wrong shape, or have no place in
         the model.
       NotImplementedError: the model is none this library has code for, or its weights are
-        quantised.
+        quantised in another way.
       ImportError: the `safetensors` package is missing.
     """
     path = Path(path)
@@ -74,7 +80,7 @@ def load_checkpoint(
 
     def read(parameter: _Parameter) -> jax.Array:
         host = checkpoint.read(parameter)
-        value = _convert(host, parameter.transposed, parameter.dtype(dtype))
+        value = _convert(*host, parameter.transposed, parameter.dtype(dtype))
         return value.block_until_ready()  # then `host` can go
 
     return config, _build(config, read)
@@ -308,8 +314,15 @@ def _build(config: DeepSeekConfig, make: Callable[[_Parameter], jax.Array]) -> d
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _convert(x: jax.Array, transposed: bool, dtype: np.dtype[Any]) -> jax.Array:
-    """`x`, a parameter as the checkpoint has it, in the model's layout."""
+def _convert(
+    x: jax.Array, scales: jax.Array | None, transposed: bool, dtype: np.dtype[Any]
+) -> jax.Array:
+    """`x`, as the checkpoint has it, times its blocks' scales, in the model's layout."""
+    if scales is not None:
+        rows, columns = x.shape[-2:]
+        scales = jnp.repeat(scales, _BLOCK, axis=-2)[..., :rows, :]
+        scales = jnp.repeat(scales, _BLOCK, axis=-1)[..., :columns]
+        x = x.astype(jnp.float32) * scales
     x = x.astype(dtype)
     return jnp.swapaxes(x, -1, -2) if transposed else x
 
@@ -328,6 +341,7 @@ class _Checkpoint:
         self._path = path
         self._safetensors = _import_safetensors()
         self._files: dict[str, Any] = {}  # `safetensors.safe_open` by name, once needed
+        self._layouts: dict[str, tuple[int, dict[str, int]]] = {}  # likewise
         index = path / _INDEX
         if index.exists():
             self._file_of: dict[str, str] = _read_json_object(index).get("weight_map", {})
@@ -341,57 +355,109 @@ class _Checkpoint:
 
     def check_names(self, names: list[str], config: DeepSeekConfig) -> None:
         """Raises unless the checkpoint has the tensors `names` and no others that matter."""
-        if missing := [name for name in names if name not in self._file_of]:
-            raise ValueError(f"{self._path} lacks {len(missing)} tensors: {_some(missing)}")
-        known = set(names)
+        missing = [name for name in names if name not in self._file_of]
+        known = {*names, *(name + _SCALE for name in names)}
         unexpected = []
         for name in self._file_of:
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             is_mtp = layer is not None and int(layer[1]) >= config.num_hidden_layers
             if name not in known and not is_mtp and not name.endswith(".rotary_emb.inv_freq"):
                 unexpected.append(name)
-        if any(name.endswith(("weight_scale_inv", "weight_scale")) for name in unexpected):
+        quantised = r"(weight_scale|weight_packed|qweight|qzeros|scales|g_idx)$"
+        if names_of_it := [name for name in unexpected if re.search(quantised, name)]:
             raise NotImplementedError(
-                f"{self._path} has quantised weights ({_some(unexpected)}), which are not "
+                f"{self._path} has quantised weights ({_some(names_of_it)}), which are not "
                 "supported: convert the checkpoint to bfloat16"
             )
+        faults = []
+        if missing:
+            faults.append(f"lacks {len(missing)} tensors: {_some(missing)}")
         if unexpected:
-            raise ValueError(
-                f"{self._path} has {len(unexpected)} tensors that the model has no place for: "
+            faults.append(
+                f"has {len(unexpected)} tensors that the model has no place for: "
                 f"{_some(unexpected)}"
             )
+        if faults:
+            raise ValueError(f"{self._path} {'; it '.join(faults)}")
 
-    def read(self, parameter: _Parameter) -> np.ndarray:
-        """The tensors of `parameter`, in host memory; they must have its shape."""
-        names = parameter.names
-        dtypes = [self._check(name, parameter.shape) for name in names]
+    def read(self, parameter: _Parameter) -> tuple[np.ndarray, np.ndarray | None]:
+        """The tensors of `parameter` and their scales, if they have any, in host memory."""
+        names, shape = parameter.names, parameter.shape
+        for name in names:
+            self._check(name, shape, [*_DTYPES, _FP8])
+        is_fp8 = {self._describe(name)[0] == _FP8 for name in names}
+        if len(is_fp8) > 1:
+            raise NotImplementedError(f"{parameter.path}: only some of its tensors are {_FP8}")
+        if not is_fp8.pop():
+            if scaled := [name + _SCALE for name in names if name + _SCALE in self._file_of]:
+                raise ValueError(f"{self._path} has {_some(scaled)} beside tensors not of {_FP8}")
+            return self._gather(parameter, names), None
+        if len(shape) != 2:
+            raise NotImplementedError(f"{names[0]} is {_FP8}, which only matrices may be")
+        scales = [name + _SCALE for name in names]
+        if missing := [name for name in scales if name not in self._file_of]:
+            raise ValueError(f"{self._path} lacks {_some(missing)}, scales of {_FP8} tensors")
+        for name in scales:
+            self._check(name, tuple(-(-size // _BLOCK) for size in shape), ["F32"])
+        return self._gather(parameter, names), self._gather(parameter, scales)
+
+    def _gather(self, parameter: _Parameter, names: list[str]) -> np.ndarray:
+        """The tensors `names`, which are alike: stacked if they are experts', else the only one."""
         if not parameter.num_experts:
             return self._get(names[0])
-        stacked = np.empty((parameter.num_experts, *parameter.shape), np.result_type(*dtypes))
+        dtypes = {self._describe(name)[0] for name in names}
+        dtype = np.result_type(*(_DTYPES.get(d, ml_dtypes.float8_e4m3fn) for d in dtypes))
+        stacked = np.empty((len(names), *self._describe(names[0])[1]), dtype)
         for e, name in enumerate(names):
             stacked[e] = self._get(name)
         return stacked
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> np.dtype[Any]:
-        """The dtype of the tensor `name`, whose data stay unread; it must have that shape."""
-        path = self._path / self._file_of[name]
-        try:
-            tensor = self._open(self._file_of[name]).get_slice(name)
-        except self._safetensors.SafetensorError:
-            raise ValueError(f"{path} lacks {name}, which the index says it has") from None
-        dtype, actual = tensor.get_dtype(), tuple(tensor.get_shape())
-        if dtype not in _DTYPES:
+    def _check(self, name: str, shape: tuple[int, ...], dtypes: list[str]) -> None:
+        """Raises unless the tensor `name`, whose data stay unread, has that shape and a dtype."""
+        dtype, actual = self._describe(name)
+        if dtype not in dtypes:
             raise NotImplementedError(
-                f"{name} in {path} is {dtype}, which is not supported; only {', '.join(_DTYPES)} "
-                "are"
+                f"{name} in {self._path / self._file_of[name]} is {dtype}, which is not supported; "
+                f"only {', '.join(dtypes)} are"
             )
         if actual != shape:
             raise ValueError(f"{name} has shape {actual}, the configuration wants {shape}")
-        return _DTYPES[dtype]
+
+    def _describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype, in safetensors' words, and the shape of the tensor `name`."""
+        try:
+            tensor = self._open(self._file_of[name]).get_slice(name)
+        except self._safetensors.SafetensorError:
+            path = self._path / self._file_of[name]
+            raise ValueError(f"{path} lacks {name}, which the index says it has") from None
+        return tensor.get_dtype(), tuple(tensor.get_shape())
 
     def _get(self, name: str) -> np.ndarray:
-        array: np.ndarray = self._open(self._file_of[name]).get_tensor(name)
-        return array
+        dtype, shape = self._describe(name)
+        if dtype != _FP8:
+            array: np.ndarray = self._open(self._file_of[name]).get_tensor(name)
+            return array
+        # safetensors 0.8 looks for this dtype in NumPy, which has none.
+        numbers, offsets = self._layout(self._file_of[name])
+        with open(self._path / self._file_of[name], "rb") as file:
+            file.seek(numbers + offsets[name])
+            data = file.read(math.prod(shape))
+        return np.frombuffer(data, ml_dtypes.float8_e4m3fn).reshape(shape)
+
+    def _layout(self, file: str) -> tuple[int, dict[str, int]]:
+        """Where the numbers begin in a file, and from there each tensor.
+
+        A file, which safetensors has checked, has the length of its header, the header in JSON, and
+        the numbers.
+        """
+        if file not in self._layouts:
+            with open(self._path / file, "rb") as stream:
+                header_size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(header_size))
+            header.pop("__metadata__", None)
+            offsets = {name: tensor["data_offsets"][0] for name, tensor in header.items()}
+            self._layouts[file] = 8 + header_size, offsets
+        return self._layouts[file]
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

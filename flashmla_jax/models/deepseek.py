@@ -175,15 +175,12 @@ class DeepSeekConfig:
 
         Raises:
           ValueError: a required field is missing, or fields contradict each other.
-          NotImplementedError: a field asks for what there is no code for, quantised weights
-            included.
+          NotImplementedError: a field asks for what there is no code for. Of quantised weights,
+            DeepSeek's own are known: FP8 (e4m3) with a scale for each block of 128 x 128, which
+            `load_checkpoint` multiplies out.
         """
         _check_model_type(config.get("model_type"))
-        if quantization := config.get("quantization_config"):
-            raise NotImplementedError(
-                f"quantised weights ({quantization.get('quant_method', 'unknown')!r}) are not "
-                "supported: convert the checkpoint to bfloat16 and drop quantization_config"
-            )
+        _check_quantization(config.get("quantization_config") or {})
         for name, supported in (
             ("hidden_act", "silu"),
             ("mlp_bias", False),
@@ -231,6 +228,17 @@ def _check_model_type(model_type: str | None) -> None:
     if model_type not in _MODEL_TYPES:
         raise NotImplementedError(
             f"model_type {model_type!r} is not supported, only {', '.join(_MODEL_TYPES)}"
+        )
+
+
+def _check_quantization(quantization: Mapping[str, Any]) -> None:
+    """Raises unless weights are as they are or, in DeepSeek's way, FP8 with 128 x 128 blocks."""
+    supported = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    actual = {name: quantization.get(name) for name in supported}
+    if quantization and actual != supported:
+        raise NotImplementedError(
+            f"quantised weights with {actual} are not supported, only with {supported}: convert "
+            "the checkpoint to bfloat16 and drop quantization_config"
         )
 
 

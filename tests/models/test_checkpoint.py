@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load_file, save_file
 
 from flashmla_jax.models import (
@@ -257,6 +258,141 @@ def test_init_params():
     assert np.isfinite(logits).all()
 
 
+# --- DeepSeek's FP8 ------------------------------------------------------------------------------
+
+FP8_CONFIG = dataclasses.replace(CONFIG, hidden_size=150, intermediate_size=260)
+UP_PROJ = "model.layers.0.mlp.up_proj.weight"
+
+
+def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """e4m3 numbers and float32 scales of blocks of 128 x 128, which span e4m3's range."""
+    rows, columns = (-(-size // 128) for size in weight.shape)
+    scales = np.empty((rows, columns), np.float32)
+    numbers = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)
+    for i, j in np.ndindex(rows, columns):
+        block = np.s_[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
+        scales[i, j] = np.abs(weight[block]).max() / 448
+        numbers[block] = (weight[block] / scales[i, j]).astype(numbers.dtype)
+    return numbers, scales
+
+
+def multiply_out(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    product = numbers.astype(np.float32)
+    for i, j in np.ndindex(scales.shape):
+        product[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)] *= scales[i, j]
+    return product
+
+
+@pytest.fixture
+def fp8(tmp_path) -> Path:
+    """A checkpoint as DeepSeek publishes them: projections in FP8, the rest in bfloat16."""
+    params = init_params(FP8_CONFIG, jax.random.key(1), jnp.bfloat16)
+    save_checkpoint(tmp_path / "model", FP8_CONFIG, params)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "_proj" in name and name.endswith(".weight")]:
+        numbers, scales = quantise(tensors[name].astype(np.float32))
+        tensors |= {name: numbers, f"{name}_scale_inv": scales}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "model"
+
+
+def change_fp8(folder: Path, change) -> None:
+    """Passes the tensors of an FP8 checkpoint through `change`."""
+    data = (folder / "model.safetensors").read_bytes()
+    dtypes = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
+    tensors = {
+        name: np.frombuffer(tensor["data"], dtypes[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in deserialize(data)
+    }
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_fp8_is_multiplied_out(fp8, dtype):
+    tensors = {}
+    change_fp8(fp8, tensors.update)
+
+    def expected(name):
+        return multiply_out(tensors[name], tensors[f"{name}_scale_inv"]).astype(dtype).T
+
+    config, params = load_checkpoint(fp8, dtype=dtype)
+    assert config == FP8_CONFIG
+    assert tensors[UP_PROJ].shape == (260, 150)  # more than a block, and not a multiple of it
+    np.testing.assert_array_equal(
+        params["layers"][0]["mlp"]["up_proj"]["kernel"], expected(UP_PROJ)
+    )
+    down = params["layers"][1]["mlp"]["experts"]["down_proj"]["kernel"]
+    for e in range(config.n_routed_experts):
+        name = f"model.layers.1.mlp.experts.{e}.down_proj.weight"
+        np.testing.assert_array_equal(down[e], expected(name))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype), np.dtype("f4")}
+
+
+def test_fp8_runs(fp8):
+    config, params = load_checkpoint(fp8, dtype=jnp.float32)
+    logits = deepseek.forward(params, config, np.arange(6, dtype=np.int32)[None])
+    original = init_params(FP8_CONFIG, jax.random.key(1), jnp.bfloat16)
+    original = jax.tree.map(lambda x: x.astype(jnp.float32), original)
+    close = deepseek.forward(original, config, np.arange(6, dtype=np.int32)[None])
+    assert np.corrcoef(np.ravel(logits), np.ravel(close))[0, 1] > 0.98
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda t: t.pop(f"{UP_PROJ}_scale_inv"),
+            ValueError,
+            r"lacks model\.layers\.0\.mlp\.up_proj\.weight_scale_inv, scales of F8_E4M3",
+        ),
+        (
+            lambda t: t.update({f"{UP_PROJ}_scale_inv": np.ones((3, 3), np.float32)}),
+            ValueError,
+            r"up_proj\.weight_scale_inv has shape \(3, 3\), .* \(3, 2\)",
+        ),
+        (
+            lambda t: t.update({f"{UP_PROJ}_scale_inv": np.ones((3, 2), ml_dtypes.bfloat16)}),
+            NotImplementedError,
+            r"up_proj\.weight_scale_inv .* is BF16",
+        ),
+        (
+            lambda t: t.update({UP_PROJ: t[UP_PROJ].astype(np.float32)}),
+            ValueError,
+            r"up_proj\.weight_scale_inv beside tensors not of F8_E4M3",
+        ),
+        (
+            lambda t: t.update(
+                {"model.norm.weight": t["model.norm.weight"].astype(ml_dtypes.float8_e4m3fn)}
+            ),
+            NotImplementedError,
+            r"model\.norm\.weight is F8_E4M3, which only matrices may be",
+        ),
+        (
+            lambda t: (
+                name := "model.layers.1.mlp.experts.2.up_proj.weight",
+                t.update({name: t[name].astype(np.float32)}),
+            ),
+            NotImplementedError,
+            r"layers\.1\.mlp\.experts\.up_proj\.kernel: only some of its tensors are F8_E4M3",
+        ),
+    ],
+)
+def test_fp8_errors(fp8, change, error, message):
+    change_fp8(fp8, change)
+    with pytest.raises(error, match=message):
+        load_checkpoint(fp8)
+
+
 # --- What is refused -----------------------------------------------------------------------------
 
 
@@ -294,9 +430,19 @@ def test_unexpected_tensors(single):
         load_checkpoint(single)
 
 
-def test_quantised_weights(single):
+def test_missing_and_unexpected_tensors_are_told_together(single):
     def change(tensors):
-        tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = np.ones((1, 1), np.float32)
+        tensors["model.norm.wight"] = tensors.pop("model.norm.weight")
+
+    rewrite(single, change)
+    message = r"lacks 1 tensors: model\.norm\.weight; it has 1 .*no place for: model\.norm\.wight"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(single)
+
+
+def test_other_quantisations(single):
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight_scale"] = np.ones((1, 1), np.float32)
 
     rewrite(single, change)
     with pytest.raises(NotImplementedError, match=r"quantised weights .*convert the checkpoint"):

@@ -399,8 +399,9 @@ YARN = V3_JSON["rope_scaling"]
         (
             {"quantization_config": {"quant_method": "fp8"}},
             NotImplementedError,
-            r"quantised weights \('fp8'\).*convert the checkpoint to bfloat16",
+            r"quantised weights .*'weight_block_size': None.*convert the checkpoint to bfloat16",
         ),
+        ({"quantization_config": {"bits": 4}}, NotImplementedError, "'quant_method': None"),
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act='gelu'"),
         ({"moe_layer_freq": 2}, NotImplementedError, "moe_layer_freq=2"),
         ({"rope_interleave": False}, NotImplementedError, "rope_interleave=False"),
