@@ -31,7 +31,9 @@ def test_example(number: int) -> None:
         assert names["out"].shape[0] == 2
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/kernel.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/kernel.md", "docs/scaling.md"]
+)
 def test_commands_and_paths_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

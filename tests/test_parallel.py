@@ -1,0 +1,267 @@
+"""Decoding over meshes of virtual CPU devices, against the oracle on one.
+
+The checks need eight devices. Where there are fewer, one test runs this file in a process that has
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flashmla_jax import parallel
+
+DEVICES = 8
+meshes = pytest.mark.skipif(
+    jax.devices()[0].platform != "cpu" or len(jax.devices()) < DEVICES,
+    reason=f"needs {DEVICES} CPU devices",
+)
+HERE = Path(__file__)
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) >= DEVICES, reason="the checks run in this process")
+def test_on_eight_devices() -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
+    ran = subprocess.run(
+        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"\d+ passed, 1 skipped", ran.stdout), ran.stdout
+
+
+def make_mesh(**axes: int) -> jax.sharding.Mesh:
+    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
+def deal_out(problem: oracle.Problem, batch: int, context: int) -> oracle.Problem:
+    """The same tokens, in pages of `batch` times `context` devices, one after the other.
+
+    What is in no token is NaN, and what is in no table is anything.
+    """
+    sequences = len(problem.cache_seqlens)
+    lengths = np.maximum(problem.cache_seqlens, 0)
+    width = max(1, -(-int(lengths.max(initial=0)) // (64 * context))) + 1
+    share = sequences // batch
+    num_pages = share * width + 2
+    rng = np.random.default_rng(int(lengths.sum()))
+    pool = np.full((batch, context, num_pages, *problem.k_cache.shape[1:]), np.nan)
+    table = rng.choice(np.array(oracle.GARBAGE, np.int32), (sequences, width))
+    for shard in range(batch):
+        free = rng.permutation(num_pages)
+        for i in range(shard * share, (shard + 1) * share):
+            used = -(-int(lengths[i]) // (64 * context))
+            table[i, :used], free = free[:used], free[used:]
+            for t in range(int(lengths[i])):
+                token = problem.k_cache[problem.block_table[i, t // 64], t % 64]
+                local = t // context
+                pool[shard, t % context, table[i, local // 64], local % 64] = token
+    pool = pool.reshape(-1, *problem.k_cache.shape[1:]).astype(problem.k_cache.dtype)
+    return problem.replace(k_cache=pool, block_table=table)
+
+
+SCHEMES = {
+    "heads 2": {"head": 2},
+    "heads 8": {"head": 8},
+    "batch 4": {"batch": 4},
+    "context 1": {"context": 1},
+    "context 2": {"context": 2},
+    "context 8": {"context": 8},
+    "batch 2, heads 4": {"batch": 2, "head": 4},
+    "context 4, heads 2": {"context": 4, "head": 2},
+    "batch 2, context 4": {"batch": 2, "context": 4},
+    "batch 2, context 2, heads 2": {"batch": 2, "context": 2, "head": 2},
+}
+
+
+def axes_of(scheme: dict[str, int]) -> dict[str, str]:
+    return {f"{name}_axis": name for name in scheme}
+
+
+@meshes
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("s_q", "causal"), [(1, False), (3, True), (2, False)])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_matches_the_oracle(name: str, s_q: int, causal: bool, dtype: str) -> None:
+    """Lengths include those at which some devices of a context axis see no token."""
+    scheme = SCHEMES[name]
+    rng = np.random.default_rng(list(f"{name}{s_q}{dtype}".encode()))
+    lengths = (300, 0, 1, 5, 64 * 8, 130, 63, 2)
+    problem = oracle.make_problem(
+        rng, lengths, s_q=s_q, h_q=16, dtype=oracle.DTYPES[dtype], spare_entries=0
+    )
+    dealt = deal_out(problem, scheme.get("batch", 1), scheme.get("context", 1))
+    mesh = make_mesh(**scheme)
+    attend = jax.jit(
+        functools.partial(
+            parallel.flash_mla_with_kvcache, mesh=mesh, causal=causal, **axes_of(scheme)
+        )
+    )
+    out, lse = attend(*dealt)
+    oracle.assert_matches((out, lse), oracle.attend(problem, 576**-0.5, causal))
+    batch, head = (axis if axis in scheme else None for axis in ("batch", "head"))
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P(batch, None, head)), out.ndim)
+    assert lse.sharding.is_equivalent_to(NamedSharding(mesh, P(batch, head)), lse.ndim)
+
+
+@meshes
+def test_kv_heads_are_divided_with_query_heads() -> None:
+    rng = np.random.default_rng(3)
+    problem = oracle.make_problem(rng, (100, 3), h_q=12, h_kv=4, dtype=np.float32)
+    attend = functools.partial(
+        parallel.flash_mla_with_kvcache, mesh=make_mesh(head=2), head_axis="head"
+    )
+    oracle.assert_matches(jax.jit(attend)(*problem), oracle.attend(problem))
+
+
+@meshes
+def test_pages_that_do_not_exist_give_nan_wherever_they_are_missing() -> None:
+    rng = np.random.default_rng(4)
+    problem = oracle.make_problem(rng, (600, 50), h_q=4, dtype=np.float32)
+    dealt = deal_out(problem, 1, 4)
+    dealt.block_table[0, 1] = -5
+    attend = functools.partial(
+        parallel.flash_mla_with_kvcache, mesh=make_mesh(context=4), context_axis="context"
+    )
+    out, lse = jax.jit(attend)(*dealt)
+    assert np.isnan(out[0]).all()
+    assert np.isnan(lse[0]).all()
+    expected = oracle.attend(problem)
+    np.testing.assert_allclose(out[1], expected.out[1], atol=1e-5)
+
+
+@meshes
+@pytest.mark.parametrize("name", SCHEMES)
+def test_append_then_attend(name: str) -> None:
+    """Tokens appended over a mesh are where attention over it looks for them."""
+    scheme = SCHEMES[name]
+    batch, context = scheme.get("batch", 1), scheme.get("context", 1)
+    rng = np.random.default_rng(list(name.encode()))
+    before = np.array([0, 1, 62, 63, 127, 200, 7, 300], np.int32)
+    count = np.array([5, 0, 9, 9, 1, 70, 3, 2], np.int32)
+    problem = oracle.make_problem(
+        rng, tuple(before + count), h_q=8, dtype=np.float32, spare_entries=0
+    )
+    dealt = deal_out(problem, batch, context)
+    new_kv = np.full((8, 70, 1, 576), np.nan, np.float32)
+    pool = dealt.k_cache.reshape(batch, context, -1, *dealt.k_cache.shape[1:]).copy()
+    for i in range(8):
+        for j in range(count[i]):  # take the new tokens out of the pool
+            t = int(before[i]) + j
+            page, row = dealt.block_table[i, t // context // 64], t // context % 64
+            place = i // (8 // batch), t % context, page, row
+            new_kv[i, j] = pool[place]
+            pool[place] = np.nan
+    mesh = make_mesh(**scheme)
+    append = functools.partial(parallel.cache_append, mesh=mesh, **axes_of(scheme))
+    appended = jax.jit(append)(
+        pool.reshape(dealt.k_cache.shape), new_kv, dealt.block_table, before, count
+    )
+    np.testing.assert_array_equal(appended, dealt.k_cache)
+
+
+# --- What moves between devices, and what is copied --------------------------------------------
+
+
+def compile_on(mesh, function, specs, arrays, **options):
+    shaped = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(arrays, specs, strict=True)
+    ]
+    return jax.jit(function, **options).lower(*shaped).compile()
+
+
+@meshes
+@pytest.mark.parametrize("name", SCHEMES)
+def test_only_results_travel(name: str) -> None:
+    scheme = SCHEMES[name]
+    axes = axes_of(scheme)
+    mesh = make_mesh(**scheme)
+    batch, context, head = (
+        axis if axis in scheme else None for axis in ("batch", "context", "head")
+    )
+    pages = tuple(axis for axis in (batch, context) if axis)
+    q = np.zeros((8, 1, 16, 576), jnp.bfloat16)
+    pool = np.zeros((64, 64, 1, 576), jnp.bfloat16)
+    table, lengths = np.zeros((8, 4), np.int32), np.zeros(8, np.int32)
+    specs = (P(batch, None, head), P(pages or None), P(batch), P(batch))
+    attend = functools.partial(parallel.flash_mla_with_kvcache, mesh=mesh, **axes)
+    text = compile_on(mesh, attend, specs, (q, pool, table, lengths)).as_text()
+    for operation in ("all-gather", "all-to-all", "collective-permute"):
+        assert operation not in text
+    if context is None:
+        assert "all-reduce" not in text
+
+    append = functools.partial(parallel.cache_append, mesh=mesh, **axes)
+    operands = (pool, np.zeros((8, 2, 1, 576), jnp.bfloat16), table, lengths, lengths)
+    specs = (specs[1], P(batch), P(batch), P(batch), P(batch))
+    compiled = compile_on(mesh, append, specs, operands, donate_argnums=0)
+    for operation in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert operation not in compiled.as_text()
+    local = 64 // (scheme.get("batch", 1) * scheme.get("context", 1))
+    assert not re.search(rf"bf16\[{local},64,1,576\]\S* copy\(", compiled.as_text())
+    assert compiled.memory_analysis().alias_size_in_bytes >= local * 64 * 576 * 2
+
+
+# --- Bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"batch_axis": "y"}, "batch_axis 'y' is not an axis of the mesh"),
+        ({"batch_axis": "x", "head_axis": "x"}, "head_axis 'x' is already used"),
+    ],
+)
+def test_axes(axes, message) -> None:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    problem = oracle.make_problem(np.random.default_rng(0), (3,), h_q=1)
+    with pytest.raises(ValueError, match=message):
+        parallel.flash_mla_with_kvcache(*problem, mesh=mesh, **axes)
+    rows = np.zeros((1, 1, 1, 576), problem.k_cache.dtype)
+    zero = np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match=message):
+        parallel.cache_append(
+            problem.k_cache, rows, problem.block_table, zero, zero, mesh=mesh, **axes
+        )
+
+
+@meshes
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"batch_axis": "x"}, r"batch = 3 does not divide among the 2 devices of batch_axis"),
+        ({"head_axis": "x"}, r"h_q = 15 does not divide among the 2 devices of head_axis"),
+        ({"context_axis": "x"}, r"num_pages = 7 does not divide among the 2 devices"),
+    ],
+)
+def test_sizes(axes, message) -> None:
+    mesh = make_mesh(x=2)
+    q = np.zeros((3, 1, 15, 576), np.float32)
+    pool = np.zeros((7, 64, 1, 576), np.float32)
+    table, lengths = np.zeros((3, 1), np.int32), np.zeros(3, np.int32)
+    with pytest.raises(ValueError, match=message):
+        parallel.flash_mla_with_kvcache(q, pool, table, lengths, mesh=mesh, **axes)
+    with pytest.raises(ValueError, match=r"h_kv = 3 does not divide"):
+        parallel.flash_mla_with_kvcache(
+            np.zeros((2, 1, 6, 576), np.float32),
+            np.zeros((2, 64, 3, 576), np.float32),
+            table[:2],
+            lengths[:2],
+            mesh=mesh,
+            head_axis="x",
+        )
