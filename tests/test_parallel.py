@@ -74,6 +74,17 @@ def deal_out(problem: oracle.Problem, batch: int, context: int) -> oracle.Proble
     return problem.replace(k_cache=pool, block_table=table)
 
 
+def assert_matches(out: jax.Array, lse: jax.Array, expected: oracle.Expected) -> None:
+    """As on one device, but for the float32 rounding of a merged `lse`.
+
+    Which is that of the largest part's, not of the result's: the two may differ in size.
+    """
+    if out.dtype == np.float32:
+        np.testing.assert_allclose(lse, expected.lse, rtol=2e-6, atol=4e-6)
+        lse = expected.lse.astype(np.float32)
+    oracle.assert_matches((out, lse), expected)
+
+
 SCHEMES = {
     "heads 2": {"head": 2},
     "heads 8": {"head": 8},
@@ -112,7 +123,7 @@ def test_matches_the_oracle(name: str, s_q: int, causal: bool, dtype: str) -> No
         )
     )
     out, lse = attend(*dealt)
-    oracle.assert_matches((out, lse), oracle.attend(problem, 576**-0.5, causal))
+    assert_matches(out, lse, oracle.attend(problem, 576**-0.5, causal))
     batch, head = (axis if axis in scheme else None for axis in ("batch", "head"))
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, P(batch, None, head)), out.ndim)
     assert lse.sharding.is_equivalent_to(NamedSharding(mesh, P(batch, head)), lse.ndim)
