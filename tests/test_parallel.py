@@ -130,6 +130,28 @@ def test_matches_the_oracle(name: str, s_q: int, causal: bool, dtype: str) -> No
 
 
 @meshes
+def test_explicit_mesh() -> None:
+    """Arrays that carry their sharding in their type go in as they are, and come out so."""
+    rng = np.random.default_rng(5)
+    problem = oracle.make_problem(rng, (300, 0, 5, 64), h_q=4, dtype=np.float32, spare_entries=0)
+    dealt = deal_out(problem, 2, 2)
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("batch", "context"), axis_types=explicit)
+    specs = (P("batch"), P(("batch", "context")), P("batch"), P("batch"))
+    operands = [
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(dealt, specs, strict=True)
+    ]
+    attend = functools.partial(
+        parallel.flash_mla_with_kvcache, mesh=mesh, batch_axis="batch", context_axis="context"
+    )
+    compiled = jax.jit(attend).lower(*operands).compile()
+    assert "all-gather" not in compiled.as_text()
+    out, lse = compiled(*operands)
+    assert jax.typeof(out).sharding.spec[0] == "batch"
+    assert_matches(out, lse, oracle.attend(problem))
+
+
+@meshes
 def test_kv_heads_are_divided_with_query_heads() -> None:
     rng = np.random.default_rng(3)
     problem = oracle.make_problem(rng, (100, 3), h_q=12, h_kv=4, dtype=np.float32)
