@@ -132,6 +132,41 @@ class MLAConfig:
         return scale * self.rope_scaling.temperature(self.rope_scaling.mscale_all_dim) ** 2
 
 
+def parameter_shapes(
+    config: MLAConfig, use_bias: bool = False
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The parameters of a layer: `kernel` [in, out] and `bias` [out], or the `scale` of a norm.
+
+    Args:
+      config: the shape of the layer.
+      use_bias: whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have a bias
+        (`attention_bias` in a Hugging Face config).
+
+    Returns:
+      The shape of each leaf, by the names that a DeepSeek checkpoint has.
+    """
+
+    def linear(size: int, out: int, bias: bool = False) -> dict[str, tuple[int, ...]]:
+        return {"kernel": (size, out)} | ({"bias": (out,)} if bias else {})
+
+    hidden, heads, latent = config.hidden_size, config.num_heads, config.kv_lora_rank
+    q_size = heads * config.qk_head_dim
+    if config.q_lora_rank is None:
+        query = {"q_proj": linear(hidden, q_size)}
+    else:
+        query = {
+            "q_a_proj": linear(hidden, config.q_lora_rank, use_bias),
+            "q_a_layernorm": {"scale": (config.q_lora_rank,)},
+            "q_b_proj": linear(config.q_lora_rank, q_size),
+        }
+    return query | {
+        "kv_a_proj_with_mqa": linear(hidden, latent + config.qk_rope_head_dim, use_bias),
+        "kv_a_layernorm": {"scale": (latent,)},
+        "kv_b_proj": linear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim)),
+        "o_proj": linear(heads * config.v_head_dim, hidden, use_bias),
+    }
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divides `x` [..., dim] by its root mean square over `dim`, and multiplies by `scale` [dim].
 

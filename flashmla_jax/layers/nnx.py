@@ -53,34 +53,19 @@ class MultiHeadLatentAttention(nnx.Module):
         self.dtype = dtype
         self.precision = precision
 
-        def linear(in_features: int, out_features: int, bias: bool = False) -> nnx.Linear:
-            return nnx.Linear(
-                in_features,
-                out_features,
-                use_bias=bias,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                rngs=rngs,
-            )
-
-        def norm(features: int) -> nnx.RMSNorm:
-            return nnx.RMSNorm(features, param_dtype=param_dtype, rngs=rngs)
-
-        q_features = config.num_heads * config.qk_head_dim
-        if config.q_lora_rank is None:
-            self.q_proj = linear(config.hidden_size, q_features)
-        else:
-            self.q_a_proj = linear(config.hidden_size, config.q_lora_rank, use_bias)
-            self.q_a_layernorm = norm(config.q_lora_rank)
-            self.q_b_proj = linear(config.q_lora_rank, q_features)
-        self.kv_a_proj_with_mqa = linear(
-            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, use_bias
-        )
-        self.kv_a_layernorm = norm(config.kv_lora_rank)
-        self.kv_b_proj = linear(
-            config.kv_lora_rank, config.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        )
-        self.o_proj = linear(config.num_heads * config.v_head_dim, config.hidden_size, use_bias)
+        for name, shapes in mla.parameter_shapes(config, use_bias).items():
+            part: nnx.Module
+            if "scale" in shapes:
+                part = nnx.RMSNorm(*shapes["scale"], param_dtype=param_dtype, rngs=rngs)
+            else:
+                part = nnx.Linear(
+                    *shapes["kernel"],
+                    use_bias="bias" in shapes,
+                    param_dtype=param_dtype,
+                    kernel_init=kernel_init,
+                    rngs=rngs,
+                )
+            setattr(self, name, part)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Causal attention over `x` [batch, s, hidden], sequences starting at position 0."""
