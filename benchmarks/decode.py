@@ -30,9 +30,10 @@ from rich.progress import Progress
 
 import flashmla_jax as fm
 from benchmarks import cases, report, timing
-from benchmarks.cases import HEAD_DIM, PAGE_SIZE, Case
+from benchmarks.cases import Case
 from benchmarks.record import RESULTS, device_name, write_record
 from flashmla_jax import reference
+from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
 
 BEYOND_L2 = 160 * 2**20  # bytes of pages that the calls of a program walk through
 MOST_CALLS = 120
@@ -198,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = cases.CPU if not gpu else cases.TABLE + cases.SWEEP * arguments.sweep
     if arguments.only:
         chosen = [case for case in chosen if re.search(arguments.only, f"{case.regime}: {case}")]
+        if not chosen:
+            parser.error(f"no case is matched by --only {arguments.only!r}")
 
     console = Console()
     results: dict[str, Any] = {"ceilings": ceilings(), "dense_decode": []}

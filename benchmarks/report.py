@@ -22,7 +22,11 @@ Record = dict[str, Any]
 
 
 def load(path: Path | str) -> Record:
-    return json.loads(Path(path).read_text())
+    """A record of the decode benchmark."""
+    record = json.loads(Path(path).read_text())
+    if "dense_decode" not in record.get("results", ()):
+        raise ValueError(f"{path} is no record of the decode benchmark")
+    return record
 
 
 def share(row: Row, ceilings: dict[str, float]) -> float:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from flashmla_jax import attention
+from flashmla_jax._checks import array
 from flashmla_jax.ops import cache_append as _append
 
 AxisName = str | tuple[str, ...]
@@ -71,30 +72,21 @@ def flash_mla_with_kvcache(
       ValueError: an axis is not of the mesh, or is named twice; a size does not divide; and as
         `flashmla_jax.flash_mla_with_kvcache`.
     """
-    sizes = _axis_sizes(mesh, batch=batch_axis, head=head_axis, context=context_axis)
-    _divides("batch", q.shape[0], "batch_axis", sizes["batch"])
-    _divides("h_q", q.shape[2], "head_axis", sizes["head"])
-    _divides("num_pages", k_cache.shape[0], "batch and context axes", sizes["pages"])
-    h_kv = k_cache.shape[2]
-    if h_kv > 1:
-        _divides("h_kv", h_kv, "head_axis", sizes["head"])
+    q = array("q", q, "[batch, s_q, h_q, 576]")
+    axes = _Axes(mesh, batch_axis, head_axis, context_axis)
+    pool = axes.pool(k_cache, batch=q.shape[0])
+    _divides("h_q", q.shape[2], "head_axis", axes.devices(head_axis))
 
     body: Callable[..., Any] = attention.flash_mla_with_kvcache
     if context_axis is not None:
         body = functools.partial(context_attention, axis_name=context_axis)
     body = functools.partial(body, softmax_scale=softmax_scale, causal=causal)
-    spec = PartitionSpec
-    pages = _names(batch_axis) + _names(context_axis)
+    rows, sequences = PartitionSpec(batch_axis, None, head_axis), PartitionSpec(batch_axis)
     return jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(
-            spec(batch_axis, None, head_axis),
-            spec(pages or None, None, head_axis if h_kv > 1 else None),
-            spec(batch_axis),
-            spec(batch_axis),
-        ),
-        out_specs=(spec(batch_axis, None, head_axis), spec(batch_axis, head_axis)),
+        in_specs=(rows, pool, sequences, sequences),
+        out_specs=(rows, PartitionSpec(batch_axis, head_axis)),
     )(q, k_cache, block_table, cache_seqlens)
 
 
@@ -129,29 +121,17 @@ def cache_append(
     Raises:
       ValueError: as `flash_mla_with_kvcache` and `flashmla_jax.cache_append`.
     """
-    sizes = _axis_sizes(mesh, batch=batch_axis, head=head_axis, context=context_axis)
-    _divides("batch", new_kv.shape[0], "batch_axis", sizes["batch"])
-    _divides("num_pages", k_cache.shape[0], "batch and context axes", sizes["pages"])
-    h_kv = k_cache.shape[2]
-    if h_kv > 1:
-        _divides("h_kv", h_kv, "head_axis", sizes["head"])
+    new_kv = array("new_kv", new_kv, "[batch, num_tokens, h_kv, 576]")
+    axes = _Axes(mesh, batch_axis, head_axis, context_axis)
+    pool = axes.pool(k_cache, batch=new_kv.shape[0])
     body: Callable[..., Any] = _append.cache_append
     if context_axis is not None:
         body = functools.partial(context_append, axis_name=context_axis)
-    spec = PartitionSpec
-    pages = _names(batch_axis) + _names(context_axis)
-    kv_heads = head_axis if h_kv > 1 else None
-    pool = spec(pages or None, None, kv_heads)
+    tokens, sequences = PartitionSpec(batch_axis, None, pool[2]), PartitionSpec(batch_axis)
     return jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(
-            pool,
-            spec(batch_axis, None, kv_heads),
-            spec(batch_axis),
-            spec(batch_axis),
-            spec(batch_axis),
-        ),
+        in_specs=(pool, tokens, sequences, sequences, sequences),
         out_specs=pool,
     )(k_cache, new_kv, block_table, start, count)
 
@@ -257,22 +237,43 @@ def _names(axis: AxisName | None) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def _axis_sizes(mesh: Mesh, **axes: AxisName | None) -> dict[str, int]:
-    """Over how many devices each scheme divides; `pages` are divided by two of them."""
-    sizes = {}
-    used: set[str] = set()
-    for scheme, axis in axes.items():
-        for name in _names(axis):
-            if name not in mesh.shape:
-                raise ValueError(
-                    f"{scheme}_axis {name!r} is not an axis of the mesh, {dict(mesh.shape)}"
-                )
-            if name in used:
-                raise ValueError(f"{scheme}_axis {name!r} is already used for another scheme")
-            used.add(name)
-        sizes[scheme] = math.prod(mesh.shape[name] for name in _names(axis))
-    sizes["pages"] = sizes["batch"] * sizes["context"]
-    return sizes
+class _Axes:
+    """The mesh axes of the three schemes."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        batch: AxisName | None,
+        head: AxisName | None,
+        context: AxisName | None,
+    ) -> None:
+        self._mesh, self._batch, self._head, self._context = mesh, batch, head, context
+        used: set[str] = set()
+        for scheme, axis in {"batch": batch, "head": head, "context": context}.items():
+            for name in _names(axis):
+                if name not in mesh.shape:
+                    raise ValueError(
+                        f"{scheme}_axis {name!r} is not an axis of the mesh, {dict(mesh.shape)}"
+                    )
+                if name in used:
+                    raise ValueError(f"{scheme}_axis {name!r} is already used for another scheme")
+                used.add(name)
+
+    def devices(self, axis: AxisName | None) -> int:
+        """How many devices there are along an axis."""
+        return math.prod(self._mesh.shape[name] for name in _names(axis))
+
+    def pool(self, k_cache: jax.Array, batch: int) -> PartitionSpec:
+        """How the pages are divided; `batch` and they must divide so."""
+        k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
+        num_pages, _, h_kv, _ = k_cache.shape
+        pages = _names(self._batch) + _names(self._context)
+        _divides("batch", batch, "batch_axis", self.devices(self._batch))
+        _divides("num_pages", num_pages, "batch and context axes", self.devices(pages))
+        if h_kv == 1:  # all heads read it
+            return PartitionSpec(pages or None, None, None)
+        _divides("h_kv", h_kv, "head_axis", self.devices(self._head))
+        return PartitionSpec(pages or None, None, self._head)
 
 
 def _divides(what: str, size: int, axis: str, devices: int) -> None:

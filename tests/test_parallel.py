@@ -273,6 +273,18 @@ def test_axes(axes, message) -> None:
         )
 
 
+def test_ranks() -> None:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k_cache, *rest = oracle.make_problem(np.random.default_rng(0), (3,), h_q=1)
+    with pytest.raises(ValueError, match=r"q must be \[batch, s_q, h_q, 576\], got shape \(1, 1"):
+        parallel.flash_mla_with_kvcache(q[0], k_cache, *rest, mesh=mesh)
+    with pytest.raises(ValueError, match=r"k_cache must be \[num_pages, 64, h_kv, 576\]"):
+        parallel.flash_mla_with_kvcache(q, k_cache[0], *rest, mesh=mesh)
+    zero = np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match=r"new_kv must be \[batch, num_tokens, h_kv, 576\]"):
+        parallel.cache_append(k_cache, q[0], rest[0], zero, zero, mesh=mesh)
+
+
 @meshes
 @pytest.mark.parametrize(
     ("axes", "message"),

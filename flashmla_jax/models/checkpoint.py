@@ -387,7 +387,10 @@ class _Checkpoint:
             self._check(name, shape, [*_DTYPES, _FP8])
         is_fp8 = {self._describe(name)[0] == _FP8 for name in names}
         if len(is_fp8) > 1:
-            raise NotImplementedError(f"{parameter.path}: only some of its tensors are {_FP8}")
+            raise NotImplementedError(
+                f"only some of {_some(names)} in {self._path} are {_FP8}: the experts of a layer "
+                "must be quantised alike"
+            )
         if not is_fp8.pop():
             if scaled := [name + _SCALE for name in names if name + _SCALE in self._file_of]:
                 raise ValueError(f"{self._path} has {_some(scaled)} beside tensors not of {_FP8}")

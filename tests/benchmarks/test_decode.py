@@ -96,3 +96,6 @@ def test_some_cases_without_a_record(monkeypatch, capsys) -> None:
     assert "b64 s1 h16 64 uniform" in out
     assert "b1 s1 h16 64 uniform" in out
     assert "b8" not in out
+    with pytest.raises(SystemExit):
+        decode.main(["--only", "latncy"])
+    assert "no case is matched by --only 'latncy'" in capsys.readouterr().err

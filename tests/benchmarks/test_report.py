@@ -12,7 +12,7 @@ import pytest
 from benchmarks import compare, report
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-DECODE = [p for p in sorted(RESULTS.glob("*.json")) if "dense_decode" in report.load(p)["results"]]
+DECODE = [RESULTS / "cpu.json", RESULTS / "nvidia_h200.json"]
 
 
 def row(case: str, us: float, *samples: float, **more: Any) -> dict[str, Any]:
@@ -37,6 +37,11 @@ def record(*rows: dict[str, Any], read: float = 4000, matmul: float = 600) -> di
             "dense_decode": list(rows),
         },
     }
+
+
+def test_other_records_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sanitizer_nvidia_h200\.json is no record of the decode"):
+        report.load(RESULTS / "sanitizer_nvidia_h200.json")
 
 
 def test_share_is_that_of_the_nearer_ceiling() -> None:
