@@ -85,6 +85,16 @@ __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Programmatic dependent launch. A kernel so launched may start while the one before it in the
+// stream still runs; it waits here until all of that is complete and visible. And it may let the
+// next one start, which happens once all its blocks have said so or ended.
+__device__ __forceinline__ void WaitForPreviousKernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+__device__ __forceinline__ void LetNextKernelStart() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Registers of this warpgroup's threads from here on; all four warps call it.
 template <int Registers>
 __device__ __forceinline__ void IncreaseRegisters() {
@@ -108,8 +118,13 @@ __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// A line of 128 bytes to the L2 cache.
+__device__ __forceinline__ void PrefetchL2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 // A box of a 4-D tensor to shared memory; the barrier counts its bytes as they arrive. What lies
-// outside the tensor reads as zero.
+// outside the tensor reads as the map's fill value.
 __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* map,
                                           uint64_t* barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
@@ -148,6 +163,22 @@ __device__ __forceinline__ void StMatrix4(uint32_t address, uint32_t a, uint32_t
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void StMatrix4Transposed(uint32_t address, uint32_t a, uint32_t b,
+                                                    uint32_t c, uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
+// An 8x8 matrix of 16-bit elements in a warp's registers, transposed.
+__device__ __forceinline__ uint32_t Transpose(uint32_t a) {
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
 }
 
 // --- wgmma ----------------------------------------------------------------------------------
@@ -293,6 +324,43 @@ __device__ __forceinline__ void WgmmaM64N256(float (&d)[128], const uint32_t* a,
                "{%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"                            \
                : FLASHMLA_D128(d)                                                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+
+// d[64 x N] (+)= a[64 x 16] b[N x 16]^T for N = 16 and 32, b K-major in shared memory, a K-major
+// or, with kTransposeA, MN-major.
+template <typename T, int kTransposeA>
+__device__ __forceinline__ void WgmmaM64(float (&d)[8], uint64_t a, uint64_t b, int accumulate) {
+#define FLASHMLA_WGMMA(TYPE)                             \
+  asm volatile(                                          \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"       \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE \
+      " {%0, %1, %2, %3, %4, %5, %6, %7}, "              \
+      "%8, %9, p, 1, 1, %11, 0;\n}\n"                    \
+      : FLASHMLA_D4(d, 0), FLASHMLA_D4(d, 4)             \
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+template <typename T, int kTransposeA>
+__device__ __forceinline__ void WgmmaM64(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
+#define FLASHMLA_WGMMA(TYPE)                                                      \
+  asm volatile(                                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE                          \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
+      "%16, %17, p, 1, 1, %19, 0;\n}\n"                                           \
+      : FLASHMLA_D16(d, 0)                                                        \
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA))
   if constexpr (std::is_same_v<T, __half>) {
     FLASHMLA_WGMMA("f16.f16");
   } else {

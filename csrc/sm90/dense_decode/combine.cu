@@ -14,6 +14,7 @@
 
 #include "sm90/dense_decode/combine.cuh"
 #include "sm90/dense_decode/schedule.cuh"
+#include "sm90/ptx.cuh"
 
 namespace flashmla::sm90 {
 namespace {
@@ -53,23 +54,23 @@ struct Split {
 
   __device__ int parts() const { return info.last - info.first + 1; }
   // The first partition may have used either of its slots.
-  __device__ int64_t Row(int part, int row) const {
+  __device__ int Row(int part, int row) const {
     const int slot = part == 0 ? info.first_slot : 0;
-    return PartialSlot(tile.index, partitions, info.first + part, slot) * p.tile_rows() + row;
+    return tile.partial_row(partitions, info.first + part, slot) + row;
   }
   __device__ float Lse(int part, int row) const { return p.partial_lse[Row(part, row)]; }
   __device__ float4 Load(int part, int row) const {
-    const float* columns = p.partial_out + Row(part, row) * kHeadDimV + slice * kSlice;
+    const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
     return __ldcg(reinterpret_cast<const float4*>(columns) + lane);
   }
   __device__ void Store(int row, float4 total) const {
-    const int64_t query = (info.batch * p.s_q + tile.token(p, row)) * p.h_q + tile.head(p, row);
+    const int64_t query = (info.batch * p.s_q + tile.token(row)) * p.h_q + tile.head(row);
     T* columns = static_cast<T*>(p.out) + query * kHeadDimV + slice * kSlice;
     reinterpret_cast<uint2*>(columns)[lane] = Pack4(T{}, total);
   }
   // `lse` is in base 2.
   __device__ void StoreLse(int row, float lse) const {
-    p.lse[(info.batch * p.h_q + tile.head(p, row)) * p.s_q + tile.token(p, row)] =
+    p.lse[(info.batch * p.h_q + tile.head(row)) * p.s_q + tile.token(row)] =
         lse * static_cast<float>(M_LN2);
   }
 };
@@ -181,13 +182,14 @@ __device__ __forceinline__ void CombineMany(const Split<T>& split, int row, Scra
     }
     split.Store(row, total);
   }
-  __syncthreads();
 }
 
 // Grid: (row tiles, entries of split_info, any number of blocks to share the work of a tile).
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
     CombineKernel(const __grid_constant__ DenseDecodeParams p, int partitions) {
+  ptx::WaitForPreviousKernel();
+  ptx::LetNextKernelStart();
   const SplitInfo info = reinterpret_cast<const SplitInfo*>(p.split_info)[blockIdx.y];
   const int parts = info.last - info.first + 1;
   if (info.batch < 0 || parts < 2) return;
@@ -216,19 +218,25 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
 
 }  // namespace
 
-void LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
-                   cudaStream_t stream) {
+cudaError_t LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
+                          cudaStream_t stream) {
   const int entries = static_cast<int>(std::min<int64_t>(params.batch, partitions));
   const int row_tiles = static_cast<int>(params.row_tiles());
   const int rows = static_cast<int>(params.tile_rows());
   const int sharing = std::clamp(kBlocksPerMultiprocessor * multiprocessors / (entries * row_tiles),
                                  1, rows * kSlices);
-  const dim3 grid(row_tiles, entries, sharing);
-  if (params.dtype == DType::kBF16) {
-    CombineKernel<__nv_bfloat16><<<grid, kWarps * 32, 0, stream>>>(params, partitions);
-  } else {
-    CombineKernel<__half><<<grid, kWarps * 32, 0, stream>>>(params, partitions);
-  }
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(row_tiles, entries, sharing);
+  config.blockDim = dim3(kWarps * 32);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  const auto kernel =
+      params.dtype == DType::kBF16 ? CombineKernel<__nv_bfloat16> : CombineKernel<__half>;
+  return cudaLaunchKernelEx(&config, kernel, params, partitions);
 }
 
 }  // namespace flashmla::sm90

@@ -8,7 +8,7 @@
 namespace flashmla::sm90 {
 
 // Enqueues the combine after a decode launched with this many partitions.
-void LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
-                   cudaStream_t stream);
+cudaError_t LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
+                          cudaStream_t stream);
 
 }  // namespace flashmla::sm90

@@ -5,19 +5,21 @@
 #include <algorithm>
 
 #include "sm90/dense_decode/combine.cuh"
-#include "sm90/dense_decode/kernel.cuh"
+#include "sm90/dense_decode/narrow.cuh"
+#include "sm90/dense_decode/wide.cuh"
 #include "sm90/kernels.h"
 
 namespace flashmla::sm90 {
 namespace {
 
 Status Failed(const char* what, cudaError_t error) {
+  cudaGetLastError();  // or the next call on this thread would find it
   return {StatusCode::kInternal, std::string(what) + ": " + cudaGetErrorString(error)};
 }
 
 // The page pool as a 4-D tensor of panels: (64 columns of a panel, all tokens of the pool, 9
-// panels, KV heads).
-Status MakePageMaps(const DenseDecodeParams& p, PageMaps* maps) {
+// panels, KV heads), copied in boxes of so many tokens and panels.
+Status MakeMap(const DenseDecodeParams& p, cuuint32_t tokens, cuuint32_t panels, CUtensorMap* map) {
   static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -27,6 +29,7 @@ Status MakePageMaps(const DenseDecodeParams& p, PageMaps* maps) {
     return usable ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry) : nullptr;
   }();
   if (encode == nullptr) {
+    cudaGetLastError();
     return {StatusCode::kInternal, "the driver does not offer cuTensorMapEncodeTiled"};
   }
   const cuuint64_t token_bytes = p.h_kv * kHeadDim * 2;
@@ -34,50 +37,70 @@ Status MakePageMaps(const DenseDecodeParams& p, PageMaps* maps) {
                                static_cast<cuuint64_t>(p.h_kv)};
   const cuuint64_t strides[3] = {token_bytes, kPanel * 2, kHeadDim * 2};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const auto make = [&](CUtensorMap* map, cuuint32_t tokens, cuuint32_t panels) {
-    const cuuint32_t box[4] = {kPanel, tokens, panels, 1};
-    return encode(map,
-                  p.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                          : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                  4, const_cast<void*>(p.k_cache), sizes, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA);
-  };
-  CUresult result = make(&maps->half_panels, kPageSize, kHalfPanels / 2);
-  if (result == CUDA_SUCCESS) result = make(&maps->rope, kPageSize / 2, 1);
-  if (result != CUDA_SUCCESS) {
-    return {StatusCode::kInternal, "cuTensorMapEncodeTiled failed with " + std::to_string(result)};
-  }
-  return {};
+  const cuuint32_t box[4] = {kPanel, tokens, panels, 1};
+  const CUresult result = encode(
+      map,
+      p.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      4, const_cast<void*>(p.k_cache), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA);
+  if (result == CUDA_SUCCESS) return {};
+  return {StatusCode::kInternal, "cuTensorMapEncodeTiled failed with " + std::to_string(result)};
 }
 
-template <typename T, int kCluster>
-Status Launch(const DenseDecodeParams& p, const PageMaps& maps, int partitions,
-              cudaStream_t stream) {
-  const auto kernel = DenseDecodeKernel<T, kCluster>;
+// The next kernel of the stream may start early: it waits for this one where it has to.
+template <typename... Parameters, typename... Arguments>
+Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
+              cudaStream_t stream, const Arguments&... arguments) {
   cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return Failed("shared memory", error);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster, 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.row_tiles()), partitions);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, p, maps);
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error == cudaSuccess ? Status{} : Failed("launch", error);
 }
 
+template <typename T, int kRows>
+Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  CUtensorMap map;
+  Status status = MakeMap(p, kPageSize, 1, &map);
+  if (!status.ok()) return status;
+  return Launch(narrow::Kernel<T, kRows>, grid, narrow::kThreads,
+                sizeof(narrow::SharedMemory<kRows>), 1, stream, p, map);
+}
+
+template <typename T, int kCluster>
+Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  wide::PageMaps maps;
+  Status status = MakeMap(p, kPageSize, wide::kHalfPanels / 2, &maps.half_panels);
+  if (status.ok()) status = MakeMap(p, kPageSize / 2, 1, &maps.rope);
+  if (!status.ok()) return status;
+  return Launch(wide::Kernel<T, kCluster>, grid, wide::kThreads, wide::kSharedBytes, kCluster,
+                stream, p, maps);
+}
+
+// Which shape serves which call, by the query rows that read one KV head (s_q * h_q / h_kv):
+//
+//   up to 16, up to 32   narrow: the query rows are the short side of every product
+//   more                 wide: tiles of 64 rows; an even number of tiles forms pairs that load
+//                        each page once
 template <typename T>
-Status Launch(const DenseDecodeParams& p, const PageMaps& maps, int partitions,
-              cudaStream_t stream) {
-  return p.tiles_per_head() % 2 == 0 ? Launch<T, 2>(p, maps, partitions, stream)
-                                     : Launch<T, 1>(p, maps, partitions, stream);
+Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  if (p.rows() <= 16) return LaunchNarrow<T, 16>(p, grid, stream);
+  if (p.rows() <= 32) return LaunchNarrow<T, 32>(p, grid, stream);
+  if (p.tiles_per_head() % 2 != 0) return LaunchWide<T, 1>(p, grid, stream);
+  return LaunchWide<T, 2>(p, grid, stream);
 }
 
 }  // namespace
@@ -110,18 +133,15 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
             "s_q * h_q is too large: " + std::to_string(p.s_q * p.h_q)};
   }
 
-  PageMaps maps;
-  Status status = MakePageMaps(p, &maps);
-  if (!status.ok()) return status;
-
   // One thread block per multiprocessor, divided among the row tiles.
   const int partitions =
       static_cast<int>(std::clamp<int64_t>(multiprocessors / p.row_tiles(), 1, p.max_partitions()));
-  status = p.dtype == DType::kBF16 ? Launch<__nv_bfloat16>(p, maps, partitions, stream)
-                                   : Launch<__half>(p, maps, partitions, stream);
+  const dim3 grid(static_cast<unsigned>(p.row_tiles()), partitions);
+  const Status status = p.dtype == DType::kBF16 ? LaunchShape<__nv_bfloat16>(p, grid, stream)
+                                                : LaunchShape<__half>(p, grid, stream);
   if (!status.ok()) return status;
-  if (partitions > 1) LaunchCombine(p, partitions, multiprocessors, stream);
-  error = cudaGetLastError();
+  if (partitions == 1) return {};
+  error = LaunchCombine(p, partitions, multiprocessors, stream);
   return error == cudaSuccess ? Status{} : Failed("launch", error);
 }
 

@@ -2,10 +2,12 @@
 // is no schedule to make beforehand and none that could be stale.
 //
 // The work of one row tile is a line of KV blocks (pages): sequence after sequence, each with its
-// blocks in order, an empty sequence counting as one block so that somebody writes its result. The
-// line is cut into `active` ranges of equal length, one per partition. A sequence that lies within
-// one range is finished there; one that is cut leaves a partial result in each range it touches, at
-// most two per range (its first sequence and its last), so the workspace is bounded by the grid.
+// blocks in order, an empty sequence counting as one block so that somebody writes its result.
+// Between two sequences lie `cost` more units: what it takes to finish one and begin the next. The
+// line is cut into `active` ranges of equal length, one per partition; a cut between two sequences
+// belongs to the second one's first block. A sequence that lies within one range is finished there;
+// one that is cut leaves a partial result in each range it touches, at most two per range (its
+// first sequence and its last), so the workspace is bounded by the grid.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +17,14 @@
 namespace flashmla::sm90 {
 
 struct Range {
-  int batch;       // where it starts: a sequence,
-  int block;       // a block in it,
-  int64_t start;   // and the same as a position on the line
-  int64_t blocks;  // how many blocks it holds; 0 for an idle partition
-  int64_t total;   // blocks on the whole line
-  int64_t active;  // ranges on the whole line
+  int batch;      // where it starts: a sequence,
+  int block;      // and a block in it
+  int end_batch;  // where it ends: before this block of this sequence. An idle partition's
+  int end_block;  // starts and ends at the same place
+  int64_t units;  // the place on the line of the first block of `batch`
+  int64_t total;  // units on the whole line
+  int active;     // ranges on the whole line
+  int cost;       // units between sequences
 };
 
 __device__ __forceinline__ int SequenceLength(const DenseDecodeParams& p, int batch) {
@@ -33,9 +37,13 @@ __device__ __forceinline__ int BlocksBefore(int length) {
 }
 __device__ __forceinline__ int BlocksOf(int length) { return max(BlocksBefore(length), 1); }
 
-// The last partition that holds a block before position `end` of the line. The quotient of numbers
-// below 2^53, rounded to a double, has the same integer part; integer division takes many
-// registers.
+// a / b, rounded down, for 0 <= a < 2^53 and 0 < b < 2^21 or so: a quotient that is no integer lies
+// at least 1 / b from one, farther than it is rounded. Integer division of this width is slow.
+__device__ __forceinline__ int64_t Quotient(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<double>(a) / static_cast<double>(b));
+}
+
+// The last partition that holds a unit before `end` of the line.
 __device__ __forceinline__ int PartitionBefore(int64_t end, const Range& range) {
   return static_cast<int>(static_cast<double>(end * range.active - 1) /
                           static_cast<double>(range.total));
@@ -49,28 +57,26 @@ struct SplitInfo {
   int first_slot;  // which of its two slots the first partition used; the others used slot 0
 };
 
-inline __device__ int64_t PartialSlot(int64_t row_tile, int64_t partitions, int64_t partition,
-                                      int slot) {
-  return (row_tile * partitions + partition) * 2 + slot;
-}
-
 struct ScheduleScratch {
   int64_t warp_total[32];
   Range range;
 };
 
 // The range of `partition`. All threads of the block call this; `scratch` is shared memory.
+// `most_cost` is the cost of another sequence in blocks; less is counted where ranges are short.
 __device__ inline const Range& FindRange(const DenseDecodeParams& p, int partition, int partitions,
-                                         ScheduleScratch* scratch) {
+                                         int most_cost, ScheduleScratch* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int threads = blockDim.x, warps = threads / 32;
-  const int64_t per_thread = (p.batch + threads - 1) / threads;
-  const int64_t first = min(thread * per_thread, p.batch);
-  const int64_t last = min(first + per_thread, p.batch);
+  const int batch = static_cast<int>(p.batch);
+  const int per_thread = (batch + threads - 1) / threads;
+  const int first = static_cast<int>(min(int64_t{thread} * per_thread, p.batch));
+  const int last = static_cast<int>(min(int64_t{first} + per_thread, p.batch));
 
   int64_t mine = 0;
-  for (int64_t b = first; b < last; ++b) mine += BlocksOf(SequenceLength(p, b));
+  for (int b = first; b < last; ++b) mine += BlocksOf(SequenceLength(p, b));
   int64_t before = mine;  // inclusive scan over the warp
+#pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const int64_t other = __shfl_up_sync(~0u, before, step);
     if (lane >= step) before += other;
@@ -78,28 +84,51 @@ __device__ inline const Range& FindRange(const DenseDecodeParams& p, int partiti
   if (lane == 31) scratch->warp_total[warp] = before;
   before -= mine;
   __syncthreads();
-  int64_t total = 0;
+  int64_t blocks = 0;
   for (int w = 0; w < warps; ++w) {
-    if (w == warp) before += total;
-    total += scratch->warp_total[w];
+    if (w == warp) before += blocks;
+    blocks += scratch->warp_total[w];
   }
 
-  const int64_t active = min(total, int64_t{partitions});
-  const int64_t start = total * partition / active;
-  const int64_t end = total * (partition + 1) / active;
+  const int active = static_cast<int>(min(blocks, int64_t{partitions}));
+  const int cost = static_cast<int>(min(int64_t{most_cost}, Quotient(blocks, 4 * active)));
+  const int64_t total = blocks + int64_t{cost} * (batch - 1);
+  const int64_t start = Quotient(total * partition, active);
+  const int64_t end = Quotient(total * (partition + 1), active);
+  // Of this thread's sequences, with the gaps before them.
+  int64_t position = before + int64_t{cost} * first;
+  const int64_t from = position - cost, to = position + mine + int64_t{cost} * (last - first - 1);
+  const bool has_start = from <= start && start < to, has_end = from <= end && end < to;
+  Range& range = scratch->range;
   if (partition >= active) {
-    if (thread == 0) scratch->range = Range{0, 0, total, 0, total, active};
-  } else if (before <= start && start < before + mine) {
-    int64_t b = first;
-    int64_t position = before;
-    for (int blocks; position + (blocks = BlocksOf(SequenceLength(p, b))) <= start; ++b) {
-      position += blocks;
+    if (thread == 0) range = Range{0, 0, 0, 0, 0, total, active, cost};
+  } else if (first < last && (has_start || has_end)) {
+    for (int b = first; b < last; ++b) {
+      const int length = BlocksOf(SequenceLength(p, b));
+      const auto holds = [&](int64_t unit) {
+        return position - cost <= unit && unit < position + length;
+      };
+      if (holds(start)) {
+        range.batch = b;
+        range.block = static_cast<int>(max(start - position, int64_t{0}));
+        range.units = position;
+        range.total = total;
+        range.active = active;
+        range.cost = cost;
+      }
+      if (holds(end)) {
+        range.end_batch = b;
+        range.end_block = static_cast<int>(max(end - position, int64_t{0}));
+      }
+      position += length + cost;
     }
-    scratch->range = Range{
-        static_cast<int>(b), static_cast<int>(start - position), start, end - start, total, active};
+  }
+  if (partition == active - 1 && thread == 0) {
+    range.end_batch = batch;
+    range.end_block = 0;
   }
   __syncthreads();
-  return scratch->range;
+  return range;
 }
 
 // One sequence of a range, as one row tile sees it.
@@ -119,30 +148,36 @@ struct Segment {
 // rows that read KV head `kv_head`, ordered by token and then head.
 struct RowTile {
   int index;
+  int group;  // query heads that share a KV head
+  int rows;   // query rows of a KV head
   int kv_head;
   int first;
   int count;
   int last_of_cluster;  // counted from `first`: the last row of the tiles that load pages together
 
-  __device__ RowTile(const DenseDecodeParams& p, int index, int cluster = 1) : index(index) {
-    const int per_head = static_cast<int>(p.tiles_per_head());
-    const int tile = index % per_head;
+  // The launch has checked that s_q * h_q is no more than 31 bits.
+  __device__ RowTile(const DenseDecodeParams& p, int index, int cluster = 1)
+      : index(index),
+        group(static_cast<uint32_t>(p.h_q) / static_cast<uint32_t>(p.h_kv)),
+        rows(static_cast<int>(p.s_q) * group) {
+    const int per_head = (rows + kRowTile - 1) / kRowTile;
     kv_head = index / per_head;
+    const int tile = index - kv_head * per_head;
     first = tile * kRowTile;
-    const int left = static_cast<int>(p.rows()) - first;
+    const int left = rows - first;
     count = min(kRowTile, left);
     last_of_cluster = min((cluster - tile % cluster) * kRowTile, left) - 1;
   }
-  __device__ int token(const DenseDecodeParams& p, int row) const {
-    return (first + row) / static_cast<int>(p.group());
-  }
-  __device__ int head(const DenseDecodeParams& p, int row) const {
-    const int group = static_cast<int>(p.group());
-    return kv_head * group + (first + row) % group;
-  }
+  __device__ int token(int row) const { return (first + row) / group; }
+  __device__ int head(int row) const { return kv_head * group + (first + row) % group; }
   // Tokens of a sequence that the rows of a query token may see are those before this.
   __device__ int limit(const DenseDecodeParams& p, int length, int query_token) const {
     return p.causal ? length - static_cast<int>(p.s_q) + query_token + 1 : length;
+  }
+  // Where the workspace has the rows of a partial result, of `row_tiles` times `partitions` places
+  // of two slots.
+  __device__ int partial_row(int partitions, int partition, int slot) const {
+    return ((index * partitions + partition) * 2 + slot) * min(rows, kRowTile);
   }
 };
 
@@ -152,22 +187,22 @@ class Segments {
   __device__ Segments(const DenseDecodeParams& p, const RowTile& tile, const Range& range)
       : p_(p),
         tile_(tile),
-        last_token_(tile.token(p, tile.last_of_cluster)),
+        last_token_(tile.token(tile.last_of_cluster)),
         batch_(range.batch),
         block_(range.block),
-        left_(range.blocks) {}
+        end_batch_(range.end_batch),
+        end_block_(range.end_block) {}
 
   __device__ bool Next(Segment* s) {
-    if (left_ <= 0) return false;
+    if (batch_ > end_batch_ || (batch_ == end_batch_ && block_ >= end_block_)) return false;
     s->batch = batch_;
     s->length = SequenceLength(p_, batch_);
     s->all_blocks = BlocksOf(s->length);
     s->first_block = block_;
-    s->blocks = static_cast<int>(min(left_, int64_t{s->all_blocks - block_}));
+    s->blocks = (batch_ == end_batch_ ? end_block_ : s->all_blocks) - block_;
     const int seen = BlocksBefore(tile_.limit(p_, s->length, last_token_));
     s->visible = max(0, min(seen - block_, s->blocks));
     s->opening = opening_;
-    left_ -= s->blocks;
     opening_ = false;
     block_ = 0;
     ++batch_;
@@ -180,7 +215,8 @@ class Segments {
   const int last_token_;
   int batch_;
   int block_;
-  int64_t left_;
+  const int end_batch_;
+  const int end_block_;
   bool opening_ = true;
 };
 

@@ -41,16 +41,10 @@
 #include <cmath>
 #include <type_traits>
 
-#include "params.h"
-#include "sm90/dense_decode/schedule.cuh"
-#include "sm90/ptx.cuh"
+#include "sm90/dense_decode/common.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::wide {
 
-inline constexpr int kPanel = 64;                           // columns of a panel
-inline constexpr int kPanels = kHeadDim / kPanel;           // 9: eight of V, then the RoPE columns
-inline constexpr int kPanelsV = kHeadDimV / kPanel;         // 8
-inline constexpr int kPanelBytes = kPageSize * kPanel * 2;  // 8 KB
 inline constexpr int kStages = 2;
 inline constexpr int kSides = 2;
 inline constexpr int kWarpsPerSide = 4;
@@ -59,9 +53,10 @@ inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
 inline constexpr int kConsumerRegisters = 224;
 inline constexpr int kProducerRegisters = 56;
 inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
-inline constexpr float kRescaleThreshold = 8;            // a factor of 2^8
+inline constexpr int kSequenceCost = 2;  // blocks: the time to finish a sequence and begin another
 static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
-static_assert(kPanels == kPanelsV + 1 && kColumnsEach == 256);
+static_assert(kStages == kSides, "Softmax relies on a side's blocks having a stage to themselves");
+static_assert(kColumnsEach == 256);
 
 // The parts of a page that are loaded and released on their own.
 enum Unit : int { kLeftHalf, kRightHalf, kRope, kUnits };
@@ -87,7 +82,7 @@ struct SharedMemory {
   ScheduleScratch schedule;
 };
 inline constexpr int kSharedBytes = sizeof(SharedMemory);
-static_assert(kSharedBytes <= 232448, "a thread block can have 227 KB of shared memory");
+static_assert(kSharedBytes <= kMaxSharedBytes);
 
 // The page pool as the copy engine sees it, in boxes of half a unit.
 struct PageMaps {
@@ -102,15 +97,6 @@ struct RingPosition {
   __device__ uint32_t parity() const { return count / kStages % 2; }
 };
 __device__ __forceinline__ RingPosition Next(RingPosition ring) { return {ring.count + 1}; }
-
-__device__ __forceinline__ uint32_t Pack(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t Pack(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 // --- Producer -------------------------------------------------------------------------------
 
@@ -140,93 +126,22 @@ __device__ __forceinline__ void LoadUnit(const PageMaps& maps, SharedMemory& sha
 template <int kCluster>
 __device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
                                const RowTile& tile, const Range& range, SharedMemory& shared) {
-  const int lane = threadIdx.x % 32;
   RingPosition ring;
-  Segments segments(p, tile, range);
-  for (Segment s; segments.Next(&s);) {
-    const int32_t* table = p.block_table + s.batch * p.max_pages_per_seq + s.first_block;
-    const int64_t entries = p.max_pages_per_seq - s.first_block;
-    for (int base = 0; base < s.visible; base += 32) {
-      // The warp reads 32 table entries at once; entries that do not exist count as bad pages.
-      const int count = min(32, s.visible - base);
-      int page = -1;
-      if (lane < count && base + lane < entries) page = table[base + lane];
-      for (int i = 0; i < count; ++i) {
-        const int current = __shfl_sync(~0u, page, i);
-        if (lane == 0) {
-          const int stage = ring.stage();
-          // Out of bounds reads as NaN without touching memory.
-          const bool bad = current < 0 || current >= p.num_pages;
-          const int first_token = (bad ? static_cast<int>(p.num_pages) : current) * kPageSize;
-          const auto load = [&](Unit unit) {
-            ptx::MbarrierWait(&shared.empty[stage][unit], ring.parity() ^ 1);
-            LoadUnit<kCluster>(maps, shared, stage, unit, first_token, tile.kv_head);
-          };
-          load(kRope);
-          load(kLeftHalf);
-          load(kRightHalf);
-        }
-        ring = Next(ring);
-      }
-    }
+  Pages pages(p, tile, range);
+  for (int first_token; pages.Next(&first_token); ring = Next(ring)) {
+    if (threadIdx.x % 32 != 0) continue;
+    const int stage = ring.stage();
+    const auto load = [&](Unit unit) {
+      ptx::MbarrierWait(&shared.empty[stage][unit], ring.parity() ^ 1);
+      LoadUnit<kCluster>(maps, shared, stage, unit, first_token, tile.kv_head);
+    };
+    load(kRope);
+    load(kLeftHalf);
+    load(kRightHalf);
   }
-}
-
-// --- Bookkeeper -----------------------------------------------------------------------------
-
-// Tells the combine which partitions share the sequences that start in this range. Entries are
-// indexed by sequence or by partition, whichever are fewer; every entry is written.
-__device__ inline void RecordSplits(const DenseDecodeParams& p, const RowTile& tile,
-                                    const Range& range, int partition, int partitions) {
-  SplitInfo* split_info = reinterpret_cast<SplitInfo*>(p.split_info);
-  SplitInfo continued{-1, 0, 0, 0};
-  int64_t end = range.start - range.block;
-  Segments segments(p, tile, range);
-  for (Segment s; segments.Next(&s);) {
-    end += s.all_blocks;
-    if (s.first_block != 0) continue;
-    const int last = PartitionBefore(end, range);
-    const SplitInfo info{s.batch, partition, last, s.opening ? 0 : 1};
-    if (p.batch <= partitions) {
-      split_info[s.batch] = info;
-    } else if (last > partition) {
-      continued = info;
-    }
-  }
-  if (p.batch > partitions) split_info[partition] = continued;
 }
 
 // --- Consumers ------------------------------------------------------------------------------
-
-// Two 16-bit numbers, of which those that are not finite become zero.
-template <typename T>
-__device__ __forceinline__ uint32_t FiniteOnly(uint32_t pair) {
-  constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7C00 : 0x7F80;
-  if ((pair & kExponent) == kExponent) pair &= 0xFFFF0000;
-  if ((pair >> 16 & kExponent) == kExponent) pair &= 0x0000FFFF;
-  return pair;
-}
-
-// A weight of zero does not undo a NaN: 0 x NaN is NaN. So among a block's tokens, those that do
-// not exist lose their values, whatever the page holds there; and those that only some rows of the
-// tile may see lose what is not finite in them, which reaches the rows that see it by way of their
-// scores. Every row sees the tokens before `seen_by_all`; those from `existing` on do not exist.
-template <typename T>
-__device__ __forceinline__ void CleanValues(uint8_t* tokens, int seen_by_all, int existing) {
-  const int thread = threadIdx.x % 128;
-  for (int i = max(seen_by_all, 0) * 8 + thread; i < kPageSize * 8; i += 128) {
-    const bool exists = i / 8 < existing;
-    for (int panel = 0; panel < kPanelsV; ++panel) {
-      uint4& eight = *reinterpret_cast<uint4*>(tokens + panel * kPanelBytes + i * 16);
-      uint4 v{0, 0, 0, 0};
-      if (exists) {
-        v = eight;
-        v = {FiniteOnly<T>(v.x), FiniteOnly<T>(v.y), FiniteOnly<T>(v.z), FiniteOnly<T>(v.w)};
-      }
-      eight = v;
-    }
-  }
-}
 
 // One side. Its four warps hold 16 rows each: a thread's accumulator elements are those of the rows
 // row and row + 8, in the columns 8 j + column + {0, 1}.
@@ -387,11 +302,17 @@ class Consumer {
         if (token + j / 4 * 8 + j % 2 >= limit_[j / 2 % 2]) x_[j] = -INFINITY;
       }
       ptx::NamedBarrierSync(1 + kSide, kWarpsPerSide * 32);  // all warps of the side have their S
-      CleanValues<T>(shared_.k[stage], lowest_limit_ - first_token, length_ - first_token);
+      CleanValues<T>([&](int panel) { return shared_.k[stage] + panel * kPanelBytes; },
+                     lowest_limit_ - first_token, length_ - first_token);
+      // Every warp of this side reads in its own O += P V what all of them have cleaned.
+      ptx::FenceProxyAsync();
+      ptx::NamedBarrierSync(1 + kSide, kWarpsPerSide * 32);
     }
   }
 
   // x_ becomes P, in p_registers_ and in shared memory, with the reference it was computed with.
+  // The other side has read this buffer's previous P: it released its half of that block's V after
+  // that, and this block, in the same stage, could not have been loaded before.
   // Returns what O has to be multiplied with.
   __device__ __forceinline__ float2 Softmax() {
     float alpha[2], subtrahend[2];
@@ -507,7 +428,7 @@ class Consumer {
     ptx::MbarrierWait(&shared_.sums_ready, segment_parity_);
     segment_parity_ ^= 1;
     const Segment s = shared_.segment[kSide];
-    const int64_t partial_slot = PartialSlot(tile_.index, partitions, partition, s.opening ? 0 : 1);
+    const int partial_row = tile_.partial_row(partitions, partition, s.opening ? 0 : 1);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
@@ -530,14 +451,13 @@ class Consumer {
           p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
         }
       } else {
-        const int64_t slot = partial_slot * p_.tile_rows() + r;
-        float* out = p_.partial_out + slot * kHeadDimV + kSide * kColumnsEach;
+        float* out = p_.partial_out + int64_t{partial_row + r} * kHeadDimV + kSide * kColumnsEach;
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
           *reinterpret_cast<float2*>(out + 8 * j + column()) =
               float2{o_[4 * j + 2 * h] * inverse, o_[4 * j + 2 * h + 1] * inverse};
         }
-        if (kSide == kLeft && lane() % 4 == 0) p_.partial_lse[slot] = lse;
+        if (kSide == kLeft && lane() % 4 == 0) p_.partial_lse[partial_row + r] = lse;
       }
     }
   }
@@ -573,8 +493,7 @@ class Consumer {
 // Grid: (row tiles, partitions), in clusters of kCluster row tiles of the same KV head.
 template <typename T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
-    DenseDecodeKernel(const __grid_constant__ DenseDecodeParams p,
-                      const __grid_constant__ PageMaps maps) {
+    Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ PageMaps maps) {
   extern __shared__ __align__(alignof(SharedMemory)) uint8_t raw[];
   SharedMemory& shared = *reinterpret_cast<SharedMemory*>(raw);
   if (threadIdx.x == 0) {
@@ -587,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::MbarrierInit(&shared.empty[i][unit], kCluster * kWarpsPerSide);
       }
     }
-    // Those that hand over what many threads wrote count each of them: racecheck follows that.
+    // Those that hand over numbers count the threads that wrote them: racecheck follows that.
     ptx::MbarrierInit(&shared.query_ready, kConsumerThreads);
     ptx::MbarrierInit(&shared.gate, kWarpsPerSide);
     for (uint64_t& barrier : shared.p_ready) ptx::MbarrierInit(&barrier, kWarpsPerSide * 8);
@@ -597,11 +516,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RowTile tile(p, blockIdx.x, kCluster);
   if (threadIdx.x < kRowTile) {
     const int r = min(static_cast<int>(threadIdx.x), tile.count - 1);
-    shared.query_token[threadIdx.x] = tile.token(p, r);
-    shared.query_row[threadIdx.x] = tile.token(p, r) * static_cast<int>(p.h_q) + tile.head(p, r);
+    shared.query_token[threadIdx.x] = tile.token(r);
+    shared.query_row[threadIdx.x] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
   }
   const int partition = blockIdx.y, partitions = gridDim.y;
-  const Range& range = FindRange(p, partition, partitions, &shared.schedule);
+  ptx::WaitForPreviousKernel();
+  PrefetchInputs(p);
+  const Range& range = FindRange(p, partition, partitions, kSequenceCost, &shared.schedule);
   if constexpr (kCluster > 1) ptx::ClusterSync();  // the other's barriers are initialised
   const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (role == kSides) {
@@ -622,4 +543,4 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kCluster > 1) ptx::ClusterSync();  // the other no longer copies into this block
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::wide

@@ -1,0 +1,514 @@
+// Dense MLA decoding on Hopper for few query rows: at most 32 that share a KV head.
+//
+// The tensor cores' instructions have 64 rows. Here those are the cached tokens and the latent
+// columns, and the query rows are the narrow side:
+//
+//   S^T[64 x N]   = K[64 x 576] Q[N x 576]^T
+//   P^T           = exp2(S^T - m)                     m: one number per query row
+//   O^T[512 x N]  = O^T * alpha + V^T[512 x 64] P^T   V is the first 512 columns of K
+//
+// with N = 16 or 32: a quarter or half of what the wide shape (wide.cuh) would compute, and time is
+// that of reading the pages, once. What matters is that reading never stops:
+//
+//   warps 0-3  scores   S and P, block after block; its four warps hold 16 tokens each
+//   warps 4-7  values   O, one or two blocks behind; writes the result of a sequence while the next
+//                       one's blocks are computed
+//   warp 8     loader   TMA: pages, panel by panel, through a ring of panels; runs ahead across
+//                       sequences
+//   warp 9     queries  a sequence's Q, ahead of its blocks
+//   warp 10    bookkeeper: tells the combine which sequences are split
+//
+// Every hand-over is an mbarrier with one that gives back. The reference m moves only where a row's
+// maximum has grown by more than a factor of 2^8, so that O is rarely rescaled. Exact after the
+// final division.
+#pragma once
+
+#include <cmath>
+
+#include "sm90/dense_decode/common.cuh"
+
+namespace flashmla::sm90::narrow {
+
+inline constexpr int kGroupThreads = 128;  // of the warps that do scores, or values
+inline constexpr int kThreads = 3 * kGroupThreads;
+inline constexpr int kScoreRegisters = 144;
+inline constexpr int kValueRegisters = 216;
+inline constexpr int kLoaderRegisters = 56;
+inline constexpr int kSequenceCost = 1;  // blocks
+
+template <int kRows>
+struct SharedMemory {
+  static constexpr int kQueries = kRows == 16 ? 2 : 1;  // buffers for Q
+  static constexpr int kSlots = kRows == 16 ? 23 : 22;  // panels in the ring
+  static constexpr int kPanelBytesQ = kRows * kPanel * 2;
+
+  alignas(1024) uint8_t k[kSlots][kPanelBytes];
+  alignas(1024) uint8_t q[kQueries][kPanels * kPanelBytesQ];
+  alignas(1024) uint8_t p[2][kRows * kPageSize * 2];
+  float alpha[2][kRows];            // with each P: what O has to be multiplied with before
+  float warp_highest[2][4][kRows];  // of alternate blocks, per warp of the scores
+  float reference[2][kRows];        // of alternate sequences, when all of their blocks are done,
+  float warp_sum[2][4][kRows];      // and their weights' sums
+  uint64_t full[kSlots], empty[kSlots];
+  uint64_t query_ready[kQueries], query_free[kQueries];
+  uint64_t p_ready[2], p_free[2];
+  uint64_t sums_ready[2], sums_free[2];
+  int query_row[kRows];    // per row of the tile, its place among a sequence's query rows,
+  int query_token[kRows];  // and its token
+  ScheduleScratch schedule;
+};
+
+// A place in a ring of kSize, and the parity of the round.
+template <int kSize>
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance(int by = 1) {
+    slot += by;
+    if (slot >= kSize) {
+      slot -= kSize;
+      parity ^= 1;
+    }
+  }
+};
+
+// The panels of a block follow each other in the ring: RoPE, then those of V.
+template <int kRows>
+__device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& map,
+                                 const RowTile& tile, const Range& range,
+                                 SharedMemory<kRows>& shared) {
+  Ring<SharedMemory<kRows>::kSlots> ring;
+  Pages pages(p, tile, range);
+  for (int first_token; pages.Next(&first_token);) {
+    if (threadIdx.x % 32 != 0) continue;
+    for (int i = 0; i < kPanels; ++i) {
+      const int panel = i == 0 ? kPanelsV : i - 1;
+      uint64_t* full = &shared.full[ring.slot];
+      ptx::MbarrierWait(&shared.empty[ring.slot], ring.parity ^ 1);
+      ptx::MbarrierArriveExpectTx(full, kPanelBytes);
+      ptx::TmaLoad4D(shared.k[ring.slot], &map, full, 0, first_token, panel, tile.kv_head);
+      ring.Advance();
+    }
+  }
+}
+
+// Rows that do not exist become zero.
+template <typename T, int kRows>
+__device__ inline void LoadQueries(const DenseDecodeParams& p, const RowTile& tile,
+                                   const Range& range, SharedMemory<kRows>& shared) {
+  constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, per row
+  const int lane = threadIdx.x % 32;
+  Ring<SharedMemory<kRows>::kQueries> ring;
+  Segments segments(p, tile, range);
+  for (Segment s; segments.Next(&s);) {
+    const T* q = static_cast<const T*>(p.q) + s.batch * p.s_q * p.h_q * kHeadDim;
+    const uint32_t buffer = ptx::SmemAddress(shared.q[ring.slot]);
+    ptx::MbarrierWait(&shared.query_free[ring.slot], ring.parity ^ 1);
+#pragma unroll 4
+    for (int i = lane; i < kRows * kChunks; i += 32) {
+      const int r = i / kChunks, chunk = i % kChunks;
+      ptx::CpAsync16(buffer + chunk / 8 * SharedMemory<kRows>::kPanelBytesQ + r * 128 +
+                         ((chunk % 8 ^ r % 8) << 4),
+                     q + int64_t{shared.query_row[r]} * kHeadDim + chunk * 8, r < tile.count);
+    }
+    ptx::CpAsyncWaitAll();
+    ptx::FenceProxyAsync();
+    ptx::MbarrierArrive(&shared.query_ready[ring.slot]);
+    ring.Advance();
+  }
+}
+
+// The columns of S^T that a thread holds: 8 i + column + {0, 1} for i < kRows / 8, numbered
+// 2 i + {0, 1}. Its rows are the tokens row and row + 8 of a block.
+template <typename T, int kRows>
+class Scores {
+ public:
+  __device__ Scores(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
+      : p_(p),
+        tile_(tile),
+        shared_(shared),
+        scale_(p.softmax_scale * static_cast<float>(M_LOG2E)),
+        k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k))),
+        q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))) {}
+
+  __device__ __forceinline__ void Run(const Range& range) {
+    Ring<SharedMemory<kRows>::kQueries> query;
+    Ring<2> sums;
+    Segments segments(p_, tile_, range);
+    for (Segment s; segments.Next(&s);) {
+      length_ = s.length;
+      lowest_limit_ = tile_.limit(p_, s.length, shared_.query_token[0]);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        limit_[c] = tile_.limit(p_, s.length, shared_.query_token[column(c)]);
+        reference_[c] = -INFINITY;
+        sum_[c] = 0;
+      }
+      ptx::MbarrierWait(&shared_.query_ready[query.slot], query.parity);
+      for (int i = 0; i < s.visible; ++i) Block(query.slot, (s.first_block + i) * kPageSize);
+      ptx::MbarrierArrive(&shared_.query_free[query.slot]);
+      query.Advance();
+      Finish(sums);
+      sums.Advance();
+    }
+  }
+
+ private:
+  static constexpr int kColumns = kRows / 4;
+
+  __device__ __forceinline__ void Block(int query, int first_token) {
+    const Ring<SharedMemory<kRows>::kSlots> block = ring_;
+    const uint64_t q = ptx::Advance(q_operand_, query * sizeof(shared_.q[0]));
+    ptx::MbarrierWait(&shared_.full[ring_.slot], ring_.parity);
+    ptx::WgmmaFence();
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      if (i > 0) ptx::MbarrierWait(&shared_.full[ring_.slot], ring_.parity);
+      const int panel = i == 0 ? kPanelsV : i - 1;
+      const uint64_t k = ptx::Advance(k_operand_, ring_.slot * kPanelBytes);
+#pragma unroll
+      for (int step = 0; step < kPanel / 16; ++step) {
+        const uint32_t offset = panel * SharedMemory<kRows>::kPanelBytesQ + step * 32;
+        ptx::WgmmaM64<T, 0>(x_, ptx::Advance(k, step * 32), ptx::Advance(q, offset),
+                            i > 0 || step > 0);
+      }
+      ring_.Advance();
+    }
+    ptx::WgmmaCommit();
+    ptx::WgmmaWait<0>();
+    __syncwarp();
+    if (lane() == 0) ptx::MbarrierArrive(&shared_.empty[block.slot]);  // of RoPE columns
+
+#pragma unroll
+    for (int j = 0; j < kRows / 2; ++j) x_[j] *= scale_;
+    const bool partly = lowest_limit_ - first_token < kPageSize;
+    if (partly) {
+      const int token = first_token + row();
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (token >= limit_[c]) x_[element(c, 0)] = -INFINITY;
+        if (token + 8 >= limit_[c]) x_[element(c, 1)] = -INFINITY;
+      }
+    }
+
+    // Each row's maximum: over the lanes of a warp that hold it, then over the warps.
+    float highest[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      highest[c] = fmaxf(x_[element(c, 0)], x_[element(c, 1)]);
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        highest[c] = fmaxf(highest[c], __shfl_xor_sync(~0u, highest[c], step));
+      }
+      if (lane() < 4) shared_.warp_highest[p_ring_.slot][warp()][column(c)] = highest[c];
+    }
+    ptx::NamedBarrierSync(1, kGroupThreads);  // all have their S, too
+    if (partly) {
+      CleanValues<T>(
+          [&](int panel) {
+            Ring<SharedMemory<kRows>::kSlots> place = block;
+            place.Advance(1 + panel);
+            return shared_.k[place.slot];
+          },
+          lowest_limit_ - first_token, length_ - first_token);
+    }
+    ptx::MbarrierWait(&shared_.p_free[p_ring_.slot], p_ring_.parity ^ 1);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        highest[c] = fmaxf(highest[c], shared_.warp_highest[p_ring_.slot][w][column(c)]);
+      }
+      const bool grown = highest[c] > reference_[c] + kRescaleThreshold;
+      const float updated = grown ? highest[c] : reference_[c];
+      const float alpha = grown ? ptx::Exp2(reference_[c] - updated) : 1.f;
+      reference_[c] = updated;
+      const float subtrahend = updated == -INFINITY ? 0.f : updated;
+      float& low = x_[element(c, 0)];
+      float& high = x_[element(c, 1)];
+      low = ptx::Exp2(low - subtrahend);
+      high = ptx::Exp2(high - subtrahend);
+      sum_[c] = sum_[c] * alpha + (low + high);
+      if (threadIdx.x < 4) shared_.alpha[p_ring_.slot][column(c)] = alpha;
+    }
+    // As wgmma reads its second operand: a row of P for each query row.
+    const uint32_t p = ptx::SmemAddress(shared_.p[p_ring_.slot]);
+#pragma unroll
+    for (int i = 0; i < kRows / 8; i += 2) {
+      const float* x = x_ + 4 * i;
+      const int r = 8 * i + lane() / 16 * 8 + lane() % 8;
+      const int chunk = warp() * 2 + lane() / 8 % 2;
+      ptx::StMatrix4Transposed(p + r * 128 + ((chunk ^ r % 8) << 4), Pack(T{}, x[0], x[1]),
+                               Pack(T{}, x[2], x[3]), Pack(T{}, x[4], x[5]), Pack(T{}, x[6], x[7]));
+    }
+    ptx::FenceProxyAsync();
+    ptx::MbarrierArrive(&shared_.p_ready[p_ring_.slot]);
+    p_ring_.Advance();
+  }
+
+  __device__ __forceinline__ void Finish(Ring<2> sums) {
+    ptx::MbarrierWait(&shared_.sums_free[sums.slot], sums.parity ^ 1);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) sum_[c] += __shfl_xor_sync(~0u, sum_[c], step);
+      if (lane() < 4) {
+        shared_.warp_sum[sums.slot][warp()][column(c)] = sum_[c];
+        if (warp() == 0) shared_.reference[sums.slot][column(c)] = reference_[c];
+      }
+    }
+    ptx::MbarrierArrive(&shared_.sums_ready[sums.slot]);
+  }
+
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ static int row() { return warp() * 16 + lane() / 4; }
+  __device__ static int column(int c) { return c / 2 * 8 + lane() % 4 * 2 + c % 2; }
+  // Of a column, the accumulator's element in the thread's first or second row.
+  static constexpr __device__ int element(int c, int second) {
+    return c / 2 * 4 + second * 2 + c % 2;
+  }
+
+  const DenseDecodeParams& p_;
+  const RowTile& tile_;
+  SharedMemory<kRows>& shared_;
+  const float scale_;
+  const uint64_t k_operand_, q_operand_;
+
+  Ring<SharedMemory<kRows>::kSlots> ring_;
+  Ring<2> p_ring_;
+  // Of the current sequence.
+  int length_;
+  int limit_[kColumns];  // per query row, the tokens it may see are those before this
+  int lowest_limit_;     // the least of the tile
+  float reference_[kColumns];
+  float sum_[kColumns];  // over this thread's tokens
+  // Of the current block.
+  float x_[kRows / 2];
+};
+
+// Panel j of O^T: the thread holds the latent columns 64 j + row and + 8, of the query rows that
+// Scores numbers alike.
+template <typename T, int kRows>
+class Values {
+ public:
+  __device__ Values(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
+      : p_(p),
+        tile_(tile),
+        shared_(shared),
+        v_operand_(ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared.k))),
+        p_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p))) {}
+
+  __device__ __forceinline__ void Run(const Range& range, int partition, int partitions) {
+    Ring<2> sums;
+    Segments segments(p_, tile_, range);
+    for (Segment s; segments.Next(&s);) {
+#pragma unroll
+      for (int j = 0; j < kPanelsV; ++j) {
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) o_[j][i] = 0;
+      }
+      for (int i = 0; i < s.visible; ++i) Block();
+      ptx::MbarrierWait(&shared_.sums_ready[sums.slot], sums.parity);
+      Finish(s, sums.slot, partition, partitions);
+      ptx::MbarrierArrive(&shared_.sums_free[sums.slot]);
+      sums.Advance();
+    }
+  }
+
+ private:
+  static constexpr int kColumns = kRows / 4;
+
+  __device__ __forceinline__ void Block() {
+    ptx::MbarrierWait(&shared_.p_ready[p_ring_.slot], p_ring_.parity);
+    float alpha[kColumns];
+    bool rescale = false;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      alpha[c] = shared_.alpha[p_ring_.slot][column(c)];
+      rescale |= alpha[c] != 1.f;
+    }
+    if (__any_sync(~0u, rescale)) {
+#pragma unroll
+      for (int j = 0; j < kPanelsV; ++j) {
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) o_[j][i] *= alpha[i / 4 * 2 + i % 2];
+      }
+    }
+    const uint64_t p = ptx::Advance(p_operand_, p_ring_.slot * sizeof(shared_.p[0]));
+    ring_.Advance();  // past the RoPE columns
+    int slots[kPanelsV];
+    ptx::WgmmaFence();
+#pragma unroll
+    for (int j = 0; j < kPanelsV; ++j) {
+      slots[j] = ring_.slot;
+      const uint64_t v = ptx::Advance(v_operand_, ring_.slot * kPanelBytes);
+#pragma unroll
+      for (int step = 0; step < kPageSize / 16; ++step) {
+        ptx::WgmmaM64<T, 1>(o_[j], ptx::Advance(v, step * 2048), ptx::Advance(p, step * 32), 1);
+      }
+      if (j % (kPanelsV / 2) == kPanelsV / 2 - 1) ptx::WgmmaCommit();
+      ring_.Advance();
+    }
+    ptx::WgmmaWait<1>();
+    Release(slots);
+    ptx::WgmmaWait<0>();
+    Release(slots + kPanelsV / 2);
+    if (lane() == 0) ptx::MbarrierArrive(&shared_.p_free[p_ring_.slot]);
+    p_ring_.Advance();
+  }
+
+  // This warp no longer reads these panels.
+  __device__ __forceinline__ void Release(const int* slots) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kPanelsV / 2; ++i) {
+      if (lane() == i) ptx::MbarrierArrive(&shared_.empty[slots[i]]);
+    }
+  }
+
+  // Writes the result of a sequence, or of the part of it that this range holds.
+  __device__ __forceinline__ void Finish(const Segment& s, int sums, int partition,
+                                         int partitions) {
+    const int partial_row = tile_.partial_row(partitions, partition, s.opening ? 0 : 1);
+    const int64_t first_query = s.batch * p_.s_q * p_.h_q;
+    float inverse[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float total = Total(sums, column(c));
+      inverse[c] = total == 0 ? 0.f : 1.f / total;
+    }
+    const int r = threadIdx.x % kGroupThreads;
+    if (r < tile_.count) {
+      const float total = Total(sums, r);
+      const float lse = total == 0 ? -INFINITY : shared_.reference[sums][r] + log2f(total);
+      if (s.complete()) {
+        const int token = shared_.query_token[r];
+        const int64_t head = shared_.query_row[r] - token * p_.h_q;
+        p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
+      } else {
+        p_.partial_lse[partial_row + r] = lse;
+      }
+    }
+    if (s.complete()) {
+      // Transposed in registers: the thread then holds query row 8 i + lane / 4.
+      T* out[kRows / 8];
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+        const int64_t query = first_query + shared_.query_row[8 * i + lane() / 4];
+        out[i] = static_cast<T*>(p_.out) + query * kHeadDimV + warp() * 16 + lane() % 4 * 2;
+      }
+#pragma unroll
+      for (int j = 0; j < kPanelsV; ++j) {
+#pragma unroll
+        for (int i = 0; i < kRows / 8; ++i) {
+#pragma unroll
+          for (int second = 0; second < 2; ++second) {
+            const float* o = o_[j] + 4 * i + 2 * second;
+            const uint32_t pair =
+                ptx::Transpose(Pack(T{}, o[0] * inverse[2 * i], o[1] * inverse[2 * i + 1]));
+            if (8 * i + lane() / 4 < tile_.count) {
+              *reinterpret_cast<uint32_t*>(out[i] + kPanel * j + 8 * second) = pair;
+            }
+          }
+        }
+      }
+    } else {
+      float* out = p_.partial_out + int64_t{partial_row} * kHeadDimV + row();
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (column(c) >= tile_.count) continue;
+        float* mine = out + column(c) * kHeadDimV;
+#pragma unroll
+        for (int j = 0; j < kPanelsV; ++j) {
+          mine[kPanel * j] = o_[j][element(c, 0)] * inverse[c];
+          mine[kPanel * j + 8] = o_[j][element(c, 1)] * inverse[c];
+        }
+      }
+    }
+  }
+
+  // The sum of a row's weights over all tokens, always in the same order.
+  __device__ __forceinline__ float Total(int sums, int r) const {
+    const auto& sum = shared_.warp_sum[sums];
+    return (sum[0][r] + sum[1][r]) + (sum[2][r] + sum[3][r]);
+  }
+
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int warp() { return threadIdx.x / 32 % 4; }
+  __device__ static int row() { return warp() * 16 + lane() / 4; }
+  __device__ static int column(int c) { return c / 2 * 8 + lane() % 4 * 2 + c % 2; }
+  static constexpr __device__ int element(int c, int second) {
+    return c / 2 * 4 + second * 2 + c % 2;
+  }
+
+  const DenseDecodeParams& p_;
+  const RowTile& tile_;
+  SharedMemory<kRows>& shared_;
+  const uint64_t v_operand_, p_operand_;
+
+  Ring<SharedMemory<kRows>::kSlots> ring_;
+  Ring<2> p_ring_;
+  float o_[kPanelsV][kRows / 2];
+};
+
+// Grid: (row tiles, partitions). `map` is the page pool in boxes of one panel of a page.
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kThreads, 1)
+    Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ CUtensorMap map) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  using Shared = SharedMemory<kRows>;
+  static_assert(sizeof(Shared) <= kMaxSharedBytes);
+  Shared& shared = *reinterpret_cast<Shared*>(raw);
+  if (threadIdx.x < Shared::kSlots) {
+    ptx::MbarrierInit(&shared.full[threadIdx.x], 1);
+    ptx::MbarrierInit(&shared.empty[threadIdx.x], kGroupThreads / 32);
+    ptx::FenceMbarrierInit();
+  } else if (threadIdx.x == 32) {
+    if (ptx::SmemAddress(raw) % 1024 != 0) __trap();  // swizzled tiles need it
+    ptx::PrefetchTensorMap(&map);
+    // Those that hand over numbers count the threads that wrote them: racecheck follows that.
+    for (int i = 0; i < Shared::kQueries; ++i) {
+      ptx::MbarrierInit(&shared.query_ready[i], 32);
+      ptx::MbarrierInit(&shared.query_free[i], kGroupThreads);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::MbarrierInit(&shared.p_ready[i], kGroupThreads);
+      ptx::MbarrierInit(&shared.p_free[i], kGroupThreads / 32);
+      ptx::MbarrierInit(&shared.sums_ready[i], kGroupThreads);
+      ptx::MbarrierInit(&shared.sums_free[i], kGroupThreads);
+    }
+    ptx::FenceMbarrierInit();
+  }
+  const RowTile tile(p, blockIdx.x);
+  if (threadIdx.x >= kThreads - kRows) {
+    const int i = threadIdx.x - (kThreads - kRows);
+    const int r = min(i, tile.count - 1);
+    shared.query_token[i] = tile.token(r);
+    shared.query_row[i] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
+  }
+  const int partition = blockIdx.y, partitions = gridDim.y;
+  ptx::WaitForPreviousKernel();
+  PrefetchInputs(p);
+  const Range& range = FindRange(p, partition, partitions, kSequenceCost, &shared.schedule);
+  const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
+  if (role == 0) {
+    ptx::DecreaseRegisters<kScoreRegisters>();
+    Scores<T, kRows>(p, tile, shared).Run(range);
+  } else if (role == 1) {
+    ptx::IncreaseRegisters<kValueRegisters>();
+    Values<T, kRows>(p, tile, shared).Run(range, partition, partitions);
+  } else {
+    ptx::DecreaseRegisters<kLoaderRegisters>();
+    const int warp = threadIdx.x / 32 - 2 * kGroupThreads / 32;
+    if (warp == 0) {
+      LoadPages<kRows>(p, map, tile, range, shared);
+    } else if (warp == 1) {
+      LoadQueries<T, kRows>(p, tile, range, shared);
+    } else if (warp == 2 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1) {
+      RecordSplits(p, tile, range, partition, partitions);
+    }
+  }
+}
+
+}  // namespace flashmla::sm90::narrow
