@@ -123,14 +123,27 @@ __device__ __forceinline__ void PrefetchL2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
-// A box of a 4-D tensor to shared memory; the barrier counts its bytes as they arrive. What lies
+// For what is read once: the L2 cache gives it up first.
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
+// A box of a tensor to shared memory; the barrier counts its bytes as they arrive. What lies
 // outside the tensor reads as the map's fill value.
 __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* map,
                                           uint64_t* barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(SmemAddress(destination)),
-      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(SmemAddress(destination)),
+      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst)
+      : "memory");
+}
+__device__ __forceinline__ void TmaLoad5D(void* destination, const CUtensorMap* map,
+                                          uint64_t* barrier, int c0, int c1, int c2, int c3,
+                                          int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(SmemAddress(destination)),
+      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "l"(kEvictFirst)
       : "memory");
 }
 
@@ -141,8 +154,10 @@ __device__ __forceinline__ void TmaLoad4DMulticast(void* destination, const CUte
                                                    int c3, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(SmemAddress(destination)),
-      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(
+          SmemAddress(destination)),
+      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks),
+      "l"(kEvictFirst)
       : "memory");
 }
 

@@ -17,35 +17,53 @@ Status Failed(const char* what, cudaError_t error) {
   return {StatusCode::kInternal, std::string(what) + ": " + cudaGetErrorString(error)};
 }
 
-// The page pool as a 4-D tensor of panels: (64 columns of a panel, all tokens of the pool, 9
-// panels, KV heads), copied in boxes of so many tokens and panels.
-Status MakeMap(const DenseDecodeParams& p, cuuint32_t tokens, cuuint32_t panels, CUtensorMap* map) {
+// A tensor of 16-bit numbers, copied in boxes of `box`; the innermost 64 numbers are 128 swizzled
+// bytes in shared memory. What lies outside reads as NaN.
+template <int kDimensions>
+Status MakeMap(DType dtype, const void* data, const cuuint64_t (&sizes)[kDimensions],
+               const cuuint64_t (&strides)[kDimensions - 1], const cuuint32_t (&box)[kDimensions],
+               CUtensorMap* map) {
   static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
                                                                12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess) cudaGetLastError();
     const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
     return usable ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry) : nullptr;
   }();
   if (encode == nullptr) {
-    cudaGetLastError();
     return {StatusCode::kInternal, "the driver does not offer cuTensorMapEncodeTiled"};
   }
-  const cuuint64_t token_bytes = p.h_kv * kHeadDim * 2;
-  const cuuint64_t sizes[4] = {kPanel, static_cast<cuuint64_t>(p.num_pages) * kPageSize, kPanels,
-                               static_cast<cuuint64_t>(p.h_kv)};
-  const cuuint64_t strides[3] = {token_bytes, kPanel * 2, kHeadDim * 2};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const cuuint32_t box[4] = {kPanel, tokens, panels, 1};
+  constexpr cuuint32_t kSteps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
       map,
-      p.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      4, const_cast<void*>(p.k_cache), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      kDimensions, const_cast<void*>(data), sizes, strides, box, kSteps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA);
   if (result == CUDA_SUCCESS) return {};
   return {StatusCode::kInternal, "cuTensorMapEncodeTiled failed with " + std::to_string(result)};
+}
+
+// The page pool as (64 columns of a panel, all tokens of the pool, 9 panels, KV heads), in boxes of
+// so many tokens and panels.
+Status MakePageMap(const DenseDecodeParams& p, cuuint32_t tokens, cuuint32_t panels,
+                   CUtensorMap* map) {
+  const cuuint64_t head = kHeadDim * 2, token = p.h_kv * head;
+  const cuuint64_t num_tokens = p.num_pages * kPageSize, h_kv = p.h_kv;
+  return MakeMap<4>(p.dtype, p.k_cache, {kPanel, num_tokens, kPanels, h_kv},
+                    {token, kPanel * 2, head}, {kPanel, tokens, panels, 1}, map);
+}
+
+// The queries as (64 columns of a panel, heads of a KV head, all tokens, 9 panels, KV heads), in
+// boxes of a panel of all rows of a sequence that read one KV head.
+Status MakeQueryMap(const DenseDecodeParams& p, CUtensorMap* map) {
+  const cuuint64_t head = kHeadDim * 2, token = p.h_q * head;
+  const cuuint64_t group = p.group(), tokens = p.batch * p.s_q, h_kv = p.h_kv;
+  return MakeMap<5>(
+      p.dtype, p.q, {kPanel, group, tokens, kPanels, h_kv}, {head, token, kPanel * 2, group * head},
+      {kPanel, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(p.s_q), 1, 1}, map);
 }
 
 // The next kernel of the stream may start early: it waits for this one where it has to.
@@ -73,18 +91,19 @@ Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_
 
 template <typename T, int kRows>
 Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
-  CUtensorMap map;
-  Status status = MakeMap(p, kPageSize, 1, &map);
+  narrow::Maps maps;
+  Status status = MakePageMap(p, kPageSize, 1, &maps.panel);
+  if (status.ok()) status = MakeQueryMap(p, &maps.queries);
   if (!status.ok()) return status;
   return Launch(narrow::Kernel<T, kRows>, grid, narrow::kThreads,
-                sizeof(narrow::SharedMemory<kRows>), 1, stream, p, map);
+                sizeof(narrow::SharedMemory<kRows>), 1, stream, p, maps);
 }
 
 template <typename T, int kCluster>
 Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   wide::PageMaps maps;
-  Status status = MakeMap(p, kPageSize, wide::kHalfPanels / 2, &maps.half_panels);
-  if (status.ok()) status = MakeMap(p, kPageSize / 2, 1, &maps.rope);
+  Status status = MakePageMap(p, kPageSize, wide::kHalfPanels / 2, &maps.half_panels);
+  if (status.ok()) status = MakePageMap(p, kPageSize / 2, 1, &maps.rope);
   if (!status.ok()) return status;
   return Launch(wide::Kernel<T, kCluster>, grid, wide::kThreads, wide::kSharedBytes, kCluster,
                 stream, p, maps);

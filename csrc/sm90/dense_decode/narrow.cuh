@@ -58,6 +58,11 @@ struct SharedMemory {
   ScheduleScratch schedule;
 };
 
+struct Maps {
+  CUtensorMap panel;    // the page pool in boxes of a panel of a page
+  CUtensorMap queries;  // the queries in boxes of a panel of a tile
+};
+
 // A place in a ring of kSize, and the parity of the round.
 template <int kSize>
 struct Ring {
@@ -92,28 +97,21 @@ __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& 
   }
 }
 
-// Rows that do not exist become zero.
-template <typename T, int kRows>
-__device__ inline void LoadQueries(const DenseDecodeParams& p, const RowTile& tile,
-                                   const Range& range, SharedMemory<kRows>& shared) {
-  constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, per row
-  const int lane = threadIdx.x % 32;
+// The query rows of a sequence, panel by panel; those that do not exist stay as they are.
+template <int kRows>
+__device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap& map,
+                                   const RowTile& tile, const Range& range,
+                                   SharedMemory<kRows>& shared) {
   Ring<SharedMemory<kRows>::kQueries> ring;
   Segments segments(p, tile, range);
   for (Segment s; segments.Next(&s);) {
-    const T* q = static_cast<const T*>(p.q) + s.batch * p.s_q * p.h_q * kHeadDim;
-    const uint32_t buffer = ptx::SmemAddress(shared.q[ring.slot]);
+    uint64_t* ready = &shared.query_ready[ring.slot];
     ptx::MbarrierWait(&shared.query_free[ring.slot], ring.parity ^ 1);
-#pragma unroll 4
-    for (int i = lane; i < kRows * kChunks; i += 32) {
-      const int r = i / kChunks, chunk = i % kChunks;
-      ptx::CpAsync16(buffer + chunk / 8 * SharedMemory<kRows>::kPanelBytesQ + r * 128 +
-                         ((chunk % 8 ^ r % 8) << 4),
-                     q + int64_t{shared.query_row[r]} * kHeadDim + chunk * 8, r < tile.count);
+    ptx::MbarrierArriveExpectTx(ready, tile.count * kHeadDim * 2);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      ptx::TmaLoad5D(shared.q[ring.slot] + panel * SharedMemory<kRows>::kPanelBytesQ, &map, ready,
+                     0, 0, s.batch * static_cast<int>(p.s_q), panel, tile.kv_head);
     }
-    ptx::CpAsyncWaitAll();
-    ptx::FenceProxyAsync();
-    ptx::MbarrierArrive(&shared.query_ready[ring.slot]);
     ring.Advance();
   }
 }
@@ -452,10 +450,10 @@ class Values {
   float o_[kPanelsV][kRows / 2];
 };
 
-// Grid: (row tiles, partitions). `map` is the page pool in boxes of one panel of a page.
+// Grid: (row tiles, partitions).
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads, 1)
-    Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ CUtensorMap map) {
+    Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
   using Shared = SharedMemory<kRows>;
   static_assert(sizeof(Shared) <= kMaxSharedBytes);
@@ -466,10 +464,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 32) {
     if (ptx::SmemAddress(raw) % 1024 != 0) __trap();  // swizzled tiles need it
-    ptx::PrefetchTensorMap(&map);
+    ptx::PrefetchTensorMap(&maps.panel);
+    ptx::PrefetchTensorMap(&maps.queries);
     // Those that hand over numbers count the threads that wrote them: racecheck follows that.
     for (int i = 0; i < Shared::kQueries; ++i) {
-      ptx::MbarrierInit(&shared.query_ready[i], 32);
+      ptx::MbarrierInit(&shared.query_ready[i], 1);
       ptx::MbarrierInit(&shared.query_free[i], kGroupThreads);
     }
     for (int i = 0; i < 2; ++i) {
@@ -487,6 +486,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     shared.query_token[i] = tile.token(r);
     shared.query_row[i] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
   }
+  // Query rows that do not exist.
+  const int missing = kRows - tile.count;
+  for (int i = threadIdx.x; i < Shared::kQueries * kPanels * missing * 8; i += kThreads) {
+    const int panel = i / 8 / missing, r = tile.count + i / 8 % missing;
+    reinterpret_cast<uint4*>(shared.q)[(panel * kRows + r) * 8 + i % 8] = uint4{0, 0, 0, 0};
+  }
+  ptx::FenceProxyAsync();
   const int partition = blockIdx.y, partitions = gridDim.y;
   ptx::WaitForPreviousKernel();
   PrefetchInputs(p);
@@ -502,9 +508,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::DecreaseRegisters<kLoaderRegisters>();
     const int warp = threadIdx.x / 32 - 2 * kGroupThreads / 32;
     if (warp == 0) {
-      LoadPages<kRows>(p, map, tile, range, shared);
-    } else if (warp == 1) {
-      LoadQueries<T, kRows>(p, tile, range, shared);
+      LoadPages<kRows>(p, maps.panel, tile, range, shared);
+    } else if (warp == 1 && threadIdx.x % 32 == 0) {
+      LoadQueries<kRows>(p, maps.queries, tile, range, shared);
     } else if (warp == 2 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1) {
       RecordSplits(p, tile, range, partition, partitions);
     }

@@ -254,7 +254,6 @@ class Consumer {
       Rescale(Softmax());
       MultiplyOwn(ring);
     } else {
-      ptx::MbarrierWait(&shared_.gate, pair_parity_);
       Rescale(AdoptReference());
       MultiplyOther(ring);
     }
