@@ -123,11 +123,22 @@ __device__ __forceinline__ void PrefetchL2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
+// A box of a tensor to shared memory; the barrier counts its bytes as they arrive. What lies
+// outside the tensor reads as the map's fill value.
+__device__ __forceinline__ void TmaLoad5D(void* destination, const CUtensorMap* map,
+                                          uint64_t* barrier, int c0, int c1, int c2, int c3,
+                                          int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(SmemAddress(destination)),
+      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 // For what is read once: the L2 cache gives it up first.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
-// A box of a tensor to shared memory; the barrier counts its bytes as they arrive. What lies
-// outside the tensor reads as the map's fill value.
+// The same, of such.
 __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* map,
                                           uint64_t* barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
@@ -136,17 +147,6 @@ __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* 
       "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst)
       : "memory");
 }
-__device__ __forceinline__ void TmaLoad5D(void* destination, const CUtensorMap* map,
-                                          uint64_t* barrier, int c0, int c1, int c2, int c3,
-                                          int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(SmemAddress(destination)),
-      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
-      "l"(kEvictFirst)
-      : "memory");
-}
-
 // The same, to that place in each block of the cluster whose bit is set in `blocks`; the barriers
 // at the place of `barrier` count the bytes.
 __device__ __forceinline__ void TmaLoad4DMulticast(void* destination, const CUtensorMap* map,

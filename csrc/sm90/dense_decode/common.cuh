@@ -89,10 +89,10 @@ __device__ inline void RecordSplits(const DenseDecodeParams& p, const RowTile& t
                                     const Range& range, int partition, int partitions) {
   SplitInfo* split_info = reinterpret_cast<SplitInfo*>(p.split_info);
   SplitInfo continued{-1, 0, 0, 0};
-  int64_t place = range.units;  // of the sequence's first block
+  int place = range.units;  // of the sequence's first block
   Segments segments(p, tile, range);
   for (Segment s; segments.Next(&s);) {
-    const int64_t end = place + s.all_blocks;
+    const int end = place + s.all_blocks;
     place = end + range.cost;
     if (s.first_block != 0) continue;
     const int last = PartitionBefore(end, range);

@@ -152,6 +152,12 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
             "s_q * h_q is too large: " + std::to_string(p.s_q * p.h_q)};
   }
 
+  // The schedule counts all blocks of all sequences, and up to two more for each sequence.
+  if (p.batch * (p.max_pages_per_seq + p.s_q / kPageSize + 4) > INT32_MAX) {
+    return {StatusCode::kInvalidArgument, "block_table is too large: " + std::to_string(p.batch) +
+                                              " x " + std::to_string(p.max_pages_per_seq)};
+  }
+
   // One thread block per multiprocessor, divided among the row tiles.
   const int partitions =
       static_cast<int>(std::clamp<int64_t>(multiprocessors / p.row_tiles(), 1, p.max_partitions()));

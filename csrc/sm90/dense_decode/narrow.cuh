@@ -31,9 +31,9 @@ namespace flashmla::sm90::narrow {
 
 inline constexpr int kGroupThreads = 128;  // of the warps that do scores, or values
 inline constexpr int kThreads = 3 * kGroupThreads;
-inline constexpr int kScoreRegisters = 144;
-inline constexpr int kValueRegisters = 216;
-inline constexpr int kLoaderRegisters = 56;
+// Registers of a thread: all start with 168, which those that do scores keep.
+inline constexpr int kValueRegisters = 240;
+inline constexpr int kLoaderRegisters = 96;
 inline constexpr int kSequenceCost = 1;  // blocks
 
 template <int kRows>
@@ -55,7 +55,6 @@ struct SharedMemory {
   uint64_t sums_ready[2], sums_free[2];
   int query_row[kRows];    // per row of the tile, its place among a sequence's query rows,
   int query_token[kRows];  // and its token
-  ScheduleScratch schedule;
 };
 
 struct Maps {
@@ -496,10 +495,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int partition = blockIdx.y, partitions = gridDim.y;
   ptx::WaitForPreviousKernel();
   PrefetchInputs(p);
-  const Range& range = FindRange(p, partition, partitions, kSequenceCost, &shared.schedule);
+  const Range range = FindRange(p, partition, partitions, kSequenceCost);
+  __syncthreads();  // barriers and row numbers are there
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {
-    ptx::DecreaseRegisters<kScoreRegisters>();
     Scores<T, kRows>(p, tile, shared).Run(range);
   } else if (role == 1) {
     ptx::IncreaseRegisters<kValueRegisters>();

@@ -21,8 +21,8 @@ struct Range {
   int block;      // and a block in it
   int end_batch;  // where it ends: before this block of this sequence. An idle partition's
   int end_block;  // starts and ends at the same place
-  int64_t units;  // the place on the line of the first block of `batch`
-  int64_t total;  // units on the whole line
+  int units;      // the place on the line of the first block of `batch`
+  int total;      // units on the whole line
   int active;     // ranges on the whole line
   int cost;       // units between sequences
 };
@@ -37,15 +37,11 @@ __device__ __forceinline__ int BlocksBefore(int length) {
 }
 __device__ __forceinline__ int BlocksOf(int length) { return max(BlocksBefore(length), 1); }
 
-// a / b, rounded down, for 0 <= a < 2^53 and 0 < b < 2^21 or so: a quotient that is no integer lies
-// at least 1 / b from one, farther than it is rounded. Integer division of this width is slow.
-__device__ __forceinline__ int64_t Quotient(int64_t a, int64_t b) {
-  return static_cast<int64_t>(static_cast<double>(a) / static_cast<double>(b));
-}
-
-// The last partition that holds a unit before `end` of the line.
-__device__ __forceinline__ int PartitionBefore(int64_t end, const Range& range) {
-  return static_cast<int>(static_cast<double>(end * range.active - 1) /
+// The last partition that holds a unit before `end` of the line. The quotient of numbers below
+// 2^53, rounded to a double, has the same integer part: one that is no integer lies farther from
+// the next than it is rounded, being at least 1 / total away.
+__device__ __forceinline__ int PartitionBefore(int end, const Range& range) {
+  return static_cast<int>(static_cast<double>(int64_t{end} * range.active - 1) /
                           static_cast<double>(range.total));
 }
 
@@ -57,77 +53,63 @@ struct SplitInfo {
   int first_slot;  // which of its two slots the first partition used; the others used slot 0
 };
 
-struct ScheduleScratch {
-  int64_t warp_total[32];
-  Range range;
-};
-
-// The range of `partition`. All threads of the block call this; `scratch` is shared memory.
+// The range of `partition`. Every warp finds it on its own, without waiting for another.
 // `most_cost` is the cost of another sequence in blocks; less is counted where ranges are short.
-__device__ inline const Range& FindRange(const DenseDecodeParams& p, int partition, int partitions,
-                                         int most_cost, ScheduleScratch* scratch) {
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int threads = blockDim.x, warps = threads / 32;
+// The launch has checked that the line's length is no more than 31 bits.
+__device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int partitions,
+                                  int most_cost) {
+  const int lane = threadIdx.x % 32;
   const int batch = static_cast<int>(p.batch);
-  const int per_thread = (batch + threads - 1) / threads;
-  const int first = static_cast<int>(min(int64_t{thread} * per_thread, p.batch));
-  const int last = static_cast<int>(min(int64_t{first} + per_thread, p.batch));
-
-  int64_t mine = 0;
+  const int per_lane = (batch + 31) / 32;
+  const int first = min(lane * per_lane, batch), last = min(first + per_lane, batch);
+  int mine = 0;
+#pragma unroll 8
   for (int b = first; b < last; ++b) mine += BlocksOf(SequenceLength(p, b));
-  int64_t before = mine;  // inclusive scan over the warp
+  int before = mine;  // inclusive scan over the warp
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int64_t other = __shfl_up_sync(~0u, before, step);
+    const int other = __shfl_up_sync(~0u, before, step);
     if (lane >= step) before += other;
   }
-  if (lane == 31) scratch->warp_total[warp] = before;
+  const int blocks = __shfl_sync(~0u, before, 31);
   before -= mine;
-  __syncthreads();
-  int64_t blocks = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w == warp) before += blocks;
-    blocks += scratch->warp_total[w];
-  }
 
-  const int active = static_cast<int>(min(blocks, int64_t{partitions}));
-  const int cost = static_cast<int>(min(int64_t{most_cost}, Quotient(blocks, 4 * active)));
-  const int64_t total = blocks + int64_t{cost} * (batch - 1);
-  const int64_t start = Quotient(total * partition, active);
-  const int64_t end = Quotient(total * (partition + 1), active);
-  // Of this thread's sequences, with the gaps before them.
-  int64_t position = before + int64_t{cost} * first;
-  const int64_t from = position - cost, to = position + mine + int64_t{cost} * (last - first - 1);
-  const bool has_start = from <= start && start < to, has_end = from <= end && end < to;
-  Range& range = scratch->range;
-  if (partition >= active) {
-    if (thread == 0) range = Range{0, 0, 0, 0, 0, total, active, cost};
-  } else if (first < last && (has_start || has_end)) {
-    for (int b = first; b < last; ++b) {
-      const int length = BlocksOf(SequenceLength(p, b));
-      const auto holds = [&](int64_t unit) {
-        return position - cost <= unit && unit < position + length;
-      };
-      if (holds(start)) {
-        range.batch = b;
-        range.block = static_cast<int>(max(start - position, int64_t{0}));
-        range.units = position;
-        range.total = total;
-        range.active = active;
-        range.cost = cost;
-      }
-      if (holds(end)) {
-        range.end_batch = b;
-        range.end_block = static_cast<int>(max(end - position, int64_t{0}));
-      }
-      position += length + cost;
-    }
+  Range range;
+  range.active = min(blocks, partitions);
+  range.cost = 0;
+  while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * range.active) ++range.cost;
+  range.total = blocks + range.cost * (batch - 1);
+  if (partition >= range.active) {
+    range.batch = range.block = range.end_batch = range.end_block = range.units = 0;
+    return range;
   }
-  if (partition == active - 1 && thread == 0) {
+  const uint32_t active = range.active, total = range.total;
+  const uint32_t each = total / active, rest = total - each * active;
+  // Where a place on the line is, and the place of that sequence's first block.
+  const auto locate = [&](int cut, int* sequence, int* block, int* units) {
+    const int unit = each * cut + rest * cut / active;  // total * cut / active
+    int position = before + range.cost * first;
+    const int end = position + mine + range.cost * (last - first - 1);
+    const bool here = first < last && position - range.cost <= unit && unit < end;
+    int b = first;
+    if (here) {
+      for (int length; position + (length = BlocksOf(SequenceLength(p, b))) <= unit; ++b) {
+        position += length + range.cost;
+      }
+    }
+    const int holder = __ffs(__ballot_sync(~0u, here)) - 1;
+    *sequence = __shfl_sync(~0u, b, holder);
+    *block = __shfl_sync(~0u, max(unit - position, 0), holder);
+    *units = __shfl_sync(~0u, position, holder);
+  };
+  locate(partition, &range.batch, &range.block, &range.units);
+  if (partition + 1 < range.active) {
+    int unused;
+    locate(partition + 1, &range.end_batch, &range.end_block, &unused);
+  } else {
     range.end_batch = batch;
     range.end_block = 0;
   }
-  __syncthreads();
   return range;
 }
 

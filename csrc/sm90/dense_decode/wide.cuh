@@ -79,7 +79,6 @@ struct SharedMemory {
   Segment segment[kSides];    // the side's current one
   int query_row[kRowTile];    // per row of the tile, its place among a sequence's query rows,
   int query_token[kRowTile];  // and its token: divisions are slow
-  ScheduleScratch schedule;
 };
 inline constexpr int kSharedBytes = sizeof(SharedMemory);
 static_assert(kSharedBytes <= kMaxSharedBytes);
@@ -521,7 +520,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int partition = blockIdx.y, partitions = gridDim.y;
   ptx::WaitForPreviousKernel();
   PrefetchInputs(p);
-  const Range& range = FindRange(p, partition, partitions, kSequenceCost, &shared.schedule);
+  const Range range = FindRange(p, partition, partitions, kSequenceCost);
+  __syncthreads();                                 // barriers and row numbers are there
   if constexpr (kCluster > 1) ptx::ClusterSync();  // the other's barriers are initialised
   const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (role == kSides) {
