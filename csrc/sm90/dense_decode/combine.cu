@@ -3,10 +3,9 @@
 //   out = sum_i w_i out_i,   w_i = 2^(lse_i - max lse) / sum_j 2^(lse_j - max lse)
 //
 // A warp works on a slice of 128 columns, and its loads, eight to a thread, are in flight together
-// and beside those of the weights. Two parts: the eight are four rows'. More: one, two, four or
-// eight warps share a row's slice. (One piece of code for these: what runs once is paid in
-// instruction fetches.) The order of additions depends on the number of parts alone: the same
-// inputs give the same bits.
+// and beside those of the weights. Few parts: the eight are several rows' parts. Many parts: the
+// warps of a block share one row's slice. The order of additions depends on the number of parts
+// alone: the same inputs give the same bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -25,6 +24,7 @@ constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kSlice = 128;  // columns: four a lane
 constexpr int kSlices = kHeadDimV / kSlice;
 constexpr int kInFlight = 8;  // 16-byte loads of a thread
+constexpr int kFewParts = kInFlight;
 
 __device__ uint2 Pack4(__nv_bfloat16, float4 v) {
   const __nv_bfloat162 low = __floats2bfloat162_rn(v.x, v.y),
@@ -47,73 +47,71 @@ __device__ __forceinline__ void Accumulate(float4& total, float weight, float4 v
 template <typename T>
 struct Split {
   const DenseDecodeParams& p;
-  const RowTile& tile;
-  const int batch, parts, lane;
-  const int start, stride, skip;  // rows of the workspace: see Row
+  const RowTile tile;
+  const SplitInfo info;
+  const int partitions;
+  const int slice, lane;
 
-  __device__ Split(const DenseDecodeParams& p, const RowTile& tile, const SplitInfo& info,
-                   int partitions)
-      : p(p),
-        tile(tile),
-        batch(info.batch),
-        parts(info.last - info.first + 1),
-        lane(threadIdx.x % 32),
-        start(tile.partial_row(partitions, info.first, 0)),
-        stride(tile.partial_row(partitions, info.first + 1, 0) - start),
-        // The first partition may have used either of its slots.
-        skip(tile.partial_row(partitions, info.first, info.first_slot) - start) {}
-
+  __device__ int parts() const { return info.last - info.first + 1; }
+  // The first partition may have used either of its slots.
   __device__ int Row(int part, int row) const {
-    return start + part * stride + (part == 0 ? skip : 0) + row;
+    const int slot = part == 0 ? info.first_slot : 0;
+    return tile.partial_row(partitions, info.first + part, slot) + row;
   }
   __device__ float Lse(int part, int row) const { return p.partial_lse[Row(part, row)]; }
-  __device__ float4 Load(int part, int row, int slice) const {
+  __device__ float4 Load(int part, int row) const {
     const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
     return __ldcg(reinterpret_cast<const float4*>(columns) + lane);
   }
-  __device__ void Store(int row, int slice, float4 total) const {
-    const int64_t query = (batch * p.s_q + tile.token(row)) * p.h_q + tile.head(row);
+  __device__ void Store(int row, float4 total) const {
+    const int64_t query = (info.batch * p.s_q + tile.token(row)) * p.h_q + tile.head(row);
     T* columns = static_cast<T*>(p.out) + query * kHeadDimV + slice * kSlice;
     reinterpret_cast<uint2*>(columns)[lane] = Pack4(T{}, total);
   }
   // `lse` is in base 2.
   __device__ void StoreLse(int row, float lse) const {
-    p.lse[(batch * p.h_q + tile.head(row)) * p.s_q + tile.token(row)] =
+    p.lse[(info.batch * p.h_q + tile.head(row)) * p.s_q + tile.token(row)] =
         lse * static_cast<float>(M_LN2);
   }
 };
 
-// The rows of two parts, four at a time by one warp.
-template <typename T>
-__device__ __forceinline__ void CombineTwo(const Split<T>& split) {
-  constexpr int kRows = kInFlight / 2;
-  const int warp = threadIdx.x / 32, slice = warp % kSlices, lane = split.lane;
-  const int team = blockIdx.z * (kWarps / kSlices) + warp / kSlices;
-  const int teams = gridDim.z * (kWarps / kSlices);
-  for (int first_row = team * kRows; first_row < split.tile.count; first_row += teams * kRows) {
-    float4 v[kInFlight];
+// kRows rows of at most kParts parts each, by one warp.
+template <int kParts, typename T>
+__device__ __forceinline__ void CombineFew(const Split<T>& split, int first_row) {
+  constexpr int kRows = kInFlight / kParts;
+  const auto exists = [&](int i) {
+    return i < kInFlight && i % kParts < split.parts() && first_row + i / kParts < split.tile.count;
+  };
+  float4 v[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int row = first_row + i / 2;
-      v[i] = row < split.tile.count ? split.Load(i % 2, row, slice) : float4{0, 0, 0, 0};
-    }
-    // Lane i has the weight of load i.
-    const int row = first_row + lane / 2;
-    const bool exists = lane < kInFlight && row < split.tile.count;
-    const float lse = exists ? split.Lse(lane % 2, row) : -INFINITY;
-    float top = fmaxf(lse, __shfl_xor_sync(~0u, lse, 1));
-    if (top == -INFINITY) top = 0;
-    const float share = exp2f(lse - top);
-    const float sum = share + __shfl_xor_sync(~0u, share, 1);
-    const float weight = sum == 0 ? 0.f : share / sum;
-    if (slice == 0 && lane % 2 == 0 && exists) split.StoreLse(row, top + log2f(sum));
+  for (int i = 0; i < kInFlight; ++i) {
+    v[i] = exists(i) ? split.Load(i % kParts, first_row + i / kParts) : float4{0, 0, 0, 0};
+  }
+  // Lane i has the weight of load i.
+  const int row = first_row + split.lane / kParts;
+  const float lse = exists(split.lane) ? split.Lse(split.lane % kParts, row) : -INFINITY;
+  float top = lse;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float4 total{0, 0, 0, 0};
-      Accumulate(total, __shfl_sync(~0u, weight, 2 * r), v[2 * r]);
-      Accumulate(total, __shfl_sync(~0u, weight, 2 * r + 1), v[2 * r + 1]);
-      if (first_row + r < split.tile.count) split.Store(first_row + r, slice, total);
+  for (int step = kParts / 2; step > 0; step /= 2) {
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  }
+  if (top == -INFINITY) top = 0;
+  const float share = exp2f(lse - top);
+  float sum = share;
+#pragma unroll
+  for (int step = kParts / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  const float weight = sum == 0 ? 0.f : share / sum;
+  if (split.slice == 0 && split.lane % kParts == 0 && exists(split.lane)) {
+    split.StoreLse(row, top + log2f(sum));
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    float4 total{0, 0, 0, 0};
+#pragma unroll
+    for (int i = r * kParts; i < (r + 1) * kParts; ++i) {
+      Accumulate(total, __shfl_sync(~0u, weight, i), v[i]);
     }
+    if (first_row + r < split.tile.count) split.Store(first_row + r, total);
   }
 }
 
@@ -122,76 +120,67 @@ struct Scratch {
   float4 sums[kWarps][32];
 };
 
-// The rows of any number of parts. `team_size` warps, a power of two, share a row's slice, and have
-// all loads in flight at once if there are no more than team_size * kInFlight parts.
+// One row of any number of parts, by all warps of the block.
 template <typename T>
-__device__ __forceinline__ void CombineMany(const Split<T>& split, int team_size,
-                                            Scratch& scratch) {
-  const int teams = kWarps / team_size;
-  const int warp = threadIdx.x / 32 & (team_size - 1), team = threadIdx.x / 32 / team_size;
-  const int parts = split.parts;
-  float* weights = scratch.weights + team * team_size * kInFlight;
-  float4(*sums)[32] = scratch.sums + team * team_size;
-  const int units = split.tile.count * kSlices;
-  for (int base = blockIdx.z * teams; base < units; base += gridDim.z * teams) {
-    const bool exists = base + team < units;
-    const int unit = min(base + team, units - 1), row = unit / kSlices, slice = unit % kSlices;
-    const auto load = [&](float4(&v)[kInFlight], int first) {
+__device__ __forceinline__ void CombineMany(const Split<T>& split, int row, Scratch& scratch) {
+  const int warp = threadIdx.x / 32;
+  const int parts = split.parts();
+  const auto load = [&](float4(&v)[kInFlight], int base) {
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int part = first + i * team_size;
-        v[i] = part < parts ? split.Load(part, row, slice) : float4{0, 0, 0, 0};
-      }
-    };
-    float4 v[kInFlight];
-    load(v, warp);
-    if (warp == 0) {
-      constexpr int kPerLane = (kMaxPartitions + 31) / 32;
-      float lse[kPerLane];
-      float top = -INFINITY;
-#pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        const int part = split.lane + 32 * k;
-        lse[k] = part < parts ? split.Lse(part, row) : -INFINITY;
-        top = fmaxf(top, lse[k]);
-      }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      if (top == -INFINITY) top = 0;
-      float sum = 0;
-#pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        lse[k] = exp2f(lse[k] - top);
-        sum += lse[k];
-      }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const float inverse = sum == 0 ? 0.f : 1.f / sum;
-#pragma unroll
-      for (int k = 0; k < kPerLane; ++k) {
-        const int part = split.lane + 32 * k;
-        if (part < parts) weights[part] = lse[k] * inverse;
-      }
-      if (exists && slice == 0 && split.lane == 0) split.StoreLse(row, top + log2f(sum));
+    for (int i = 0; i < kInFlight; ++i) {
+      const int part = base + i * kWarps;
+      v[i] = part < parts ? split.Load(part, row) : float4{0, 0, 0, 0};
     }
-    __syncthreads();
-    float4 total{0, 0, 0, 0};
-    for (int first = warp; first < parts; first += kInFlight * team_size) {
-      if (first != warp) load(v, first);
+  };
+  float4 v[kInFlight];
+  load(v, warp);
+  if (warp == 0) {
+    constexpr int kPerLane = (kMaxPartitions + 31) / 32;
+    float lse[kPerLane];
+    float top = -INFINITY;
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int part = first + i * team_size;
-        if (part < parts) Accumulate(total, weights[part], v[i]);
-      }
+    for (int k = 0; k < kPerLane; ++k) {
+      const int part = split.lane + 32 * k;
+      lse[k] = part < parts ? split.Lse(part, row) : -INFINITY;
+      top = fmaxf(top, lse[k]);
     }
-    sums[warp][split.lane] = total;
-    __syncthreads();
-    if (warp == 0) {
-      for (int other = 1; other < team_size; ++other) {
-        Accumulate(total, 1.f, sums[other][split.lane]);
-      }
-      if (exists) split.Store(row, slice, total);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    if (top == -INFINITY) top = 0;
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      lse[k] = exp2f(lse[k] - top);
+      sum += lse[k];
     }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    const float inverse = sum == 0 ? 0.f : 1.f / sum;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      const int part = split.lane + 32 * k;
+      if (part < parts) scratch.weights[part] = lse[k] * inverse;
+    }
+    if (split.slice == 0 && split.lane == 0) split.StoreLse(row, top + log2f(sum));
+  }
+  __syncthreads();
+  float4 total{0, 0, 0, 0};
+  for (int base = warp; base < parts; base += kInFlight * kWarps) {
+    if (base != warp) load(v, base);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int part = base + i * kWarps;
+      if (part < parts) Accumulate(total, scratch.weights[part], v[i]);
+    }
+  }
+  scratch.sums[warp][split.lane] = total;
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int other = 1; other < kWarps; ++other) {
+      Accumulate(total, 1.f, scratch.sums[other][split.lane]);
+    }
+    split.Store(row, total);
   }
 }
 
@@ -202,17 +191,28 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
   const SplitInfo info = reinterpret_cast<const SplitInfo*>(p.split_info)[blockIdx.y];
-  if (info.batch < 0 || info.first == info.last) return;
+  const int parts = info.last - info.first + 1;
+  if (info.batch < 0 || parts < 2) return;
   __shared__ Scratch scratch;
 
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const RowTile tile(p, blockIdx.x);
-  const Split<T> split(p, tile, info, partitions);
-  if (split.parts > 2) {
-    int team_size = 1;
-    while (team_size < kWarps && split.parts > team_size * kInFlight) team_size *= 2;
-    CombineMany(split, team_size, scratch);
+  if (parts > kFewParts) {
+    for (int unit = blockIdx.z; unit < tile.count * kSlices; unit += gridDim.z) {
+      const Split<T> split{p, tile, info, partitions, unit % kSlices, lane};
+      CombineMany(split, unit / kSlices, scratch);
+    }
+    return;
+  }
+  const Split<T> split{p, tile, info, partitions, warp % kSlices, lane};
+  const int team = blockIdx.z * (kWarps / kSlices) + warp / kSlices;
+  const int teams = gridDim.z * (kWarps / kSlices);
+  if (parts == 2) {
+    for (int row = team * 4; row < tile.count; row += teams * 4) CombineFew<2>(split, row);
+  } else if (parts <= 4) {
+    for (int row = team * 2; row < tile.count; row += teams * 2) CombineFew<4>(split, row);
   } else {
-    CombineTwo(split);
+    for (int row = team; row < tile.count; row += teams) CombineFew<8>(split, row);
   }
 }
 

@@ -151,7 +151,7 @@ class Consumer {
       : p_(p),
         tile_(tile),
         shared_(shared),
-        scale_(p.softmax_scale * static_cast<float>(M_LOG2E)),
+        scale_((p.softmax_scale == 0 ? 1 : fabsf(p.softmax_scale)) * static_cast<float>(M_LOG2E)),
         q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))),
         k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]))),
         v_operand_(ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared.k[0]) +
@@ -217,6 +217,18 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < 128; ++i) o_[i] = 0;
     ptx::CpAsyncWaitAll();
+    if (p_.softmax_scale <= 0) {
+      // The scale is positive from here on: its sign, or that it is zero, becomes Q's.
+      const uint32_t keep = p_.softmax_scale == 0 ? 0 : ~0u, flip = keep & 0x80008000;
+#pragma unroll 1
+      for (int r = threadIdx.x / kChunks; r < kRowTile; r += kRowsAtOnce) {
+        uint4& q = *reinterpret_cast<uint4*>(shared_.q + chunk / 8 * kPanelBytes + r * 128 +
+                                             ((chunk % 8 ^ r % 8) << 4));
+        q = {q.x & keep ^ flip, q.y & keep ^ flip, q.z & keep ^ flip, q.w & keep ^ flip};
+      }
+#pragma unroll
+      for (uint32_t& pair : q_rope_) pair = pair & keep ^ flip;
+    }
     ptx::FenceProxyAsync();
     ptx::MbarrierArrive(&shared_.query_ready);
     ptx::MbarrierWait(&shared_.query_ready, segment_parity_);
@@ -235,9 +247,10 @@ class Consumer {
     } else {
       ptx::MbarrierWait(&shared_.gate, pair_parity_);
       Scores(Next(ring), first_token + kPageSize);
-      Rescale(AdoptReference());
-      MultiplyOther(ring);
+      const float2 before = AdoptReference();
       const float2 alpha = Softmax();
+      Rescale(before);
+      MultiplyOther(ring);
       FinishMultiply(ring);
       Rescale(alpha);
       MultiplyOwn(Next(ring));
@@ -259,7 +272,7 @@ class Consumer {
     FinishMultiply(ring);
   }
 
-  // x_ = scaled and masked scores of the block, in base 2.
+  // x_ = masked scores of the block, highest_ = the highest of each row, both before scaling.
   __device__ __forceinline__ void Scores(RingPosition ring, int first_token) {
     const int stage = ring.stage();
     uint64_t* full = shared_.full[stage];
@@ -291,8 +304,6 @@ class Consumer {
     ptx::WgmmaWait<0>();
     Release(stage, kRope);
 
-#pragma unroll
-    for (int j = 0; j < 32; ++j) x_[j] *= scale_;
     if (lowest_limit_ - first_token < kPageSize) {
       const int token = first_token + column();
 #pragma unroll
@@ -306,6 +317,18 @@ class Consumer {
       ptx::FenceProxyAsync();
       ptx::NamedBarrierSync(1 + kSide, kWarpsPerSide * 32);
     }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        top[i] = fmaxf(fmaxf(x_[8 * i + 2 * h], x_[8 * i + 2 * h + 1]),
+                       fmaxf(x_[8 * i + 2 * h + 4], x_[8 * i + 2 * h + 5]));
+      }
+      highest_[h] = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+      highest_[h] = fmaxf(highest_[h], __shfl_xor_sync(~0u, highest_[h], 1));
+      highest_[h] = fmaxf(highest_[h], __shfl_xor_sync(~0u, highest_[h], 2));
+    }
   }
 
   // x_ becomes P, in p_registers_ and in shared memory, with the reference it was computed with.
@@ -316,15 +339,7 @@ class Consumer {
     float alpha[2], subtrahend[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        top[i] = fmaxf(fmaxf(x_[8 * i + 2 * h], x_[8 * i + 2 * h + 1]),
-                       fmaxf(x_[8 * i + 2 * h + 4], x_[8 * i + 2 * h + 5]));
-      }
-      float highest = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      const float highest = highest_[h] * scale_;
       const bool grown = highest > reference_[h] + kRescaleThreshold;
       const float updated = grown ? highest : reference_[h];
       alpha[h] = grown ? ptx::Exp2(reference_[h] - updated) : 1.f;
@@ -340,8 +355,8 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float* pair = x_ + 8 * step + 2 * i;
-        pair[0] = ptx::Exp2(pair[0] - subtrahend[i % 2]);
-        pair[1] = ptx::Exp2(pair[1] - subtrahend[i % 2]);
+        pair[0] = ptx::Exp2(fmaf(pair[0], scale_, -subtrahend[i % 2]));
+        pair[1] = ptx::Exp2(fmaf(pair[1], scale_, -subtrahend[i % 2]));
         sum_[i % 2] += pair[0] + pair[1];
         p_registers_[4 * step + i] = Pack(T{}, pair[0], pair[1]);
       }
@@ -349,6 +364,7 @@ class Consumer {
       const int chunk = step * 2 + lane() / 16;
       ptx::StMatrix4(store + ((chunk ^ (lane() % 8)) << 4), piece[0], piece[1], piece[2], piece[3]);
     }
+    // Before any wgmma of this side's is under way: the fence would wait for its end.
     ptx::FenceProxyAsync();
     __syncwarp();
     if (lane() % 4 == 0) ptx::MbarrierArrive(&shared_.p_ready[kSide]);
@@ -483,6 +499,7 @@ class Consumer {
   float o_[128];
   // Of the current block.
   float x_[32];
+  float highest_[2];
   uint32_t p_registers_[16];
 };
 
