@@ -64,14 +64,13 @@ GPU_PYTHON := build/gpu-python
 test-gpu: gpu  ## All tests on the GPU, with the full grid. Writes a record.
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -P -m pytest --ignore=tests/test_wheel.py \
 		$(or $(PYTEST_ARGS),--junitxml=build/gpu_tests.xml; status=$$?; \
-		$(GPU_PYTHON) benchmarks/record_tests.py build/gpu_tests.xml && exit $$status)
+		$(GPU_PYTHON) -P -m benchmarks.record_tests build/gpu_tests.xml && exit $$status)
 
 sanitize: gpu  ## compute-sanitizer (memcheck, racecheck, synccheck) on a small grid. Writes a record.
-	$(GPU_PYTHON) tests/gpu/sanitize.py
+	$(GPU_PYTHON) -P tests/gpu/sanitize.py
 
 bench: $(if $(HOPPER),gpu,$(VENV)/.test)  ## The benchmark, on a Hopper GPU or else on the CPU. Writes a record.
-	$(if $(HOPPER),$(GPU_PYTHON) benchmarks/gpu_dense_decode.py, \
-		JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.decode)
+	$(if $(HOPPER),$(GPU_PYTHON) -P,JAX_PLATFORMS=cpu $(BIN)/python) -m benchmarks.decode
 
 gpu: | $(BIN)/pip
 	@test -n "$(HOPPER)" || \
@@ -79,9 +78,9 @@ gpu: | $(BIN)/pip
 	@mkdir -p build
 	@if test -e $(VENV)/.test || $(PIP) install --quiet --dry-run --ignore-installed --no-deps \
 		--retries 0 --timeout 5 nanobind >/dev/null 2>&1; \
-	then $(MAKE) --no-print-directory $(VENV)/.test && python='$(CURDIR)/$(BIN)/python'; \
+	then $(MAKE) --no-print-directory $(VENV)/.test && python='env PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python'; \
 	else $(MAKE) --no-print-directory build/site/.installed && \
-		python='env PYTHONPATH=$(CURDIR)/build/site $(PYTHON)'; \
+		python='env PYTHONPATH=$(CURDIR)/build/site:$(CURDIR) $(PYTHON)'; \
 	fi && printf '#!/bin/sh\nexec %s "$$@"\n' "$$python" > $(GPU_PYTHON) && chmod +x $(GPU_PYTHON)
 
 build/site/.installed: $(NATIVE) $(shell find flashmla_jax -name '*.py')

@@ -1,6 +1,6 @@
 """Turns a JUnit file of the test suite into a record for this GPU under results/.
 
-pytest --junitxml=FILE; python benchmarks/record_tests.py FILE
+pytest --junitxml=FILE; python -m benchmarks.record_tests FILE
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from record import RESULTS, device_name, write_record
+
+from benchmarks.record import RESULTS, device_name, write_record
 
 
 def outcome(case: ET.Element) -> str:

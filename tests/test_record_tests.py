@@ -6,15 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmarks import record_tests
 
 
-def test_summary_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import record_tests
-
+def test_summary_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(
         """
 import pytest

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-RECORDS = sorted((BENCHMARKS / "results").glob("*.json"))
+from benchmarks import record
 
-spec = importlib.util.spec_from_file_location("record", BENCHMARKS / "record.py")
-record = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(record)
+RECORDS = sorted(record.RESULTS.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.append(str(ROOT))
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ENVIRONMENT = {
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tool, result in results.items():
         print(f"{tool}: {'clean' if result['clean'] else 'NOT CLEAN'} ({result['summary']})")
     if arguments.tool is None:
-        from record import RESULTS, device_name, write_record
+        from benchmarks.record import RESULTS, device_name, write_record
 
         name = device_name().lower().replace(" ", "_")
         print(f"wrote {write_record(RESULTS / f'sanitizer_{name}.json', results, 'make sanitize')}")
