@@ -20,8 +20,9 @@ namespace flashmla::sm90 {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kBlocksPerMultiprocessor = 4;
-constexpr int kSlice = 128;  // columns: four a lane
+constexpr int kBlocksPerMultiprocessor = 4;  // of which, at the same time,
+constexpr int kResident = 3;                 // as registers allow; some have no work
+constexpr int kSlice = 128;                  // columns: four a lane
 constexpr int kSlices = kHeadDimV / kSlice;
 constexpr int kInFlight = 8;  // 16-byte loads of a thread
 constexpr int kFewParts = kInFlight;
@@ -184,29 +185,77 @@ __device__ __forceinline__ void CombineMany(const Split<T>& split, int row, Scra
   }
 }
 
-// Grid: (row tiles, entries of split_info, any number of blocks to share the work of a tile).
+// A block's share of the work.
+struct Share {
+  SplitInfo info;    // batch -1: none
+  int index, count;  // this block, of those that work on the same entry
+};
+
+// Divides the blocks among the entries that are split: one for each, and the others by their parts.
+// Called by one warp.
+__device__ __forceinline__ Share FindShare(const SplitInfo* split_info, int entries) {
+  const int lane = threadIdx.x % 32, block = blockIdx.y, blocks = gridDim.y;
+  const auto parts_of = [&](int entry) {
+    if (entry >= entries) return 0;
+    const SplitInfo info = split_info[entry];
+    return info.batch < 0 || info.first == info.last ? 0 : info.last - info.first + 1;
+  };
+  int all_parts = 0;
+#pragma unroll 1
+  for (int entry = lane; entry < entries; entry += 32) all_parts += parts_of(entry);
+  all_parts = __reduce_add_sync(~0u, all_parts);
+  const float per_part = __fdividef(static_cast<float>(blocks - entries), all_parts) * 0.9999f;
+  int first = 0;
+#pragma unroll 1
+  for (int base = 0; base < entries; base += 32) {
+    const int parts = parts_of(base + lane);
+    const int count = parts == 0 ? 0 : 1 + static_cast<int>(parts * per_part);
+    int end = count;  // inclusive scan over the warp
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, end, step);
+      if (lane >= step) end += other;
+    }
+    end += first;
+    const unsigned holder = __ballot_sync(~0u, end - count <= block && block < end);
+    if (holder != 0) {
+      const int source = __ffs(holder) - 1;
+      return {split_info[base + source], block - __shfl_sync(~0u, end - count, source),
+              __shfl_sync(~0u, count, source)};
+    }
+    first = __shfl_sync(~0u, end, 31);
+  }
+  return {{-1, 0, 0, 0}, 0, 0};
+}
+
+// Grid: (row tiles, any number of blocks above that of entries).
 template <typename T>
-__global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
-    CombineKernel(const __grid_constant__ DenseDecodeParams p, int partitions) {
+__global__ void __launch_bounds__(kWarps * 32, kResident)
+    CombineKernel(const __grid_constant__ DenseDecodeParams p, int entries, int partitions) {
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
-  const SplitInfo info = reinterpret_cast<const SplitInfo*>(p.split_info)[blockIdx.y];
-  const int parts = info.last - info.first + 1;
-  if (info.batch < 0 || parts < 2) return;
   __shared__ Scratch scratch;
-
+  __shared__ Share share;  // registers are scarce
+  if (threadIdx.x < 32) {
+    const Share mine = FindShare(reinterpret_cast<const SplitInfo*>(p.split_info), entries);
+    if (threadIdx.x == 0) share = mine;
+  }
+  __syncthreads();
+  const SplitInfo info = share.info;
+  if (info.batch < 0) return;
+  const int parts = info.last - info.first + 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const RowTile tile(p, blockIdx.x);
   if (parts > kFewParts) {
-    for (int unit = blockIdx.z; unit < tile.count * kSlices; unit += gridDim.z) {
+    for (int unit = share.index; unit < tile.count * kSlices; unit += share.count) {
       const Split<T> split{p, tile, info, partitions, unit % kSlices, lane};
       CombineMany(split, unit / kSlices, scratch);
     }
     return;
   }
   const Split<T> split{p, tile, info, partitions, warp % kSlices, lane};
-  const int team = blockIdx.z * (kWarps / kSlices) + warp / kSlices;
-  const int teams = gridDim.z * (kWarps / kSlices);
+  const int team = share.index * (kWarps / kSlices) + warp / kSlices;
+  const int teams = share.count * (kWarps / kSlices);
   if (parts == 2) {
     for (int row = team * 4; row < tile.count; row += teams * 4) CombineFew<2>(split, row);
   } else if (parts <= 4) {
@@ -222,21 +271,19 @@ cudaError_t LaunchCombine(const DenseDecodeParams& params, int partitions, int m
                           cudaStream_t stream) {
   const int entries = static_cast<int>(std::min<int64_t>(params.batch, partitions));
   const int row_tiles = static_cast<int>(params.row_tiles());
-  const int rows = static_cast<int>(params.tile_rows());
-  const int sharing = std::clamp(kBlocksPerMultiprocessor * multiprocessors / (entries * row_tiles),
-                                 1, rows * kSlices);
+  const int blocks = std::max(kBlocksPerMultiprocessor * multiprocessors / row_tiles, entries);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(row_tiles, entries, sharing);
+  config.gridDim = dim3(row_tiles, blocks);
   config.blockDim = dim3(kWarps * 32);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
   const auto kernel =
       params.dtype == DType::kBF16 ? CombineKernel<__nv_bfloat16> : CombineKernel<__half>;
-  return cudaLaunchKernelEx(&config, kernel, params, partitions);
+  return cudaLaunchKernelEx(&config, kernel, params, entries, partitions);
 }
 
 }  // namespace flashmla::sm90

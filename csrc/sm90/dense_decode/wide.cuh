@@ -266,6 +266,7 @@ class Consumer {
       Rescale(Softmax());
       MultiplyOwn(ring);
     } else {
+      ptx::MbarrierWait(&shared_.gate, pair_parity_);  // no use, but a phase wants to be waited for
       Rescale(AdoptReference());
       MultiplyOther(ring);
     }
