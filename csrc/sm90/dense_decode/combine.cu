@@ -20,9 +20,8 @@ namespace flashmla::sm90 {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kBlocksPerMultiprocessor = 4;  // of which, at the same time,
-constexpr int kResident = 3;                 // as registers allow; some have no work
-constexpr int kSlice = 128;                  // columns: four a lane
+constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kSlice = 128;  // columns: four a lane
 constexpr int kSlices = kHeadDimV / kSlice;
 constexpr int kInFlight = 8;  // 16-byte loads of a thread
 constexpr int kFewParts = kInFlight;
@@ -192,7 +191,7 @@ struct Share {
 };
 
 // Divides the blocks among the entries that are split: one for each, and the others by their parts.
-// Called by one warp.
+// Each warp finds its block's share on its own.
 __device__ __forceinline__ Share FindShare(const SplitInfo* split_info, int entries) {
   const int lane = threadIdx.x % 32, block = blockIdx.y, blocks = gridDim.y;
   const auto parts_of = [&](int entry) {
@@ -200,15 +199,15 @@ __device__ __forceinline__ Share FindShare(const SplitInfo* split_info, int entr
     const SplitInfo info = split_info[entry];
     return info.batch < 0 || info.first == info.last ? 0 : info.last - info.first + 1;
   };
-  int all_parts = 0;
+  int parts = parts_of(lane), all_parts = parts;
 #pragma unroll 1
-  for (int entry = lane; entry < entries; entry += 32) all_parts += parts_of(entry);
+  for (int entry = lane + 32; entry < entries; entry += 32) all_parts += parts_of(entry);
   all_parts = __reduce_add_sync(~0u, all_parts);
   const float per_part = __fdividef(static_cast<float>(blocks - entries), all_parts) * 0.9999f;
   int first = 0;
 #pragma unroll 1
   for (int base = 0; base < entries; base += 32) {
-    const int parts = parts_of(base + lane);
+    if (base > 0) parts = parts_of(base + lane);
     const int count = parts == 0 ? 0 : 1 + static_cast<int>(parts * per_part);
     int end = count;  // inclusive scan over the warp
 #pragma unroll
@@ -230,18 +229,13 @@ __device__ __forceinline__ Share FindShare(const SplitInfo* split_info, int entr
 
 // Grid: (row tiles, any number of blocks above that of entries).
 template <typename T>
-__global__ void __launch_bounds__(kWarps * 32, kResident)
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
     CombineKernel(const __grid_constant__ DenseDecodeParams p, int entries, int partitions) {
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
   __shared__ Scratch scratch;
-  __shared__ Share share;  // registers are scarce
-  if (threadIdx.x < 32) {
-    const Share mine = FindShare(reinterpret_cast<const SplitInfo*>(p.split_info), entries);
-    if (threadIdx.x == 0) share = mine;
-  }
-  __syncthreads();
-  const SplitInfo info = share.info;
+  const Share share = FindShare(reinterpret_cast<const SplitInfo*>(p.split_info), entries);
+  const SplitInfo& info = share.info;
   if (info.batch < 0) return;
   const int parts = info.last - info.first + 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
