@@ -1,4 +1,4 @@
-// Dense MLA decoding on Hopper.
+// Dense MLA decoding on Hopper for more than 32 query rows that share a KV head.
 //
 // A thread block owns one tile of 64 query rows (tokens times heads that share a KV head) and a
 // range of KV blocks (see schedule.cuh). Per KV block of 64 tokens, one page:
@@ -13,15 +13,14 @@
 // tensor work:
 //
 //   left   | S a          | softmax a | O += Pa Va |     wait     | O += Pb Vb | S a' ...
-//   right  |     wait     | S b          | O += Pa Va + softmax b | O += Pb Vb | wait
-//                      ^gate          ^Pa ready                ^Pb ready
+//   right  |     wait     | S b           | softmax b | O += Pa Va | O += Pb Vb | wait
+//                      ^gate          ^Pa ready        ^Pb ready
 //
-//   warps 0-3  left      S of even blocks, O columns   0..255
-//   warps 4-7  right     S of odd blocks,  O columns 256..511
-//   warp 8     producer    TMA: a page in three units, as they fall free: the RoPE columns (after
-//   S)
-//                          and the left and the right half of V (after its side has multiplied it);
-//                          runs ahead across sequences
+//   warps 0-3  left        S of even blocks, O columns   0..255
+//   warps 4-7  right       S of odd blocks,  O columns 256..511
+//   warp 8     producer    TMA: a page in three units, as they fall free: the RoPE columns after S,
+//                          the left and the right half of V when its side has multiplied it; runs
+//                          ahead across sequences
 //   warp 9     bookkeeper  tells the combine which sequences are split (warps 10 and 11 only
 //                          complete the warpgroup that gives its registers away)
 //
