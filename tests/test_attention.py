@@ -126,15 +126,18 @@ def test_more_query_tokens_than_a_page(rng, dtype, causal) -> None:
     )
 
 
+@pytest.mark.parametrize("h_q", [5, 9, 40])
 @pytest.mark.parametrize("scale", [0.0, -0.05, 1e-6, -1e-30, 0.3, 192**-0.5])
-def test_any_scale(rng, dtype, scale) -> None:
-    check(oracle.make_problem(rng, (130, 0, 700), s_q=2, h_q=9, dtype=dtype), scale, causal=True)
+def test_any_scale(rng, dtype, scale, h_q) -> None:
+    problem = oracle.make_problem(rng, (130, 0, 700), s_q=2, h_q=h_q, dtype=dtype)
+    check(problem, scale, causal=True)
 
 
+@pytest.mark.parametrize("h_q", [5, 9, 40])
 @pytest.mark.parametrize("scale", [64.0, 2.0**20, -(2.0**33), 2.0**100])
-def test_giant_logits(rng, dtype, scale) -> None:
+def test_giant_logits(rng, dtype, scale, h_q) -> None:
     """Small integers and a power of two: products and scores are exact in float32."""
-    problem = oracle.make_problem(rng, (200, 64, 1), s_q=2, h_q=9, dtype=dtype)
+    problem = oracle.make_problem(rng, (200, 64, 1), s_q=2, h_q=h_q, dtype=dtype)
     for array in (problem.q, problem.k_cache):
         array[:] = np.rint(array.astype(np.float32))
     check(problem, scale)

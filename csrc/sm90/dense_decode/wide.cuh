@@ -339,7 +339,7 @@ class Consumer {
     float alpha[2], subtrahend[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float highest = highest_[h] * scale_;
+      const float highest = __fmul_rn(highest_[h], scale_);
       const bool grown = highest > reference_[h] + kRescaleThreshold;
       const float updated = grown ? highest : reference_[h];
       alpha[h] = grown ? ptx::Exp2(reference_[h] - updated) : 1.f;
@@ -354,9 +354,10 @@ class Consumer {
       // A 16 x 16 piece, as wgmma reads its first operand.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        // Rounded as the reference was: fused, the highest score would not be exactly 2^0.
         float* pair = x_ + 8 * step + 2 * i;
-        pair[0] = ptx::Exp2(fmaf(pair[0], scale_, -subtrahend[i % 2]));
-        pair[1] = ptx::Exp2(fmaf(pair[1], scale_, -subtrahend[i % 2]));
+        pair[0] = ptx::Exp2(__fmul_rn(pair[0], scale_) - subtrahend[i % 2]);
+        pair[1] = ptx::Exp2(__fmul_rn(pair[1], scale_) - subtrahend[i % 2]);
         sum_[i % 2] += pair[0] + pair[1];
         p_registers_[4 * step + i] = Pack(T{}, pair[0], pair[1]);
       }
