@@ -30,10 +30,12 @@ class Case:
     dtype: str = "bfloat16"
     rival: bool = False
     """Measure gather + einsum too."""
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        return f"b{self.batch} s{self.s_q} h{self.h_q} {self.length} {self.spread}{dtype}"
+        name = f"b{self.batch} s{self.s_q} h{self.h_q} {self.length} {self.spread}"
+        name += "" if self.dtype == "bfloat16" else f" {self.dtype}"
+        return name + " batch-invariant" * self.batch_invariant
 
     @property
     def causal(self) -> bool:
@@ -91,6 +93,15 @@ def _table() -> list[Case]:
         cases.append(Case("skew", 64, 1, heads, K, spread))
     for heads in (16, 128):
         cases.append(Case("float16", 128, 1, heads, 4 * K, "varlen", "float16"))
+    for batch, heads, length, spread in (
+        (128, 128, 4, "varlen"),
+        (128, 16, 4, "varlen"),
+        (32, 128, 8, "uniform"),
+        (4, 16, 8, "uniform"),
+        (1, 128, 64, "uniform"),
+    ):
+        case = Case("batch-invariant", batch, 1, heads, length * K, spread)
+        cases.append(dataclasses.replace(case, batch_invariant=True))
     return cases
 
 

@@ -48,7 +48,10 @@ def attention(case: Case, rival: bool) -> Attend:
         return functools.partial(
             reference.flash_mla_with_kvcache, softmax_scale=HEAD_DIM**-0.5, causal=case.causal
         )
-    return functools.partial(fm.flash_mla_with_kvcache, causal=case.causal)
+    deterministic = "batch_invariant" if case.batch_invariant else True
+    return functools.partial(
+        fm.flash_mla_with_kvcache, causal=case.causal, deterministic=deterministic
+    )
 
 
 def inputs(case: Case, calls: int, most_pools: int) -> tuple[jax.Array, jax.Array, list, jax.Array]:

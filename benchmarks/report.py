@@ -50,7 +50,7 @@ def line(row: Row, ceilings: dict[str, float]) -> str:
     """A row as the benchmark prints it."""
     rate = row["tflops"]
     work = f"{rate:.0f} TFLOP/s" if rate >= 1 else f"{rate * 1e3:.0f} GFLOP/s"
-    text = f"{row['case']:34}{time(row['us']):>10}{work:>13}{row['gbps']:>8.4g} GB/s"
+    text = f"{row['case']:42}{time(row['us']):>10}{work:>13}{row['gbps']:>8.4g} GB/s"
     text += f"{share(row, ceilings):>6.0%}"
     if "gather_einsum_us" in row:
         text += f"   gather + einsum {time(row['gather_einsum_us'])}, {row['speedup']}x"

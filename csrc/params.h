@@ -16,6 +16,11 @@ inline constexpr int kHeadDimV = 512;  // of which the first are the latent: a v
 inline constexpr int kRowTile = 64;         // query rows that one thread block works on
 inline constexpr int kMaxPartitions = 144;  // KV partitions over the whole grid, at most
 
+// Batch-invariant decoding cuts every sequence into chunks of so many pages, and longer ones where
+// that would be more than kMaxChunks.
+inline constexpr int kChunkPages = 32;
+inline constexpr int kMaxChunks = 128;
+
 enum class DType { kBF16, kF16, kF32 };
 
 // How many ways the KV tokens are divided when `row_tiles` tiles of query rows read all of them.
@@ -32,6 +37,7 @@ struct DenseDecodeParams {
   int64_t max_pages_per_seq;
   float softmax_scale;
   bool causal;
+  bool batch_invariant;  // a sequence's result does not depend on the others, to the bit
   DType dtype;
 
   const void* q;                 // [batch, s_q, h_q, kHeadDim]
@@ -53,9 +59,18 @@ struct DenseDecodeParams {
   constexpr int64_t tile_rows() const { return rows() < kRowTile ? rows() : kRowTile; }
   constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }
   constexpr int64_t max_partitions() const { return MaxPartitions(row_tiles()); }
-  // Two partial results for each partition of each row tile; none when nothing is divided.
+  // How many chunks a sequence can have, batch-invariantly.
+  constexpr int64_t max_chunks() const {
+    const int64_t pages = max_pages_per_seq + (s_q - 1) / kPageSize + 1;
+    const int64_t chunks = (pages - 1) / kChunkPages + 1;
+    return chunks < kMaxChunks ? chunks : kMaxChunks;
+  }
+  // Partial results: two for each partition of each row tile; batch-invariantly, one for each chunk.
+  // None when nothing is divided.
   constexpr int64_t workspace_slots() const {
-    return max_partitions() > 1 ? row_tiles() * max_partitions() * 2 : 1;
+    const int64_t slots = batch_invariant ? batch * max_chunks() : max_partitions() * 2;
+    const bool divided = (batch_invariant ? max_chunks() : max_partitions()) > 1;
+    return divided ? row_tiles() * slots : 1;
   }
 };
 
@@ -82,10 +97,10 @@ struct ThreadPool {
 // How many tokens of a sequence exist, as every backend reads it. A length may exceed what the
 // table can hold; the tokens beyond are then read from pages that do not exist, which give NaN:
 // loud, safe, and bounded in work.
-constexpr int64_t EffectiveLength(int32_t cache_seqlen, int64_t max_pages_per_seq, int64_t s_q) {
-  const int64_t most = max_pages_per_seq * kPageSize + s_q;
-  const int64_t length = cache_seqlen;
-  return length < 0 ? 0 : (length < most ? length : most);
+constexpr int32_t EffectiveLength(int32_t cache_seqlen, int64_t max_pages_per_seq, int64_t s_q) {
+  const int64_t tokens = max_pages_per_seq * kPageSize + s_q;
+  const int32_t most = tokens < INT32_MAX ? static_cast<int32_t>(tokens) : INT32_MAX;
+  return cache_seqlen < 0 ? 0 : (cache_seqlen < most ? cache_seqlen : most);
 }
 
 }  // namespace flashmla

@@ -78,6 +78,8 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: jax.Array | None = None,
     topk_length: jax.Array | None = None,
     extra_topk_length: jax.Array | None = None,
+    *,
+    deterministic: bool | str = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from a few new tokens of each sequence to its paged latent cache (MLA decoding).
 
@@ -119,6 +121,11 @@ def flash_mla_with_kvcache(
       extra_indices_in_kvcache: not supported yet.
       topk_length: not supported yet.
       extra_topk_length: not supported yet.
+      deterministic: True, the same inputs give the same bits; or "batch_invariant", the result of a
+        sequence is the same to the bit whatever else is in the batch, and however large the batch
+        and the table are. On a GPU every sequence is then cut into chunks of 2048 tokens, which
+        costs time (`docs/kernel.md`), and a workspace of a float32 result for each chunk that the
+        table has room for; on a CPU it costs nothing.
 
     Returns:
       out: [batch, s_q, h_q, 512] in q's dtype.
@@ -126,8 +133,8 @@ def flash_mla_with_kvcache(
 
     Raises:
       ValueError: for shapes, dtypes and numbers outside the above, at trace time.
-      NotImplementedError: for arguments that are not supported yet, for float32 on a GPU, and
-        when differentiated.
+      NotImplementedError: for arguments that are not supported yet, for float32 on a GPU, for
+        "batch_invariant" where neither kernel runs, and when differentiated.
 
     Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1; the interface is FlashMLA's.
     """
@@ -184,11 +191,19 @@ def flash_mla_with_kvcache(
     if num_splits is not None:
         raise ValueError("num_splits must be None, as get_mla_metadata returns it")
     scale = HEAD_DIM**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    if deterministic is not True and deterministic != "batch_invariant":
+        raise ValueError(f'deterministic must be True or "batch_invariant", got {deterministic!r}')
 
     if batch == 0:
         return jnp.zeros((0, s_q, h_q, HEAD_DIM_V), q.dtype), jnp.zeros((0, h_q, s_q), jnp.float32)
     return dense_decode(
-        q, k_cache, block_table, cache_seqlens, softmax_scale=scale, causal=bool(causal)
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale=scale,
+        causal=bool(causal),
+        batch_invariant=deterministic == "batch_invariant",
     )
 
 

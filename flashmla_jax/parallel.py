@@ -46,6 +46,7 @@ def flash_mla_with_kvcache(
     context_axis: AxisName | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool | str = True,
 ) -> tuple[jax.Array, jax.Array]:
     """`flashmla_jax.flash_mla_with_kvcache` over a mesh.
 
@@ -64,6 +65,7 @@ def flash_mla_with_kvcache(
       context_axis: those that tokens of the cache are.
       softmax_scale: see `flashmla_jax.flash_mla_with_kvcache`.
       causal: likewise.
+      deterministic: likewise.
 
     Returns:
       out [batch, s_q, h_q, 512] and lse float32[batch, h_q, s_q], divided along batch and heads.
@@ -80,7 +82,9 @@ def flash_mla_with_kvcache(
     body: Callable[..., Any] = attention.flash_mla_with_kvcache
     if context_axis is not None:
         body = functools.partial(context_attention, axis_name=context_axis)
-    body = functools.partial(body, softmax_scale=softmax_scale, causal=causal)
+    body = functools.partial(
+        body, softmax_scale=softmax_scale, causal=causal, deterministic=deterministic
+    )
     rows, sequences = PartitionSpec(batch_axis, None, head_axis), PartitionSpec(batch_axis)
     return jax.shard_map(
         body,
@@ -145,6 +149,7 @@ def context_attention(
     axis_name: AxisName,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool | str = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to a context that is dealt out over `axis_name`; for use inside `jax.shard_map`.
 
@@ -160,6 +165,7 @@ def context_attention(
       axis_name: the mesh axes that tokens are dealt out along.
       softmax_scale: see `flashmla_jax.flash_mla_with_kvcache`.
       causal: likewise.
+      deterministic: likewise.
 
     Returns:
       out [batch, s_q, h_q, 512] and lse float32[batch, h_q, s_q], the same on all devices.
@@ -173,13 +179,19 @@ def context_attention(
             jnp.repeat(block_table, s_q, axis=0),
             _local_length(seen.reshape(-1), axis_name),
             softmax_scale=softmax_scale,
+            deterministic=deterministic,
         )
         out = out.reshape(batch, s_q, h_q, -1)
         lse = lse.reshape(batch, s_q, h_q).swapaxes(1, 2)
     else:
         lengths = _local_length(cache_seqlens, axis_name)
         out, lse = attention.flash_mla_with_kvcache(
-            q, k_cache, block_table, lengths, softmax_scale=softmax_scale
+            q,
+            k_cache,
+            block_table,
+            lengths,
+            softmax_scale=softmax_scale,
+            deterministic=deterministic,
         )
     highest = jax.lax.pmax(lse, axis_name)
     weight = jnp.exp(lse - jnp.where(highest == -jnp.inf, 0, highest))

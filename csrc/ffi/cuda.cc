@@ -29,10 +29,11 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
                         xffi::ResultBuffer<xffi::F32> partial_out,
                         xffi::ResultBuffer<xffi::F32> partial_lse,
                         xffi::ResultBuffer<xffi::S32> split_info, float softmax_scale,
-                        bool causal) {
+                        bool causal, bool batch_invariant) {
   DenseDecodeParams params{};
   params.softmax_scale = softmax_scale;
   params.causal = causal;
+  params.batch_invariant = batch_invariant;
   auto error = Unpack(q, k_cache, block_table, cache_seqlens, *out, *lse, &params);
   if (error.failure()) return error;
   if (params.dtype == DType::kF32) {
@@ -78,7 +79,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode,
                                   .Ret<xffi::Buffer<xffi::F32>>()
                                   .Ret<xffi::Buffer<xffi::S32>>()
                                   .Attr<float>("softmax_scale")
-                                  .Attr<bool>("causal"),
+                                  .Attr<bool>("causal")
+                                  .Attr<bool>("batch_invariant"),
                               {xffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCuda, CacheAppend,

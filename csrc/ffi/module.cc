@@ -40,6 +40,8 @@ nb::dict BuildInfo() {
   info["head_dim_v"] = kHeadDimV;
   info["row_tile"] = kRowTile;
   info["max_partitions"] = kMaxPartitions;
+  info["chunk_pages"] = kChunkPages;
+  info["max_chunks"] = kMaxChunks;
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   info["compiler"] = __VERSION__;
 #if FLASHMLA_WITH_CUDA

@@ -123,6 +123,11 @@ __device__ __forceinline__ void PrefetchL2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
+// The line of 128 bytes at `address` becomes undefined, and is not written back to memory.
+__device__ __forceinline__ void DiscardL2(const void* address) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(address) : "memory");
+}
+
 // A box of a tensor to shared memory; the barrier counts its bytes as they arrive. What lies
 // outside the tensor reads as the map's fill value.
 __device__ __forceinline__ void TmaLoad5D(void* destination, const CUtensorMap* map,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashmla_jax import reference
-from flashmla_jax.cache.layout import HEAD_DIM_V
+from flashmla_jax.cache.layout import HEAD_DIM_V, PAGE_SIZE
 from flashmla_jax.ops import _ffi
 
 _TARGET = "flashmla_dense_decode"
@@ -18,6 +18,9 @@ _TARGET = "flashmla_dense_decode"
 # are divided into over the whole grid, at most.
 ROW_TILE = 64
 MAX_PARTITIONS = 144
+# Batch-invariantly, sequences are cut into chunks of so many pages, and into so many at most.
+CHUNK_PAGES = 32
+MAX_CHUNKS = 128
 
 
 def dense_decode(
@@ -28,10 +31,17 @@ def dense_decode(
     *,
     softmax_scale: float,
     causal: bool,
+    batch_invariant: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Binds the primitive; `flashmla_jax.flash_mla_with_kvcache` checks the arguments."""
     out, lse = dense_decode_p.bind(
-        q, k_cache, block_table, cache_seqlens, softmax_scale=softmax_scale, causal=causal
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        batch_invariant=batch_invariant,
     )
     return out, lse
 
@@ -63,12 +73,22 @@ def _results(q: jax.Array) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
-def _workspace(s_q: int, h_q: int, h_kv: int) -> list[jax.ShapeDtypeStruct]:
-    """Partial results of sequences that several thread blocks share: bounded by the grid."""
+def _workspace(
+    q: tuple[int, ...], h_kv: int, max_pages: int, batch_invariant: bool
+) -> list[jax.ShapeDtypeStruct]:
+    """Partial results of sequences that several thread blocks share: bounded by the grid.
+
+    Batch-invariantly, those of every chunk of every sequence that the table has room for.
+    """
+    batch, s_q, h_q, _ = q
     rows = s_q * (h_q // h_kv)
     row_tiles = h_kv * -(-rows // ROW_TILE)
     partitions = max(1, MAX_PARTITIONS // row_tiles)
-    slots = row_tiles * partitions * 2 if partitions > 1 else 1
+    slots = 2 * partitions if partitions > 1 else 0
+    if batch_invariant:
+        chunks = min(-(-(max_pages + -(-s_q // PAGE_SIZE)) // CHUNK_PAGES), MAX_CHUNKS)
+        slots = batch * chunks if chunks > 1 else 0
+    slots = max(1, row_tiles * slots)
     return [
         jax.ShapeDtypeStruct((slots, min(rows, ROW_TILE), HEAD_DIM_V), jnp.float32),
         jax.ShapeDtypeStruct((slots, min(rows, ROW_TILE)), jnp.float32),
@@ -76,25 +96,40 @@ def _workspace(s_q: int, h_q: int, h_kv: int) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
-def _call_cpu(*operands: jax.Array, softmax_scale: float, causal: bool) -> list[jax.Array]:
+def _call_cpu(*operands: jax.Array, softmax_scale: float, causal: bool, **_: Any) -> list[Any]:
+    # Batch-invariant in any case: chunks follow from a sequence's own length.
     call = jax.ffi.ffi_call(_TARGET, _results(operands[0]))
     return list(call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal))
 
 
-def _call_cuda(*operands: jax.Array, softmax_scale: float, causal: bool) -> list[jax.Array]:
-    q, k_cache = operands[:2]
+def _call_cuda(
+    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool
+) -> list[jax.Array]:
+    q, k_cache, block_table, _ = operands
     if q.dtype == jnp.float32:
         raise NotImplementedError(
             "flash_mla_with_kvcache runs bfloat16 and float16 on GPUs, float32 on the CPU only; "
             f"got q {q.dtype}. Cast q and k_cache, or set JAX_PLATFORMS=cpu."
         )
-    workspace = _workspace(q.shape[1], q.shape[2], k_cache.shape[2])
+    workspace = _workspace(q.shape, k_cache.shape[2], block_table.shape[1], batch_invariant)
     call = jax.ffi.ffi_call(_TARGET, _results(q) + workspace)
-    out, lse, *_ = call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)
+    out, lse, *_ = call(
+        *operands,
+        softmax_scale=np.float32(softmax_scale),
+        causal=causal,
+        batch_invariant=batch_invariant,
+    )
     return [out, lse]
 
 
-def _reference(*operands: jax.Array, softmax_scale: float, causal: bool) -> list[jax.Array]:
+def _reference(
+    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool
+) -> list[jax.Array]:
+    if batch_invariant:
+        raise NotImplementedError(
+            'deterministic="batch_invariant" runs on Hopper GPUs and on CPUs; elsewhere '
+            "flash_mla_with_kvcache is jax.numpy, whose sums XLA orders as it likes."
+        )
     return list(
         reference.flash_mla_with_kvcache(*operands, softmax_scale=softmax_scale, causal=causal)
     )

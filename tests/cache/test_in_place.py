@@ -20,7 +20,10 @@ from flashmla_jax.ops.dense_decode import _workspace
 
 LAYERS, BATCH, HEADS = 3, 2, 4
 # What attention needs on a GPU besides its results, whatever the size of the cache.
-WORKSPACE = sum(math.prod(x.shape) * x.dtype.itemsize for x in _workspace(2, HEADS, 1))
+WORKSPACE = sum(
+    math.prod(x.shape) * x.dtype.itemsize
+    for x in _workspace((BATCH, 2, HEADS, HEAD_DIM), 1, max_pages=4, batch_invariant=False)
+)
 HLO_NAMES = {jnp.bfloat16: "bf16", jnp.float16: "f16", jnp.float32: "f32"}
 
 

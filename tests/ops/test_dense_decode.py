@@ -105,6 +105,8 @@ def test_sizes_agree_with_the_compiled_module() -> None:
     )
     assert info["row_tile"] == dense_decode.ROW_TILE
     assert info["max_partitions"] == dense_decode.MAX_PARTITIONS
+    assert info["chunk_pages"] == dense_decode.CHUNK_PAGES
+    assert info["max_chunks"] == dense_decode.MAX_CHUNKS
 
 
 # --- The checks that protect memory, made again in C++ ---------------------------------------
@@ -116,11 +118,13 @@ def call(q, k_cache, block_table, cache_seqlens, *, out=None, lse=None):
         out or jax.ShapeDtypeStruct((batch, s_q, h_q, 512), q.dtype),
         lse or jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32),
     ]
+    attributes = {"softmax_scale": np.float32(1), "causal": False}
     if jax.devices()[0].platform == "gpu":
-        results += dense_decode._workspace(max(s_q, 1), max(h_q, 1), 1)
+        results += dense_decode._workspace((batch, max(s_q, 1), max(h_q, 1), 576), 1, 1, False)
+        attributes["batch_invariant"] = False
     f = jax.ffi.ffi_call(TARGET, results)
     operands = [jnp.zeros(x.shape, x.dtype) for x in (q, k_cache, block_table, cache_seqlens)]
-    return jax.block_until_ready(f(*operands, softmax_scale=np.float32(1), causal=False))
+    return jax.block_until_ready(f(*operands, **attributes))
 
 
 def struct(*shape, dtype=jnp.bfloat16):

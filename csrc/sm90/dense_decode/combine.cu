@@ -1,4 +1,4 @@
-// Merges the partial results of sequences that several partitions worked on:
+// Merges the partial results of sequences that several partitions worked on, or of their chunks:
 //
 //   out = sum_i w_i out_i,   w_i = 2^(lse_i - max lse) / sum_j 2^(lse_j - max lse)
 //
@@ -23,6 +23,7 @@ constexpr int kWarps = 8;
 constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kSlice = 128;  // columns: four a lane
 constexpr int kSlices = kHeadDimV / kSlice;
+constexpr int kLines = kSlice * 4 / 128;  // of the cache
 constexpr int kInFlight = 8;  // 16-byte loads of a thread
 constexpr int kFewParts = kInFlight;
 
@@ -43,25 +44,32 @@ __device__ __forceinline__ void Accumulate(float4& total, float weight, float4 v
   total.w += weight * v.w;
 }
 
-// Where the parts of a sequence lie in one row tile, and where its result goes.
-template <typename T>
+// Where the parts of a sequence lie in one row tile, and where its result goes. With kChunks, the
+// parts are chunks (batch-invariant decoding).
+template <typename T, bool kChunks>
 struct Split {
   const DenseDecodeParams& p;
   const RowTile tile;
   const SplitInfo info;
-  const int partitions;
+  const int partitions, max_chunks;
   const int slice, lane;
 
   __device__ int parts() const { return info.last - info.first + 1; }
-  // The first partition may have used either of its slots.
   __device__ int Row(int part, int row) const {
+    if constexpr (kChunks) return tile.chunk_row(p, max_chunks, info.batch, part) + row;
+    // The first partition may have used either of its slots.
     const int slot = part == 0 ? info.first_slot : 0;
-    return tile.partial_row(partitions, info.first + part, slot) + row;
+    return tile.partial_row(partitions, info.first + part, slot == 0) + row;
   }
   __device__ float Lse(int part, int row) const { return p.partial_lse[Row(part, row)]; }
   __device__ float4 Load(int part, int row) const {
     const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
     return __ldcg(reinterpret_cast<const float4*>(columns) + lane);
+  }
+  // What all lanes have loaded need not be written back to memory.
+  __device__ void Discard(int part, int row, int line) const {
+    const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
+    ptx::DiscardL2(columns + line * (kSlice / kLines));
   }
   __device__ void Store(int row, float4 total) const {
     const int64_t query = (info.batch * p.s_q + tile.token(row)) * p.h_q + tile.head(row);
@@ -76,8 +84,8 @@ struct Split {
 };
 
 // kRows rows of at most kParts parts each, by one warp.
-template <int kParts, typename T>
-__device__ __forceinline__ void CombineFew(const Split<T>& split, int first_row) {
+template <int kParts, typename T, bool kChunks>
+__device__ __forceinline__ void CombineFew(const Split<T, kChunks>& split, int first_row) {
   constexpr int kRows = kInFlight / kParts;
   const auto exists = [&](int i) {
     return i < kInFlight && i % kParts < split.parts() && first_row + i / kParts < split.tile.count;
@@ -104,6 +112,13 @@ __device__ __forceinline__ void CombineFew(const Split<T>& split, int first_row)
   if (split.slice == 0 && split.lane % kParts == 0 && exists(split.lane)) {
     split.StoreLse(row, top + log2f(sum));
   }
+  // (Where parts are many there are few sequences, and nothing displaces the parts from the cache.)
+  __syncwarp();
+  static_assert(kInFlight * kLines == 32);
+  const int load = split.lane / kLines;
+  if (exists(load)) {
+    split.Discard(load % kParts, first_row + load / kParts, split.lane % kLines);
+  }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     float4 total{0, 0, 0, 0};
@@ -121,8 +136,8 @@ struct Scratch {
 };
 
 // One row of any number of parts, by all warps of the block.
-template <typename T>
-__device__ __forceinline__ void CombineMany(const Split<T>& split, int row, Scratch& scratch) {
+template <typename T, bool kChunks>
+__device__ __forceinline__ void CombineMany(const Split<T, kChunks>& split, int row, Scratch& scratch) {
   const int warp = threadIdx.x / 32;
   const int parts = split.parts();
   const auto load = [&](float4(&v)[kInFlight], int base) {
@@ -192,11 +207,19 @@ struct Share {
 
 // Divides the blocks among the entries that are split: one for each, and the others by their parts.
 // Each warp finds its block's share on its own.
-__device__ __forceinline__ Share FindShare(const SplitInfo* split_info, int entries) {
+template <bool kChunks>
+__device__ __forceinline__ Share FindShare(const DenseDecodeParams& p, int entries) {
   const int lane = threadIdx.x % 32, block = blockIdx.y, blocks = gridDim.y;
+  const auto info_of = [&](int entry) {
+    if constexpr (kChunks) {
+      return SplitInfo{entry, 0, Chunks(BlocksOf(SequenceLength(p, entry))) - 1, 0};
+    } else {
+      return reinterpret_cast<const SplitInfo*>(p.split_info)[entry];
+    }
+  };
   const auto parts_of = [&](int entry) {
     if (entry >= entries) return 0;
-    const SplitInfo info = split_info[entry];
+    const SplitInfo info = info_of(entry);
     return info.batch < 0 || info.first == info.last ? 0 : info.last - info.first + 1;
   };
   int parts = parts_of(lane), all_parts = parts;
@@ -219,7 +242,7 @@ __device__ __forceinline__ Share FindShare(const SplitInfo* split_info, int entr
     const unsigned holder = __ballot_sync(~0u, end - count <= block && block < end);
     if (holder != 0) {
       const int source = __ffs(holder) - 1;
-      return {split_info[base + source], block - __shfl_sync(~0u, end - count, source),
+      return {info_of(base + source), block - __shfl_sync(~0u, end - count, source),
               __shfl_sync(~0u, count, source)};
     }
     first = __shfl_sync(~0u, end, 31);
@@ -228,13 +251,14 @@ __device__ __forceinline__ Share FindShare(const SplitInfo* split_info, int entr
 }
 
 // Grid: (row tiles, any number of blocks above that of entries).
-template <typename T>
-__global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
-    CombineKernel(const __grid_constant__ DenseDecodeParams p, int entries, int partitions) {
+template <typename T, bool kChunks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor - (kChunks ? 1 : 0))
+    CombineKernel(const __grid_constant__ DenseDecodeParams p, int entries, int partitions,
+                  int max_chunks) {
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
   __shared__ Scratch scratch;
-  const Share share = FindShare(reinterpret_cast<const SplitInfo*>(p.split_info), entries);
+  const Share share = FindShare<kChunks>(p, entries);
   const SplitInfo& info = share.info;
   if (info.batch < 0) return;
   const int parts = info.last - info.first + 1;
@@ -242,12 +266,12 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
   const RowTile tile(p, blockIdx.x);
   if (parts > kFewParts) {
     for (int unit = share.index; unit < tile.count * kSlices; unit += share.count) {
-      const Split<T> split{p, tile, info, partitions, unit % kSlices, lane};
+      const Split<T, kChunks> split{p, tile, info, partitions, max_chunks, unit % kSlices, lane};
       CombineMany(split, unit / kSlices, scratch);
     }
     return;
   }
-  const Split<T> split{p, tile, info, partitions, warp % kSlices, lane};
+  const Split<T, kChunks> split{p, tile, info, partitions, max_chunks, warp % kSlices, lane};
   const int team = share.index * (kWarps / kSlices) + warp / kSlices;
   const int teams = share.count * (kWarps / kSlices);
   if (parts == 2) {
@@ -263,7 +287,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor)
 
 cudaError_t LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
                           cudaStream_t stream) {
-  const int entries = static_cast<int>(std::min<int64_t>(params.batch, partitions));
+  const int entries = static_cast<int>(
+      params.batch_invariant ? params.batch : std::min<int64_t>(params.batch, partitions));
   const int row_tiles = static_cast<int>(params.row_tiles());
   const int blocks = std::max(kBlocksPerMultiprocessor * multiprocessors / row_tiles, entries);
   cudaLaunchAttribute early{};
@@ -275,9 +300,13 @@ cudaError_t LaunchCombine(const DenseDecodeParams& params, int partitions, int m
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  const auto kernel =
-      params.dtype == DType::kBF16 ? CombineKernel<__nv_bfloat16> : CombineKernel<__half>;
-  return cudaLaunchKernelEx(&config, kernel, params, entries, partitions);
+  const auto launch = [&](auto plain, auto chunks) {
+    return cudaLaunchKernelEx(&config, params.batch_invariant ? chunks : plain, params, entries,
+                              partitions, static_cast<int>(params.max_chunks()));
+  };
+  return params.dtype == DType::kBF16
+             ? launch(CombineKernel<__nv_bfloat16, false>, CombineKernel<__nv_bfloat16, true>)
+             : launch(CombineKernel<__half, false>, CombineKernel<__half, true>);
 }
 
 }  // namespace flashmla::sm90

@@ -66,7 +66,7 @@ Status MakeQueryMap(const DenseDecodeParams& p, CUtensorMap* map) {
       {kPanel, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(p.s_q), 1, 1}, map);
 }
 
-// The next kernel of the stream may start early: it waits for this one where it has to.
+// The kernel may start while the one before it in the stream ends: it waits where it has to.
 template <typename... Parameters, typename... Arguments>
 Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
               cudaStream_t stream, const Arguments&... arguments) {
@@ -158,6 +158,11 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
                                               " x " + std::to_string(p.max_pages_per_seq)};
   }
 
+  if (p.workspace_slots() * p.tile_rows() > INT32_MAX) {
+    return {StatusCode::kInvalidArgument, "the workspace for deterministic=\"batch_invariant\" is too "
+                                          "large: " + std::to_string(p.workspace_slots()) + " chunks"};
+  }
+
   // One thread block per multiprocessor, divided among the row tiles.
   const int partitions =
       static_cast<int>(std::clamp<int64_t>(multiprocessors / p.row_tiles(), 1, p.max_partitions()));
@@ -165,7 +170,7 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
   const Status status = p.dtype == DType::kBF16 ? LaunchShape<__nv_bfloat16>(p, grid, stream)
                                                 : LaunchShape<__half>(p, grid, stream);
   if (!status.ok()) return status;
-  if (partitions == 1) return {};
+  if ((p.batch_invariant ? p.max_chunks() : partitions) == 1) return {};
   error = LaunchCombine(p, partitions, multiprocessors, stream);
   return error == cudaSuccess ? Status{} : Failed("launch", error);
 }

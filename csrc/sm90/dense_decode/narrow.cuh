@@ -367,7 +367,7 @@ class Values {
   // Writes the result of a sequence, or of the part of it that this range holds.
   __device__ __forceinline__ void Finish(const Segment& s, int sums, int partition,
                                          int partitions) {
-    const int partial_row = tile_.partial_row(partitions, partition, s.opening ? 0 : 1);
+    const int partial_row = tile_.partial_row(p_, s, partitions, partition);
     const int64_t first_query = s.batch * p_.s_q * p_.h_q;
     float inverse[kColumns];
 #pragma unroll
@@ -510,7 +510,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       LoadPages<kRows>(p, maps.panel, tile, range, shared);
     } else if (warp == 1 && threadIdx.x % 32 == 0) {
       LoadQueries<kRows>(p, maps.queries, tile, range, shared);
-    } else if (warp == 2 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1) {
+    } else if (warp == 2 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1 &&
+               !p.batch_invariant) {
       RecordSplits(p, tile, range, partition, partitions);
     }
   }

@@ -8,6 +8,10 @@
 // belongs to the second one's first block. A sequence that lies within one range is finished there;
 // one that is cut leaves a partial result in each range it touches, at most two per range (its
 // first sequence and its last), so the workspace is bounded by the grid.
+//
+// Batch-invariantly, where a sequence is cut must not depend on the others. So it is cut into
+// chunks, by its own length alone; each is computed from scratch and leaves a partial result, and
+// the cuts of the line move to the nearest chunk's beginning.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +32,7 @@ struct Range {
 };
 
 __device__ __forceinline__ int SequenceLength(const DenseDecodeParams& p, int batch) {
-  return static_cast<int>(EffectiveLength(p.cache_seqlens[batch], p.max_pages_per_seq, p.s_q));
+  return EffectiveLength(p.cache_seqlens[batch], p.max_pages_per_seq, p.s_q);
 }
 
 // KV blocks that hold the first `length` tokens.
@@ -36,6 +40,14 @@ __device__ __forceinline__ int BlocksBefore(int length) {
   return length <= 0 ? 0 : (length - 1) / kPageSize + 1;
 }
 __device__ __forceinline__ int BlocksOf(int length) { return max(BlocksBefore(length), 1); }
+
+// KV blocks of a chunk of a sequence of so many.
+__device__ __forceinline__ int ChunkBlocks(int blocks) {
+  int chunk = kChunkPages;
+  while (static_cast<int64_t>(chunk) * kMaxChunks < blocks) chunk *= 2;
+  return chunk;
+}
+__device__ __forceinline__ int Chunks(int blocks) { return (blocks - 1) / ChunkBlocks(blocks) + 1; }
 
 // The last partition that holds a unit before `end` of the line. The quotient of numbers below
 // 2^53, rounded to a double, has the same integer part: one that is no integer lies farther from
@@ -98,8 +110,14 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
       }
     }
     const int holder = __ffs(__ballot_sync(~0u, here)) - 1;
+    int place = max(unit - position, 0);
+    if (p.batch_invariant && here) {
+      const int all = BlocksOf(SequenceLength(p, b)), chunk = ChunkBlocks(all);
+      place = (place + chunk / 2) / chunk * chunk;
+      if (place >= all) ++b, place = 0;
+    }
     *sequence = __shfl_sync(~0u, b, holder);
-    *block = __shfl_sync(~0u, max(unit - position, 0), holder);
+    *block = __shfl_sync(~0u, place, holder);
     *units = __shfl_sync(~0u, position, holder);
   };
   locate(partition, &range.batch, &range.block, &range.units);
@@ -113,7 +131,7 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
   return range;
 }
 
-// One sequence of a range, as one row tile sees it.
+// One sequence of a range, or one chunk of it, as one row tile sees it.
 struct Segment {
   int batch;
   int length;       // tokens of the sequence
@@ -156,14 +174,24 @@ struct RowTile {
   __device__ int limit(const DenseDecodeParams& p, int length, int query_token) const {
     return p.causal ? length - static_cast<int>(p.s_q) + query_token + 1 : length;
   }
-  // Where the workspace has the rows of a partial result, of `row_tiles` times `partitions` places
-  // of two slots.
-  __device__ int partial_row(int partitions, int partition, int slot) const {
-    return ((index * partitions + partition) * 2 + slot) * min(rows, kRowTile);
+  // Where the workspace has the rows of a partial result: of a partition's first sequence or
+  // another, or of a chunk.
+  __device__ int partial_row(int partitions, int partition, bool opening) const {
+    return ((index * partitions + partition) * 2 + (opening ? 0 : 1)) * min(rows, kRowTile);
+  }
+  __device__ int chunk_row(const DenseDecodeParams& p, int max_chunks, int batch, int chunk) const {
+    const int sequence = index * static_cast<int>(p.batch) + batch;
+    return (sequence * max_chunks + chunk) * min(rows, kRowTile);
+  }
+  __device__ int partial_row(const DenseDecodeParams& p, const Segment& s, int partitions,
+                             int partition) const {
+    if (!p.batch_invariant) return partial_row(partitions, partition, s.opening);
+    const int chunk = s.first_block / ChunkBlocks(s.all_blocks);
+    return chunk_row(p, static_cast<int>(p.max_chunks()), s.batch, chunk);
   }
 };
 
-// Walks the sequences of a range.
+// Walks the sequences of a range, or their chunks.
 class Segments {
  public:
   __device__ Segments(const DenseDecodeParams& p, const RowTile& tile, const Range& range)
@@ -181,13 +209,15 @@ class Segments {
     s->length = SequenceLength(p_, batch_);
     s->all_blocks = BlocksOf(s->length);
     s->first_block = block_;
-    s->blocks = (batch_ == end_batch_ ? end_block_ : s->all_blocks) - block_;
+    int end = batch_ == end_batch_ ? end_block_ : s->all_blocks;
+    if (p_.batch_invariant) end = min(end, block_ + ChunkBlocks(s->all_blocks));
+    s->blocks = end - block_;
     const int seen = BlocksBefore(tile_.limit(p_, s->length, last_token_));
     s->visible = max(0, min(seen - block_, s->blocks));
     s->opening = opening_;
     opening_ = false;
-    block_ = 0;
-    ++batch_;
+    block_ = end;
+    if (end == s->all_blocks) ++batch_, block_ = 0;
     return true;
   }
 

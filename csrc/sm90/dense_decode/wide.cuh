@@ -443,7 +443,7 @@ class Consumer {
     ptx::MbarrierWait(&shared_.sums_ready, segment_parity_);
     segment_parity_ ^= 1;
     const Segment s = shared_.segment[kSide];
-    const int partial_row = tile_.partial_row(partitions, partition, s.opening ? 0 : 1);
+    const int partial_row = tile_.partial_row(p_, s, partitions, partition);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
@@ -547,7 +547,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = threadIdx.x / 32 - kConsumerThreads / 32;
     if (warp == 0) {
       Produce<kCluster>(p, maps, tile, range, shared);
-    } else if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1) {
+    } else if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1 &&
+               !p.batch_invariant) {
       RecordSplits(p, tile, range, partition, partitions);
     }
   } else if (role == kLeft) {
