@@ -35,6 +35,7 @@ inline constexpr int kThreads = 3 * kGroupThreads;
 inline constexpr int kValueRegisters = 240;
 inline constexpr int kLoaderRegisters = 96;
 inline constexpr int kSequenceCost = 1;  // blocks
+inline constexpr int kLeastBlocks = 1;
 
 template <int kRows>
 struct SharedMemory {
@@ -495,7 +496,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int partition = blockIdx.y, partitions = gridDim.y;
   ptx::WaitForPreviousKernel();
   PrefetchInputs(p);
-  const Range range = FindRange(p, partition, partitions, kSequenceCost);
+  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   __syncthreads();  // barriers and row numbers are there
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {

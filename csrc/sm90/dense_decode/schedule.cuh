@@ -4,10 +4,11 @@
 // The work of one row tile is a line of KV blocks (pages): sequence after sequence, each with its
 // blocks in order, an empty sequence counting as one block so that somebody writes its result.
 // Between two sequences lie `cost` more units: what it takes to finish one and begin the next. The
-// line is cut into `active` ranges of equal length, one per partition; a cut between two sequences
-// belongs to the second one's first block. A sequence that lies within one range is finished there;
-// one that is cut leaves a partial result in each range it touches, at most two per range (its
-// first sequence and its last), so the workspace is bounded by the grid.
+// line is cut into `active` ranges of equal length, one per partition, and no more of them than make
+// the longest shorter: every part costs something to write and to merge. A cut between two
+// sequences belongs to the second one's first block. A sequence that lies within one range is
+// finished there; one that is cut leaves a partial result in each range it touches, at most two per
+// range (its first sequence and its last), so the workspace is bounded by the grid.
 //
 // Batch-invariantly, where a sequence is cut must not depend on the others. So it is cut into
 // chunks, by its own length alone; each is computed from scratch and leaves a partial result, and
@@ -67,9 +68,10 @@ struct SplitInfo {
 
 // The range of `partition`. Every warp finds it on its own, without waiting for another.
 // `most_cost` is the cost of another sequence in blocks; less is counted where ranges are short.
+// `least` blocks are no reason to divide.
 // The launch has checked that the line's length is no more than 31 bits.
 __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int partitions,
-                                  int most_cost) {
+                                  int most_cost, int least) {
   const int lane = threadIdx.x % 32;
   const int batch = static_cast<int>(p.batch);
   const int per_lane = (batch + 31) / 32;
@@ -87,10 +89,14 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
   before -= mine;
 
   Range range;
-  range.active = min(blocks, partitions);
+  const int most = min(blocks, partitions);
+  const auto longest = [&](int total) { return max((total - 1) / most + 1, least); };
   range.cost = 0;
-  while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * range.active) ++range.cost;
+  while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * most) ++range.cost;
+  // It is nothing where no range would hold more than one sequence (here, of one sequence a lane).
+  if (batch <= 32 && __all_sync(~0u, mine % longest(blocks) == 0)) range.cost = 0;
   range.total = blocks + range.cost * (batch - 1);
+  range.active = (range.total - 1) / longest(range.total) + 1;
   if (partition >= range.active) {
     range.batch = range.block = range.end_batch = range.end_block = range.units = 0;
     return range;

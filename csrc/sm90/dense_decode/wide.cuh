@@ -52,6 +52,7 @@ inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
 inline constexpr int kConsumerRegisters = 224;
 inline constexpr int kProducerRegisters = 56;
 inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
+inline constexpr int kLeastBlocks = 2;  // one for each side
 inline constexpr int kSequenceCost = 2;  // blocks: the time to finish a sequence and begin another
 static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
 static_assert(kStages == kSides, "Softmax relies on a side's blocks having a stage to themselves");
@@ -150,7 +151,7 @@ class Consumer {
       : p_(p),
         tile_(tile),
         shared_(shared),
-        scale_((p.softmax_scale == 0 ? 1 : fabsf(p.softmax_scale)) * static_cast<float>(M_LOG2E)),
+        scale_(p.softmax_scale * static_cast<float>(M_LOG2E)),
         q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))),
         k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]))),
         v_operand_(ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared.k[0]) +
@@ -216,18 +217,6 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < 128; ++i) o_[i] = 0;
     ptx::CpAsyncWaitAll();
-    if (p_.softmax_scale <= 0) {
-      // The scale is positive from here on: its sign, or that it is zero, becomes Q's.
-      const uint32_t keep = p_.softmax_scale == 0 ? 0 : ~0u, flip = keep & 0x80008000;
-#pragma unroll 1
-      for (int r = threadIdx.x / kChunks; r < kRowTile; r += kRowsAtOnce) {
-        uint4& q = *reinterpret_cast<uint4*>(shared_.q + chunk / 8 * kPanelBytes + r * 128 +
-                                             ((chunk % 8 ^ r % 8) << 4));
-        q = {q.x & keep ^ flip, q.y & keep ^ flip, q.z & keep ^ flip, q.w & keep ^ flip};
-      }
-#pragma unroll
-      for (uint32_t& pair : q_rope_) pair = pair & keep ^ flip;
-    }
     ptx::FenceProxyAsync();
     ptx::MbarrierArrive(&shared_.query_ready);
     ptx::MbarrierWait(&shared_.query_ready, segment_parity_);
@@ -304,6 +293,8 @@ class Consumer {
     ptx::WgmmaWait<0>();
     Release(stage, kRope);
 
+#pragma unroll
+    for (float& x : x_) x *= scale_;
     if (lowest_limit_ - first_token < kPageSize) {
       const int token = first_token + column();
 #pragma unroll
@@ -339,9 +330,8 @@ class Consumer {
     float alpha[2], subtrahend[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float highest = __fmul_rn(highest_[h], scale_);
-      const bool grown = highest > reference_[h] + kRescaleThreshold;
-      const float updated = grown ? highest : reference_[h];
+      const bool grown = highest_[h] > reference_[h] + kRescaleThreshold;
+      const float updated = grown ? highest_[h] : reference_[h];
       alpha[h] = grown ? ptx::Exp2(reference_[h] - updated) : 1.f;
       reference_[h] = updated;
       subtrahend[h] = updated == -INFINITY ? 0.f : updated;
@@ -356,8 +346,8 @@ class Consumer {
       for (int i = 0; i < 4; ++i) {
         // Rounded as the reference was: fused, the highest score would not be exactly 2^0.
         float* pair = x_ + 8 * step + 2 * i;
-        pair[0] = ptx::Exp2(__fmul_rn(pair[0], scale_) - subtrahend[i % 2]);
-        pair[1] = ptx::Exp2(__fmul_rn(pair[1], scale_) - subtrahend[i % 2]);
+        pair[0] = ptx::Exp2(pair[0] - subtrahend[i % 2]);
+        pair[1] = ptx::Exp2(pair[1] - subtrahend[i % 2]);
         sum_[i % 2] += pair[0] + pair[1];
         p_registers_[4 * step + i] = Pack(T{}, pair[0], pair[1]);
       }
@@ -444,35 +434,80 @@ class Consumer {
     segment_parity_ ^= 1;
     const Segment s = shared_.segment[kSide];
     const int partial_row = tile_.partial_row(p_, s, partitions, partition);
+    float inverse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
-      if (r >= tile_.count) continue;
       // In the same order on both sides, so that both find the same bits.
       const float total = shared_.sum[kLeft][r] + shared_.sum[kRight][r];
-      const float inverse = total == 0 ? 0.f : 1.f / total;
+      inverse[h] = total == 0 ? 0.f : 1.f / total;
+      if (kSide != kLeft || lane() % 4 != 0 || r >= tile_.count) continue;
       const float lse = total == 0 ? -INFINITY : reference_[h] + log2f(total);
       if (s.complete()) {
         const int token = shared_.query_token[r];
-        const int64_t query = s.batch * p_.s_q * p_.h_q + shared_.query_row[r];
-        T* out = static_cast<T*>(p_.out) + query * kHeadDimV + kSide * kColumnsEach;
-#pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<uint32_t*>(out + 8 * j + column()) =
-              Pack(T{}, o_[4 * j + 2 * h] * inverse, o_[4 * j + 2 * h + 1] * inverse);
-        }
-        if (kSide == kLeft && lane() % 4 == 0) {
-          const int64_t head = shared_.query_row[r] - token * p_.h_q;
-          p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
-        }
+        const int64_t head = shared_.query_row[r] - token * p_.h_q;
+        p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
       } else {
-        float* out = p_.partial_out + int64_t{partial_row + r} * kHeadDimV + kSide * kColumnsEach;
+        p_.partial_lse[partial_row + r] = lse;
+      }
+    }
+    uint8_t* buffer = shared_.p[kSide];
+    // Row `place(i)` of the tile, in the order in which lanes read the buffer: a quarter each.
+    const auto place = [](int i) { return warp() * 16 + 4 * i + lane() / 8; };
+    const auto read = [&](int i) {
+      const int r = place(i);
+      return *reinterpret_cast<const uint4*>(buffer + r * 128 + ((lane() ^ r) % 8 << 4));
+    };
+    if (s.complete()) {
+      T* out[4];
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<float2*>(out + 8 * j + column()) =
-              float2{o_[4 * j + 2 * h] * inverse, o_[4 * j + 2 * h + 1] * inverse};
+      for (int i = 0; i < 4; ++i) {
+        const int64_t query = s.batch * p_.s_q * p_.h_q + shared_.query_row[place(i)];
+        out[i] = static_cast<T*>(p_.out) + query * kHeadDimV + kSide * kColumnsEach + lane() % 8 * 8;
+      }
+#pragma unroll
+      for (int panel = 0; panel < kHalfPanels; ++panel) {
+#pragma unroll
+        for (int step = 0; step < kPanel / 16; ++step) {
+          const float* o = o_ + 32 * panel + 8 * step;
+          ptx::StMatrix4(ptx::SmemAddress(buffer) + PieceOffset(step),
+                         Pack(T{}, o[0] * inverse[0], o[1] * inverse[0]),
+                         Pack(T{}, o[2] * inverse[1], o[3] * inverse[1]),
+                         Pack(T{}, o[4] * inverse[0], o[5] * inverse[0]),
+                         Pack(T{}, o[6] * inverse[1], o[7] * inverse[1]));
         }
-        if (kSide == kLeft && lane() % 4 == 0) p_.partial_lse[partial_row + r] = lse;
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (place(i) >= tile_.count) continue;
+          *reinterpret_cast<uint4*>(out[i] + panel * kPanel) = read(i);
+        }
+        __syncwarp();
+      }
+    } else {
+      constexpr int kColumns = kPanel / 2;  // of single precision
+      float* out = p_.partial_out + int64_t{partial_row} * kHeadDimV + kSide * kColumnsEach +
+                   lane() % 8 * 4;
+#pragma unroll
+      for (int part = 0; part < kColumnsEach / kColumns; ++part) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float* o = o_ + 16 * part + 4 * j + 2 * h;
+            const int chunk = 2 * j + column() / 4, r = row() + 8 * h;
+            *reinterpret_cast<float2*>(buffer + r * 128 + ((chunk ^ r % 8) << 4) +
+                                       column() % 4 * 4) =
+                float2{o[0] * inverse[h], o[1] * inverse[h]};
+          }
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (place(i) >= tile_.count) continue;
+          *reinterpret_cast<uint4*>(out + place(i) * kHeadDimV + part * kColumns) = read(i);
+        }
+        __syncwarp();
       }
     }
   }
@@ -481,6 +516,9 @@ class Consumer {
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int row() { return warp() * 16 + lane() / 4; }
   __device__ static int column() { return lane() % 4 * 2; }
+  __device__ static uint32_t PieceOffset(int step) {
+    return (warp() * 16 + lane() % 16) * 128 + ((step * 2 + lane() / 16 ^ lane() % 8) << 4);
+  }
 
   const DenseDecodeParams& p_;
   const RowTile& tile_;
@@ -538,7 +576,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int partition = blockIdx.y, partitions = gridDim.y;
   ptx::WaitForPreviousKernel();
   PrefetchInputs(p);
-  const Range range = FindRange(p, partition, partitions, kSequenceCost);
+  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   __syncthreads();                                 // barriers and row numbers are there
   if constexpr (kCluster > 1) ptx::ClusterSync();  // the other's barriers are initialised
   const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
