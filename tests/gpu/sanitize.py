@@ -42,6 +42,7 @@ class Case(NamedTuple):
     h_kv: int = 1
     causal: bool = False
     dtype: str = "bf16"
+    deterministic: bool | str = True
 
 
 DENSE_DECODE = {
@@ -55,6 +56,9 @@ DENSE_DECODE = {
     "more sequences than multiprocessors": Case((70, 1, 0) * 60, h_q=3),
     "many pages to a thread block": Case((20_000, 9_999), s_q=2, h_q=7, causal=True),
     "many pages to a cluster": Case((13_000, 64, 2_000), h_q=128),
+    "few parts to a sequence": Case((300, 400) * 8, s_q=3, h_q=16, causal=True),
+    "batch-invariant, narrow": Case((2_200, 5, 4_097), h_q=9, deterministic="batch_invariant"),
+    "batch-invariant, wide": Case((2_200, 0), h_q=128, deterministic="batch_invariant"),
 }
 
 
@@ -78,7 +82,11 @@ def run_cases() -> None:
             h_kv=case.h_kv,
             dtype=oracle.DTYPES[case.dtype],
         )
-        attend = jax.jit(functools.partial(fm.flash_mla_with_kvcache, causal=case.causal))
+        attend = jax.jit(
+            functools.partial(
+                fm.flash_mla_with_kvcache, causal=case.causal, deterministic=case.deterministic
+            )
+        )
         oracle.assert_matches(attend(*problem), oracle.attend(problem, causal=case.causal))
         print(f"{name}: correct", flush=True)
 

@@ -92,9 +92,11 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
   const int most = min(blocks, partitions);
   const auto longest = [&](int total) { return max((total - 1) / most + 1, least); };
   range.cost = 0;
-  while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * most) ++range.cost;
-  // It is nothing where no range would hold more than one sequence (here, of one sequence a lane).
-  if (batch <= 32 && __all_sync(~0u, mine % longest(blocks) == 0)) range.cost = 0;
+  if (batch > 1) {
+    while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * most) ++range.cost;
+    // It is nothing where no range would hold two sequences (here, of one sequence a lane).
+    if (batch <= 32 && __all_sync(~0u, mine % longest(blocks) == 0)) range.cost = 0;
+  }
   range.total = blocks + range.cost * (batch - 1);
   range.active = (range.total - 1) / longest(range.total) + 1;
   if (partition >= range.active) {
