@@ -65,8 +65,8 @@ struct DenseDecodeParams {
     const int64_t chunks = (pages - 1) / kChunkPages + 1;
     return chunks < kMaxChunks ? chunks : kMaxChunks;
   }
-  // Partial results: two for each partition of each row tile; batch-invariantly, one for each chunk.
-  // None when nothing is divided.
+  // Partial results: two for each partition of each row tile; batch-invariantly, one for each
+  // chunk. None when nothing is divided.
   constexpr int64_t workspace_slots() const {
     const int64_t slots = batch_invariant ? batch * max_chunks() : max_partitions() * 2;
     const bool divided = (batch_invariant ? max_chunks() : max_partitions()) > 1;

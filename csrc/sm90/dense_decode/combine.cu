@@ -137,7 +137,8 @@ struct Scratch {
 
 // One row of any number of parts, by all warps of the block.
 template <typename T, bool kChunks>
-__device__ __forceinline__ void CombineMany(const Split<T, kChunks>& split, int row, Scratch& scratch) {
+__device__ __forceinline__ void CombineMany(const Split<T, kChunks>& split, int row,
+                                            Scratch& scratch) {
   const int warp = threadIdx.x / 32;
   const int parts = split.parts();
   const auto load = [&](float4(&v)[kInFlight], int base) {

@@ -152,15 +152,16 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
             "s_q * h_q is too large: " + std::to_string(p.s_q * p.h_q)};
   }
 
-  // The schedule counts all blocks of all sequences, and up to two more for each sequence.
+  // The schedule counts all blocks of all sequences, and up to three more for each sequence.
   if (p.batch * (p.max_pages_per_seq + p.s_q / kPageSize + 4) > INT32_MAX) {
     return {StatusCode::kInvalidArgument, "block_table is too large: " + std::to_string(p.batch) +
                                               " x " + std::to_string(p.max_pages_per_seq)};
   }
 
   if (p.workspace_slots() * p.tile_rows() > INT32_MAX) {
-    return {StatusCode::kInvalidArgument, "the workspace for deterministic=\"batch_invariant\" is too "
-                                          "large: " + std::to_string(p.workspace_slots()) + " chunks"};
+    return {StatusCode::kInvalidArgument,
+            "deterministic=\"batch_invariant\" would need a workspace of too many chunks: " +
+                std::to_string(p.workspace_slots())};
   }
 
   // One thread block per multiprocessor, divided among the row tiles.

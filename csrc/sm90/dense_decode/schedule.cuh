@@ -4,17 +4,19 @@
 // The work of one row tile is a line of KV blocks (pages): sequence after sequence, each with its
 // blocks in order, an empty sequence counting as one block so that somebody writes its result.
 // Between two sequences lie `cost` more units: what it takes to finish one and begin the next. The
-// line is cut into `active` ranges of equal length, one per partition, and no more of them than make
-// the longest shorter: every part costs something to write and to merge. A cut between two
-// sequences belongs to the second one's first block. A sequence that lies within one range is
-// finished there; one that is cut leaves a partial result in each range it touches, at most two per
-// range (its first sequence and its last), so the workspace is bounded by the grid.
+// line is cut into `active` ranges of equal length, one per partition, and no more of them than
+// make the longest shorter: every part costs something to write and to merge. Where all sequences
+// are of one length, cuts fall between them if they can. A cut between two sequences belongs to the
+// second one's first block. A sequence that lies within one range is finished there; one that is
+// cut leaves a partial result in each range it touches, at most two per range (its first sequence
+// and its last), so the workspace is bounded by the grid.
 //
 // Batch-invariantly, where a sequence is cut must not depend on the others. So it is cut into
 // chunks, by its own length alone; each is computed from scratch and leaves a partial result, and
 // the cuts of the line move to the nearest chunk's beginning.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "params.h"
@@ -76,9 +78,14 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
   const int batch = static_cast<int>(p.batch);
   const int per_lane = (batch + 31) / 32;
   const int first = min(lane * per_lane, batch), last = min(first + per_lane, batch);
-  int mine = 0;
+  int mine = 0, shortest = INT_MAX, longest = 0;
 #pragma unroll 8
-  for (int b = first; b < last; ++b) mine += BlocksOf(SequenceLength(p, b));
+  for (int b = first; b < last; ++b) {
+    const int length = BlocksOf(SequenceLength(p, b));
+    mine += length;
+    shortest = min(shortest, length);
+    longest = max(longest, length);
+  }
   int before = mine;  // inclusive scan over the warp
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -90,15 +97,28 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
 
   Range range;
   const int most = min(blocks, partitions);
-  const auto longest = [&](int total) { return max((total - 1) / most + 1, least); };
+  const auto needed = [&](int total) { return max((total - 1) / most + 1, least); };
   range.cost = 0;
+  range.active = 0;
   if (batch > 1) {
     while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * most) ++range.cost;
-    // It is nothing where no range would hold two sequences (here, of one sequence a lane).
-    if (batch <= 32 && __all_sync(~0u, mine % longest(blocks) == 0)) range.cost = 0;
+    longest = __reduce_max_sync(~0u, longest);
+    if (longest == __reduce_min_sync(~0u, shortest)) {
+      // Sequences of one length: a range shall have one part of a sequence or whole sequences, and
+      // may be somewhat longer for it.
+      const int each = needed(blocks), enough = needed(blocks + range.cost * (batch - 1)) + 2;
+      const int parts = longest / each, sequences = (each - 1) / longest + 1;
+      if (parts > 0) {
+        if ((longest - 1) / parts + 1 <= enough) range.active = batch * parts;
+      } else if (batch % sequences == 0 && longest * sequences <= enough) {
+        range.active = batch / sequences;
+      }
+    }
   }
+  const bool even = range.active > 0;
+  if (even) range.cost = 0;
   range.total = blocks + range.cost * (batch - 1);
-  range.active = (range.total - 1) / longest(range.total) + 1;
+  if (!even) range.active = (range.total - 1) / needed(range.total) + 1;
   if (partition >= range.active) {
     range.batch = range.block = range.end_batch = range.end_block = range.units = 0;
     return range;

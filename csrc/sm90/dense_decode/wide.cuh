@@ -53,7 +53,7 @@ inline constexpr int kConsumerRegisters = 224;
 inline constexpr int kProducerRegisters = 56;
 inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
 inline constexpr int kLeastBlocks = 2;  // one for each side
-inline constexpr int kSequenceCost = 2;  // blocks: the time to finish a sequence and begin another
+inline constexpr int kSequenceCost = 3;  // blocks: the time to finish a sequence and begin another
 static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
 static_assert(kStages == kSides, "Softmax relies on a side's blocks having a stage to themselves");
 static_assert(kColumnsEach == 256);
@@ -463,7 +463,8 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t query = s.batch * p_.s_q * p_.h_q + shared_.query_row[place(i)];
-        out[i] = static_cast<T*>(p_.out) + query * kHeadDimV + kSide * kColumnsEach + lane() % 8 * 8;
+        out[i] = static_cast<T*>(p_.out) + query * kHeadDimV;
+        out[i] += kSide * kColumnsEach + lane() % 8 * 8;
       }
 #pragma unroll
       for (int panel = 0; panel < kHalfPanels; ++panel) {
@@ -516,6 +517,7 @@ class Consumer {
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int row() { return warp() * 16 + lane() / 4; }
   __device__ static int column() { return lane() % 4 * 2; }
+  // Where a lane's part of a 16 x 16 piece of the warp's rows lies in a panel, for StMatrix4.
   __device__ static uint32_t PieceOffset(int step) {
     return (warp() * 16 + lane() % 16) * 128 + ((step * 2 + lane() / 16 ^ lane() % 8) << 4);
   }
