@@ -131,6 +131,31 @@ def test_matches_the_oracle(name: str, s_q: int, causal: bool, dtype: str) -> No
 
 
 @meshes
+@pytest.mark.parametrize("name", SCHEMES)
+def test_batch_invariant(name: str) -> None:
+    """A sequence's result keeps its bits when the others have other lengths."""
+    scheme = SCHEMES[name]
+    rng = np.random.default_rng(0)
+    lengths = np.array((1500, 0, 700, 5, 64 * 8, 3000, 63, 2), np.int32)
+    problem = oracle.make_problem(rng, lengths, h_q=16, spare_entries=0)
+    dealt = deal_out(problem, scheme.get("batch", 1), scheme.get("context", 1))
+    attend = jax.jit(
+        functools.partial(
+            parallel.flash_mla_with_kvcache,
+            mesh=make_mesh(**scheme),
+            deterministic="batch_invariant",
+            **axes_of(scheme),
+        )
+    )
+    expected = [np.asarray(x) for x in attend(*dealt)]
+    for i in (0, 2, 5):
+        others = np.where(np.arange(len(lengths)) == i, lengths, lengths // 3)
+        actual = attend(*dealt.replace(cache_seqlens=others.astype(np.int32)))
+        for a, b in zip(actual, expected, strict=True):
+            assert np.asarray(a)[i].tobytes() == b[i].tobytes()
+
+
+@meshes
 def test_explicit_mesh() -> None:
     """Arrays that carry their sharding in their type go in as they are, and come out so."""
     rng = np.random.default_rng(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import warnings
@@ -69,6 +70,13 @@ def test_platforms_without_a_kernel_get_the_reference() -> None:
         text = jax.jit(attend).trace(*shapes()).lower(lowering_platforms=("tpu",)).as_text()
     assert TARGET not in text
     assert "dot_general" in text
+
+
+def test_platforms_without_a_kernel_are_not_batch_invariant() -> None:
+    attend = functools.partial(fm.flash_mla_with_kvcache, deterministic="batch_invariant")
+    traced = jax.jit(attend).trace(*shapes())
+    with pytest.raises(NotImplementedError, match="batch_invariant"):
+        traced.lower(lowering_platforms=("tpu",))
 
 
 def test_the_reference_is_announced_once() -> None:
