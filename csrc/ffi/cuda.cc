@@ -28,8 +28,8 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
                         xffi::Result<xffi::AnyBuffer> out, xffi::ResultBuffer<xffi::F32> lse,
                         xffi::ResultBuffer<xffi::F32> partial_out,
                         xffi::ResultBuffer<xffi::F32> partial_lse,
-                        xffi::ResultBuffer<xffi::S32> split_info, float softmax_scale,
-                        bool causal, bool batch_invariant) {
+                        xffi::ResultBuffer<xffi::S32> split_info, float softmax_scale, bool causal,
+                        bool batch_invariant) {
   DenseDecodeParams params{};
   params.softmax_scale = softmax_scale;
   params.causal = causal;

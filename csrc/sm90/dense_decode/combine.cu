@@ -24,7 +24,7 @@ constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kSlice = 128;  // columns: four a lane
 constexpr int kSlices = kHeadDimV / kSlice;
 constexpr int kLines = kSlice * 4 / 128;  // of the cache
-constexpr int kInFlight = 8;  // 16-byte loads of a thread
+constexpr int kInFlight = 8;              // 16-byte loads of a thread
 constexpr int kFewParts = kInFlight;
 
 __device__ uint2 Pack4(__nv_bfloat16, float4 v) {
@@ -66,7 +66,7 @@ struct Split {
     const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
     return __ldcg(reinterpret_cast<const float4*>(columns) + lane);
   }
-  // What all lanes have loaded need not be written back to memory.
+  // A line of what the slice has there.
   __device__ void Discard(int part, int row, int line) const {
     const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
     ptx::DiscardL2(columns + line * (kSlice / kLines));
@@ -112,7 +112,8 @@ __device__ __forceinline__ void CombineFew(const Split<T, kChunks>& split, int f
   if (split.slice == 0 && split.lane % kParts == 0 && exists(split.lane)) {
     split.StoreLse(row, top + log2f(sum));
   }
-  // (Where parts are many there are few sequences, and nothing displaces the parts from the cache.)
+  // What all lanes have loaded need not be written back to memory. (Where parts are many there are
+  // few sequences, and nothing displaces the parts from the cache.)
   __syncwarp();
   static_assert(kInFlight * kLines == 32);
   const int load = split.lane / kLines;
@@ -130,6 +131,7 @@ __device__ __forceinline__ void CombineFew(const Split<T, kChunks>& split, int f
   }
 }
 
+static_assert(kMaxChunks <= kMaxPartitions);
 struct Scratch {
   float weights[kMaxPartitions];
   float4 sums[kWarps][32];

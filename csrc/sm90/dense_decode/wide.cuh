@@ -52,7 +52,7 @@ inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
 inline constexpr int kConsumerRegisters = 224;
 inline constexpr int kProducerRegisters = 56;
 inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
-inline constexpr int kLeastBlocks = 2;  // one for each side
+inline constexpr int kLeastBlocks = 2;                   // one for each side
 inline constexpr int kSequenceCost = 3;  // blocks: the time to finish a sequence and begin another
 static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
 static_assert(kStages == kSides, "Softmax relies on a side's blocks having a stage to themselves");
@@ -487,8 +487,8 @@ class Consumer {
       }
     } else {
       constexpr int kColumns = kPanel / 2;  // of single precision
-      float* out = p_.partial_out + int64_t{partial_row} * kHeadDimV + kSide * kColumnsEach +
-                   lane() % 8 * 4;
+      float* out =
+          p_.partial_out + int64_t{partial_row} * kHeadDimV + kSide * kColumnsEach + lane() % 8 * 4;
 #pragma unroll
       for (int part = 0; part < kColumnsEach / kColumns; ++part) {
 #pragma unroll
