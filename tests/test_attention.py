@@ -470,6 +470,46 @@ def test_scan(rng) -> None:
         oracle.assert_matches((out[k], lse[k]), expected)
 
 
+def in_while_loop(f, q, *rest):
+    """Three times, the last of which counts."""
+    start = 0, *jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), f(q, *rest))
+    return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, *f(q, *rest)), start)[1:]
+
+
+def in_cond(f, q, k_cache, block_table, cache_seqlens):
+    def neither(q, *_):
+        batch, s_q, h_q, _ = q.shape
+        return jnp.zeros((batch, s_q, h_q, HEAD_DIM_V), q.dtype), jnp.zeros((batch, h_q, s_q))
+
+    some = cache_seqlens.sum() > 0
+    return jax.lax.cond(some, f, neither, q, k_cache, block_table, cache_seqlens)
+
+
+def in_map(f, q, k_cache, block_table, cache_seqlens):
+    """One sequence after the other."""
+
+    def one(x):
+        q, table, length = x
+        out, lse = f(q[None], k_cache, table[None], length[None])
+        return out[0], lse[0]
+
+    return jax.lax.map(one, (q, block_table, cache_seqlens))
+
+
+def in_checkpoint(f, *operands):
+    return jax.checkpoint(f)(*operands)
+
+
+@pytest.mark.parametrize("form", [in_while_loop, in_cond, in_map, in_checkpoint])
+def test_control_flow(rng, form) -> None:
+    problem = oracle.make_problem(rng, (70, 0, 300), s_q=2, h_q=16)
+    attend = functools.partial(fm.flash_mla_with_kvcache, causal=True)
+    actual = jax.jit(functools.partial(form, attend))(*map(jnp.asarray, problem))
+    oracle.assert_matches(actual, oracle.attend(problem, HEAD_DIM**-0.5, causal=True))
+    shapes = jax.eval_shape(functools.partial(form, attend), *map(jnp.asarray, problem))
+    assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in actual]
+
+
 def test_empty_batch(dtype) -> None:
     q = jnp.zeros((0, 2, 16, HEAD_DIM), dtype)
     k_cache = jnp.zeros((4, PAGE_SIZE, 1, HEAD_DIM), dtype)
