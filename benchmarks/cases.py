@@ -31,6 +31,7 @@ class Case:
     rival: bool = False
     """Measure gather + einsum too."""
     batch_invariant: bool = False
+    """In the mode `deterministic="batch_invariant"`."""
 
     def __str__(self) -> str:
         name = f"b{self.batch} s{self.s_q} h{self.h_q} {self.length} {self.spread}"
@@ -100,8 +101,8 @@ def _table() -> list[Case]:
         (4, 16, 8, "uniform"),
         (1, 128, 64, "uniform"),
     ):
-        case = Case("batch-invariant", batch, 1, heads, length * K, spread)
-        cases.append(dataclasses.replace(case, batch_invariant=True))
+        sizes = batch, 1, heads, length * K
+        cases.append(Case("batch-invariant", *sizes, spread, batch_invariant=True))
     return cases
 
 

@@ -147,6 +147,8 @@ def test_batch_invariant(name: str) -> None:
             **axes_of(scheme),
         )
     )
+    # The CPU kernel is invariant in any case; that the GPU's is asked to be shows here.
+    assert "batch_invariant=True" in str(jax.make_jaxpr(attend)(*dealt))
     expected = [np.asarray(x) for x in attend(*dealt)]
     for i in (0, 2, 5):
         others = np.where(np.arange(len(lengths)) == i, lengths, lengths // 3)

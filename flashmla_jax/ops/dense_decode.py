@@ -96,8 +96,10 @@ def _workspace(
     ]
 
 
-def _call_cpu(*operands: jax.Array, softmax_scale: float, causal: bool, **_: Any) -> list[Any]:
-    # Batch-invariant in any case: chunks follow from a sequence's own length.
+def _call_cpu(
+    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool
+) -> list[jax.Array]:
+    del batch_invariant  # it always is: chunks follow from a sequence's own length
     call = jax.ffi.ffi_call(_TARGET, _results(operands[0]))
     return list(call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal))
 

@@ -261,7 +261,7 @@ class Consumer {
     FinishMultiply(ring);
   }
 
-  // x_ = masked scores of the block, highest_ = the highest of each row, both before scaling.
+  // x_ = scaled and masked scores of the block, in base 2; highest_ = the highest of each row.
   __device__ __forceinline__ void Scores(RingPosition ring, int first_token) {
     const int stage = ring.stage();
     uint64_t* full = shared_.full[stage];
@@ -338,7 +338,7 @@ class Consumer {
       sum_[h] *= alpha[h];
       if (lane() % 4 == 0) shared_.reference[kSide][row() + 8 * h] = updated;
     }
-    const uint32_t store = ptx::SmemAddress(shared_.p[kSide]) + (warp() * 16 + lane() % 16) * 128;
+    const uint32_t p = ptx::SmemAddress(shared_.p[kSide]);
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
       // A 16 x 16 piece, as wgmma reads its first operand.
@@ -352,8 +352,7 @@ class Consumer {
         p_registers_[4 * step + i] = Pack(T{}, pair[0], pair[1]);
       }
       const uint32_t* piece = p_registers_ + 4 * step;
-      const int chunk = step * 2 + lane() / 16;
-      ptx::StMatrix4(store + ((chunk ^ (lane() % 8)) << 4), piece[0], piece[1], piece[2], piece[3]);
+      ptx::StMatrix4(p + PieceOffset(step), piece[0], piece[1], piece[2], piece[3]);
     }
     // Before any wgmma of this side's is under way: the fence would wait for its end.
     ptx::FenceProxyAsync();
@@ -420,9 +419,12 @@ class Consumer {
     }
   }
 
-  // Writes the result of a sequence, or of the part of it that this range holds.
+  // Writes the result of a sequence, or of the part of it that this range holds. Each warp takes
+  // its rows through its own part of P's buffer, 128 bytes of a row at once, so that they leave as
+  // whole lines.
   __device__ __forceinline__ void Finish(int partition, int partitions) {
-    // The sum of each row over all tokens: four lanes, then both sides.
+    // The sum of each row over all tokens: four lanes, then both sides, which from then on have
+    // done with P.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 1);
@@ -452,7 +454,7 @@ class Consumer {
       }
     }
     uint8_t* buffer = shared_.p[kSide];
-    // Row `place(i)` of the tile, in the order in which lanes read the buffer: a quarter each.
+    // Eight lanes read a row of the buffer; place(i) is the i-th of this lane's four.
     const auto place = [](int i) { return warp() * 16 + 4 * i + lane() / 8; };
     const auto read = [&](int i) {
       const int r = place(i);
