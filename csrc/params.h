@@ -13,8 +13,10 @@ inline constexpr int kHeadDimV = 512;  // of which the first are the latent: a v
 
 // The GPU workspace: bounded by how many thread blocks a Hopper die can hold at once, so that it
 // does not grow with the batch. A full GH100 has 144 multiprocessors (132 are enabled on an H100).
-inline constexpr int kRowTile = 64;         // query rows that one thread block works on
+inline constexpr int kNarrowRows = 32;      // up to so many query rows, one block does all of them
+inline constexpr int kRowTile = 64;         // and of more, so many
 inline constexpr int kMaxPartitions = 144;  // KV partitions over the whole grid, at most
+inline constexpr int kMergeWords = 16;      // what a partition has to merge
 
 // Batch-invariant decoding cuts every sequence into chunks of so many pages, and longer ones where
 // that would be more than kMaxChunks.
@@ -48,15 +50,19 @@ struct DenseDecodeParams {
   float* lse;                    // [batch, h_q, s_q], natural logarithm
 
   // GPU workspace, written before it is read.
-  float* partial_out;   // [workspace_slots, tile_rows, kHeadDimV]
-  float* partial_lse;   // [workspace_slots, tile_rows], base 2
-  int32_t* split_info;  // [max_partitions, 4]
+  void* partial_out;     // [workspace_slots, tile_rows, kHeadDimV], in single or half precision
+  float* partial_stats;  // [workspace_slots, tile_rows, 4]: the lse in base 2, what the columns
+                         // below 256 are to be multiplied with, what the others are, and nothing
+  int32_t* merges;       // [max_partitions, kMergeWords]
 
   constexpr int64_t group() const { return h_q / h_kv; }  // query heads that share a KV head
   // Query rows of one sequence and KV head.
   constexpr int64_t rows() const { return s_q * group(); }
   constexpr int64_t tiles_per_head() const { return (rows() + kRowTile - 1) / kRowTile; }
   constexpr int64_t tile_rows() const { return rows() < kRowTile ? rows() : kRowTile; }
+  // Partial results of many rows are in half precision, scaled: there is much to write and to read.
+  constexpr bool half_partials() const { return rows() > kNarrowRows; }
+  constexpr int64_t partial_row_bytes() const { return kHeadDimV * (half_partials() ? 2 : 4); }
   constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }
   constexpr int64_t max_partitions() const { return MaxPartitions(row_tiles()); }
   // How many chunks a sequence can have, batch-invariantly.

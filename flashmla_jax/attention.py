@@ -124,8 +124,8 @@ def flash_mla_with_kvcache(
       deterministic: True, the same inputs give the same bits; or "batch_invariant", the result of a
         sequence is the same to the bit whatever else is in the batch, and however large the batch
         and the table are. On a GPU every sequence is then cut into chunks of 2048 tokens, which
-        costs time (`docs/kernel.md`), and a workspace of a float32 result for each chunk that the
-        table has room for; on a CPU it costs nothing.
+        costs time (`docs/kernel.md`), and a workspace of a result for each chunk that the table has
+        room for; on a CPU it costs nothing.
 
     Returns:
       out: [batch, s_q, h_q, 512] in q's dtype.

@@ -26,9 +26,9 @@ xffi::Error ToError(const char* target, const sm90::Status& status) {
 xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
                         xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> cache_seqlens,
                         xffi::Result<xffi::AnyBuffer> out, xffi::ResultBuffer<xffi::F32> lse,
-                        xffi::ResultBuffer<xffi::F32> partial_out,
-                        xffi::ResultBuffer<xffi::F32> partial_lse,
-                        xffi::ResultBuffer<xffi::S32> split_info, float softmax_scale, bool causal,
+                        xffi::Result<xffi::AnyBuffer> partial_out,
+                        xffi::ResultBuffer<xffi::F32> partial_stats,
+                        xffi::ResultBuffer<xffi::S32> merges, float softmax_scale, bool causal,
                         bool batch_invariant) {
   DenseDecodeParams params{};
   params.softmax_scale = softmax_scale;
@@ -44,14 +44,14 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
   const auto fewer = [](size_t elements, int64_t needed) {
     return static_cast<int64_t>(elements) < needed;
   };
-  if (fewer(partial_out->element_count(), rows * kHeadDimV) ||
-      fewer(partial_lse->element_count(), rows) ||
-      fewer(split_info->element_count(), params.max_partitions() * 4)) {
+  if (fewer(partial_out->size_bytes(), rows * params.partial_row_bytes()) ||
+      fewer(partial_stats->element_count(), rows * 4) ||
+      fewer(merges->element_count(), params.max_partitions() * kMergeWords)) {
     return xffi::Error::InvalidArgument("flashmla_dense_decode: the workspace is too small");
   }
-  params.partial_out = partial_out->typed_data();
-  params.partial_lse = partial_lse->typed_data();
-  params.split_info = split_info->typed_data();
+  params.partial_out = partial_out->untyped_data();
+  params.partial_stats = partial_stats->typed_data();
+  params.merges = merges->typed_data();
   return ToError("flashmla_dense_decode", sm90::DenseDecode(params, stream));
 }
 
@@ -75,7 +75,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode,
                                   .Arg<xffi::Buffer<xffi::S32>>()
                                   .Ret<xffi::AnyBuffer>()
                                   .Ret<xffi::Buffer<xffi::F32>>()
-                                  .Ret<xffi::Buffer<xffi::F32>>()
+                                  .Ret<xffi::AnyBuffer>()
                                   .Ret<xffi::Buffer<xffi::F32>>()
                                   .Ret<xffi::Buffer<xffi::S32>>()
                                   .Attr<float>("softmax_scale")

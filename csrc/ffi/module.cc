@@ -38,8 +38,10 @@ nb::dict BuildInfo() {
   info["page_size"] = kPageSize;
   info["head_dim"] = kHeadDim;
   info["head_dim_v"] = kHeadDimV;
+  info["narrow_rows"] = kNarrowRows;
   info["row_tile"] = kRowTile;
   info["max_partitions"] = kMaxPartitions;
+  info["merge_words"] = kMergeWords;
   info["chunk_pages"] = kChunkPages;
   info["max_chunks"] = kMaxChunks;
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

@@ -72,12 +72,16 @@ __device__ __forceinline__ uint32_t ClusterRank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster.
+// All threads of all blocks of the cluster, which arrive, and wait for each other.
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterWait() {
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+}
 __device__ __forceinline__ void ClusterSync() {
-  asm volatile(
-      "barrier.cluster.arrive;\n"
-      "barrier.cluster.wait;\n" ::
-          : "memory");
+  ClusterArrive();
+  ClusterWait();
 }
 
 // Orders ordinary shared-memory accesses of this thread before those of wgmma and TMA.

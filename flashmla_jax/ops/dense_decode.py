@@ -14,10 +14,13 @@ from flashmla_jax.ops import _ffi
 
 _TARGET = "flashmla_dense_decode"
 
-# The GPU workspace, as csrc/params.h bounds it: query rows per tile, and how many parts the tokens
-# are divided into over the whole grid, at most.
+# The GPU workspace, as csrc/params.h bounds it: up to how many query rows partial results are in
+# single precision, query rows per tile, how many parts the tokens are divided into over the whole
+# grid, at most, and what each notes about merging them.
+NARROW_ROWS = 32
 ROW_TILE = 64
 MAX_PARTITIONS = 144
+MERGE_WORDS = 16
 # Batch-invariantly, sequences are cut into chunks of so many pages, and into so many at most.
 CHUNK_PAGES = 32
 MAX_CHUNKS = 128
@@ -89,10 +92,12 @@ def _workspace(
         chunks = min(-(-(max_pages + -(-s_q // PAGE_SIZE)) // CHUNK_PAGES), MAX_CHUNKS)
         slots = batch * chunks if chunks > 1 else 0
     slots = max(1, row_tiles * slots)
+    tile = (slots, min(rows, ROW_TILE))
+    dtype = np.float32 if rows <= NARROW_ROWS else np.float16
     return [
-        jax.ShapeDtypeStruct((slots, min(rows, ROW_TILE), HEAD_DIM_V), jnp.float32),
-        jax.ShapeDtypeStruct((slots, min(rows, ROW_TILE)), jnp.float32),
-        jax.ShapeDtypeStruct((partitions, 4), jnp.int32),
+        jax.ShapeDtypeStruct((*tile, HEAD_DIM_V), dtype),
+        jax.ShapeDtypeStruct((*tile, 4), np.float32),
+        jax.ShapeDtypeStruct((partitions, MERGE_WORDS), np.int32),
     ]
 
 

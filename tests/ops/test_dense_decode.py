@@ -111,8 +111,10 @@ def test_sizes_agree_with_the_compiled_module() -> None:
         layout.HEAD_DIM,
         layout.HEAD_DIM_V,
     )
+    assert info["narrow_rows"] == dense_decode.NARROW_ROWS
     assert info["row_tile"] == dense_decode.ROW_TILE
     assert info["max_partitions"] == dense_decode.MAX_PARTITIONS
+    assert info["merge_words"] == dense_decode.MERGE_WORDS
     assert info["chunk_pages"] == dense_decode.CHUNK_PAGES
     assert info["max_chunks"] == dense_decode.MAX_CHUNKS
 

@@ -2,164 +2,257 @@
 //
 //   out = sum_i w_i out_i,   w_i = 2^(lse_i - max lse) / sum_j 2^(lse_j - max lse)
 //
-// A warp works on a slice of 128 columns, and its loads, eight to a thread, are in flight together
-// and beside those of the weights. Few parts: the eight are several rows' parts. Many parts: the
-// warps of a block share one row's slice. The order of additions depends on the number of parts
-// alone: the same inputs give the same bits.
+// Several blocks stand for each partition, and share what its sequences have to merge with those of
+// the other partitions that worked on them. A unit of work is a slice of a row, as much as a warp
+// loads at once; the loads of all its parts are in flight together, and beside those of the
+// weights. Few parts: a warp takes several slices at once. Many: several warps share a slice. The
+// order of additions depends on the number of parts alone: the same inputs give the same bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "sm90/dense_decode/combine.cuh"
-#include "sm90/dense_decode/schedule.cuh"
+#include "sm90/dense_decode/common.cuh"
 #include "sm90/ptx.cuh"
 
 namespace flashmla::sm90 {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kBlocksPerMultiprocessor = 4;
-constexpr int kSlice = 128;  // columns: four a lane
-constexpr int kSlices = kHeadDimV / kSlice;
-constexpr int kLines = kSlice * 4 / 128;  // of the cache
-constexpr int kInFlight = 8;              // 16-byte loads of a thread
-constexpr int kFewParts = kInFlight;
-
-__device__ uint2 Pack4(__nv_bfloat16, float4 v) {
-  const __nv_bfloat162 low = __floats2bfloat162_rn(v.x, v.y),
-                       high = __floats2bfloat162_rn(v.z, v.w);
-  return {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
-}
-__device__ uint2 Pack4(__half, float4 v) {
-  const __half2 low = __floats2half2_rn(v.x, v.y), high = __floats2half2_rn(v.z, v.w);
-  return {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
-}
-
-__device__ __forceinline__ void Accumulate(float4& total, float weight, float4 v) {
-  total.x += weight * v.x;
-  total.y += weight * v.y;
-  total.z += weight * v.z;
-  total.w += weight * v.w;
-}
-
-// Where the parts of a sequence lie in one row tile, and where its result goes. With kChunks, the
-// parts are chunks (batch-invariant decoding).
-template <typename T, bool kChunks>
-struct Split {
-  const DenseDecodeParams& p;
-  const RowTile tile;
-  const SplitInfo info;
-  const int partitions, max_chunks;
-  const int slice, lane;
-
-  __device__ int parts() const { return info.last - info.first + 1; }
-  __device__ int Row(int part, int row) const {
-    if constexpr (kChunks) return tile.chunk_row(p, max_chunks, info.batch, part) + row;
-    // The first partition may have used either of its slots.
-    const int slot = part == 0 ? info.first_slot : 0;
-    return tile.partial_row(partitions, info.first + part, slot == 0) + row;
-  }
-  __device__ float Lse(int part, int row) const { return p.partial_lse[Row(part, row)]; }
-  __device__ float4 Load(int part, int row) const {
-    const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
-    return __ldcg(reinterpret_cast<const float4*>(columns) + lane);
-  }
-  // A line of what the slice has there.
-  __device__ void Discard(int part, int row, int line) const {
-    const float* columns = p.partial_out + int64_t{Row(part, row)} * kHeadDimV + slice * kSlice;
-    ptx::DiscardL2(columns + line * (kSlice / kLines));
-  }
-  __device__ void Store(int row, float4 total) const {
-    const int64_t query = (info.batch * p.s_q + tile.token(row)) * p.h_q + tile.head(row);
-    T* columns = static_cast<T*>(p.out) + query * kHeadDimV + slice * kSlice;
-    reinterpret_cast<uint2*>(columns)[lane] = Pack4(T{}, total);
-  }
-  // `lse` is in base 2.
-  __device__ void StoreLse(int row, float lse) const {
-    p.lse[(info.batch * p.h_q + tile.head(row)) * p.s_q + tile.token(row)] =
-        lse * static_cast<float>(M_LN2);
-  }
-};
-
-// kRows rows of at most kParts parts each, by one warp.
-template <int kParts, typename T, bool kChunks>
-__device__ __forceinline__ void CombineFew(const Split<T, kChunks>& split, int first_row) {
-  constexpr int kRows = kInFlight / kParts;
-  const auto exists = [&](int i) {
-    return i < kInFlight && i % kParts < split.parts() && first_row + i / kParts < split.tile.count;
-  };
-  float4 v[kInFlight];
-#pragma unroll
-  for (int i = 0; i < kInFlight; ++i) {
-    v[i] = exists(i) ? split.Load(i % kParts, first_row + i / kParts) : float4{0, 0, 0, 0};
-  }
-  // Lane i has the weight of load i.
-  const int row = first_row + split.lane / kParts;
-  const float lse = exists(split.lane) ? split.Lse(split.lane % kParts, row) : -INFINITY;
-  float top = lse;
-#pragma unroll
-  for (int step = kParts / 2; step > 0; step /= 2) {
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-  }
-  if (top == -INFINITY) top = 0;
-  const float share = exp2f(lse - top);
-  float sum = share;
-#pragma unroll
-  for (int step = kParts / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  const float weight = sum == 0 ? 0.f : share / sum;
-  if (split.slice == 0 && split.lane % kParts == 0 && exists(split.lane)) {
-    split.StoreLse(row, top + log2f(sum));
-  }
-  // What all lanes have loaded need not be written back to memory. (Where parts are many there are
-  // few sequences, and nothing displaces the parts from the cache.)
-  __syncwarp();
-  static_assert(kInFlight * kLines == 32);
-  const int load = split.lane / kLines;
-  if (exists(load)) {
-    split.Discard(load % kParts, first_row + load / kParts, split.lane % kLines);
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    float4 total{0, 0, 0, 0};
-#pragma unroll
-    for (int i = r * kParts; i < (r + 1) * kParts; ++i) {
-      Accumulate(total, __shfl_sync(~0u, weight, i), v[i]);
-    }
-    if (first_row + r < split.tile.count) split.Store(first_row + r, total);
-  }
-}
-
+// Code that runs once is paid in instruction fetches: there is as little of it as will do.
+constexpr int kFewParts = 8;   // loads of a thread in flight, where a warp has all parts of a slice
+constexpr int kPartsEach = 9;  // and where warps share a slice
 static_assert(kMaxChunks <= kMaxPartitions);
+
+// Float partial results are few, and of few rows: many warps share a slice.
+template <typename Partial>
+constexpr int kWarps = std::is_same_v<Partial, float> ? 8 : 4;
+template <typename Partial>
+constexpr int kBlocksPerMultiprocessor = std::is_same_v<Partial, float> ? 3 : 5;
+
+template <int kCount>
 struct Scratch {
   float weights[kMaxPartitions];
-  float4 sums[kWarps][32];
+  float sums[2][kCount][8][32];
 };
 
-// One row of any number of parts, by all warps of the block.
-template <typename T, bool kChunks>
-__device__ __forceinline__ void CombineMany(const Split<T, kChunks>& split, int row,
-                                            Scratch& scratch) {
-  const int warp = threadIdx.x / 32;
-  const int parts = split.parts();
-  const auto load = [&](float4(&v)[kInFlight], int base) {
+// Volatile: in this order, or the compiler would have all addresses before the first.
+__device__ __forceinline__ uint4 Load(const uint4* address) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ void Unpack(float, uint4 v, float (&x)[4]) {
+  x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y);
+  x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
+}
+__device__ __forceinline__ void Unpack(__half, uint4 v, float (&x)[8]) {
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int part = base + i * kWarps;
-      v[i] = part < parts ? split.Load(part, row) : float4{0, 0, 0, 0};
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+    x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+  }
+}
+
+// T: of the result, Partial: of the partial results.
+template <typename T, typename Partial>
+class Merger {
+ public:
+  __device__ Merger(const DenseDecodeParams& p, const RowTile& tile, const Merge& merge,
+                    int first_row, int member, int team, Scratch<sm90::kWarps<Partial>>& scratch)
+      : p_(p),
+        tile_(tile),
+        merge_(merge),
+        first_unit_(merge.index * team + member),
+        step_(merge.count * team),
+        units_(kSlices * tile.count),
+        first_row_(first_row),
+        scratch_(scratch) {}
+
+  __device__ __forceinline__ void Run() {
+    if (merge_.parts > kFewParts) {
+      Many();
+    } else if (merge_.parts == 2) {
+      Few<2>();
+    } else if (merge_.parts <= 4) {
+      Few<4>();
+    } else {
+      Few<8>();
     }
-  };
-  float4 v[kInFlight];
-  load(v, warp);
-  if (warp == 0) {
+  }
+
+ private:
+  static constexpr int kWarps = sm90::kWarps<Partial>;
+  static constexpr int kEach = 16 / sizeof(Partial);  // numbers of a lane
+  static constexpr int kSlice = 32 * kEach;
+  static constexpr int kSlices = kHeadDimV / kSlice;
+
+  // Slices of rows are numbered kSlices row + slice; those of this thread block are unit(0),
+  // unit(1) ...
+  __device__ __forceinline__ int unit(int i) const { return first_unit_ + step_ * i; }
+
+  // The row of the workspace that has a part of a unit.
+  __device__ __forceinline__ int Row(int part, int unit) const {
+    const int row = part == 0 ? merge_.first_row : merge_.next_row + part * merge_.stride;
+    return first_row_ + row + unit / kSlices;
+  }
+  // This lane's numbers of it.
+  __device__ __forceinline__ const uint4* Part(int part, int unit) const {
+    const int slice = Row(part, unit) * kSlices + unit % kSlices;
+    return static_cast<const uint4*>(p_.partial_out) + (int64_t{slice} * 32 + lane());
+  }
+  // Its logarithm and its weight's factor.
+  __device__ __forceinline__ float2 Stats(int part, int unit) const {
+    const float4 stats =
+        __ldcg(reinterpret_cast<const float4*>(p_.partial_stats) + Row(part, unit));
+    return {stats.x, unit % kSlices * kSlice < kHeadDimV / 2 ? stats.y : stats.z};
+  }
+
+  static __device__ __forceinline__ void Accumulate(float (&total)[kEach], float weight, uint4 v) {
+    float x[kEach];
+    Unpack(Partial{}, v, x);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) total[i] += weight * x[i];
+  }
+  __device__ __forceinline__ void Store(int unit, const float (&total)[kEach]) const {
+    const int row = unit / kSlices;
+    const int64_t query = (merge_.batch * p_.s_q + tile_.token(row)) * p_.h_q + tile_.head(row);
+    uint32_t pairs[kEach / 2];
+#pragma unroll
+    for (int i = 0; i < kEach / 2; ++i) pairs[i] = Pack(T{}, total[2 * i], total[2 * i + 1]);
+    const int64_t place = (query * kSlices + unit % kSlices) * 32 + lane();
+    if constexpr (kEach == 8) {
+      static_cast<uint4*>(p_.out)[place] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    } else {
+      static_cast<uint2*>(p_.out)[place] = {pairs[0], pairs[1]};
+    }
+  }
+  // `lse` is in base 2.
+  __device__ __forceinline__ void StoreLse(int unit, float lse) const {
+    const int row = unit / kSlices;
+    p_.lse[(merge_.batch * p_.h_q + tile_.head(row)) * p_.s_q + tile_.token(row)] =
+        lse * static_cast<float>(M_LN2);
+  }
+
+  // Each warp on its own: as many slices at once as there is room for, each of at most kParts
+  // parts.
+  template <int kParts>
+  __device__ __forceinline__ void Few() {
+    constexpr int kGroup = kFewParts / kParts;
+#pragma unroll 1
+    for (int first = warp(); unit(first) < units_; first += kWarps * kGroup) {
+      const auto unit_of = [&](int i) { return unit(first + i / kParts * kWarps); };
+      const auto exists = [&](int i) {
+        return i < kFewParts && i % kParts < merge_.parts && unit_of(i) < units_;
+      };
+      uint4 v[kFewParts];
+#pragma unroll
+      for (int i = 0; i < kFewParts; ++i) {
+        v[i] = uint4{0, 0, 0, 0};
+        if (exists(i)) v[i] = Load(Part(i % kParts, unit_of(i)));
+      }
+      // Lane i has the weight of load i.
+      const int own = unit_of(lane());
+      float2 stats{-INFINITY, 0};
+      if (exists(lane())) stats = Stats(lane() % kParts, own);
+      float top = stats.x;
+#pragma unroll
+      for (int step = kParts / 2; step > 0; step /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      }
+      if (top == -INFINITY) top = 0;
+      const float share = exp2f(stats.x - top);
+      float sum = share;
+#pragma unroll
+      for (int step = kParts / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      const float weight = sum == 0 ? 0.f : share / sum * stats.y;
+      if (own % kSlices == 0 && lane() % kParts == 0 && exists(lane())) {
+        StoreLse(own, top + log2f(sum));
+      }
+      // What all lanes have loaded need not be written back to memory. (Where parts are many there
+      // are few sequences, and nothing displaces the parts from the cache.)
+      __syncwarp();
+      constexpr int kLines = 32 * 16 / 128;
+      static_assert(kFewParts * kLines == 32);
+      const int load = lane() / kLines;
+      if (exists(load)) {
+        ptx::DiscardL2(Part(load % kParts, unit_of(load)) - lane() + lane() % kLines * 8);
+      }
+      float total[kEach] = {};
+#pragma unroll
+      for (int i = 0; i < kFewParts; ++i) {
+        Accumulate(total, __shfl_sync(~0u, weight, i), v[i]);
+        if (i % kParts == kParts - 1) {
+          if (unit_of(i) < units_) Store(unit_of(i), total);
+#pragma unroll
+          for (float& x : total) x = 0;
+        }
+      }
+    }
+  }
+
+  // All warps for a slice, each with every so many-th part.
+  __device__ __forceinline__ void Many() {
+    int buffer = 0;
+#pragma unroll 1
+    for (int i = 0; unit(i) < units_; ++i, buffer ^= 1) {
+      const int own = unit(i);
+      uint4 v[kPartsEach];
+      const auto load = [&](int first) {
+#pragma unroll
+        for (int j = 0; j < kPartsEach; ++j) {
+          const int part = first + kWarps * j;
+          v[j] = uint4{0, 0, 0, 0};
+          if (part < merge_.parts) v[j] = Load(Part(part, own));
+        }
+      };
+      load(warp());
+      if (warp() == 0) Weigh(own);
+      __syncthreads();
+      float total[kEach] = {};
+#pragma unroll 1
+      for (int first = warp(); first < merge_.parts; first += kWarps * kPartsEach) {
+        if (first != warp()) load(first);
+#pragma unroll
+        for (int j = 0; j < kPartsEach; ++j) {
+          const int part = min(first + kWarps * j, kMaxPartitions - 1);
+          Accumulate(total, scratch_.weights[part], v[j]);
+        }
+      }
+      auto& sums = scratch_.sums[buffer];
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) sums[warp()][j][lane()] = total[j];
+      __syncthreads();
+      if (warp() == 0) {
+#pragma unroll
+        for (int other = 1; other < kWarps; ++other) {
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) total[j] += sums[other][j][lane()];
+        }
+        Store(own, total);
+      }
+    }
+    __syncthreads();  // the buffers are free again
+  }
+
+  // The weights of all parts of a slice, by one warp; those of parts that do not exist are zero.
+  __device__ __forceinline__ void Weigh(int unit) {
     constexpr int kPerLane = (kMaxPartitions + 31) / 32;
-    float lse[kPerLane];
+    float lse[kPerLane], factor[kPerLane];
     float top = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
-      const int part = split.lane + 32 * k;
-      lse[k] = part < parts ? split.Lse(part, row) : -INFINITY;
+      const int part = lane() + 32 * k;
+      float2 stats{-INFINITY, 0};
+      if (part < merge_.parts) stats = Stats(part, unit);
+      lse[k] = stats.x;
+      factor[k] = stats.y;
       top = fmaxf(top, lse[k]);
     }
 #pragma unroll
@@ -176,140 +269,91 @@ __device__ __forceinline__ void CombineMany(const Split<T, kChunks>& split, int 
     const float inverse = sum == 0 ? 0.f : 1.f / sum;
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
-      const int part = split.lane + 32 * k;
-      if (part < parts) scratch.weights[part] = lse[k] * inverse;
+      const int part = lane() + 32 * k;
+      if (part < kMaxPartitions) scratch_.weights[part] = lse[k] * inverse * factor[k];
     }
-    if (split.slice == 0 && split.lane == 0) split.StoreLse(row, top + log2f(sum));
+    if (unit % kSlices == 0 && lane() == 0) StoreLse(unit, top + log2f(sum));
   }
-  __syncthreads();
-  float4 total{0, 0, 0, 0};
-  for (int base = warp; base < parts; base += kInFlight * kWarps) {
-    if (base != warp) load(v, base);
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int part = base + i * kWarps;
-      if (part < parts) Accumulate(total, scratch.weights[part], v[i]);
-    }
-  }
-  scratch.sums[warp][split.lane] = total;
-  __syncthreads();
-  if (warp == 0) {
-#pragma unroll
-    for (int other = 1; other < kWarps; ++other) {
-      Accumulate(total, 1.f, scratch.sums[other][split.lane]);
-    }
-    split.Store(row, total);
-  }
-}
 
-// A block's share of the work.
-struct Share {
-  SplitInfo info;    // batch -1: none
-  int index, count;  // this block, of those that work on the same entry
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int warp() { return threadIdx.x / 32; }
+
+  const DenseDecodeParams& p_;
+  const RowTile& tile_;
+  const Merge& merge_;
+  const int first_unit_, step_, units_;
+  const int first_row_;  // of the workspace, for this row tile
+  Scratch<kWarps>& scratch_;
 };
 
-// Divides the blocks among the entries that are split: one for each, and the others by their parts.
-// Each warp finds its block's share on its own.
-template <bool kChunks>
-__device__ __forceinline__ Share FindShare(const DenseDecodeParams& p, int entries) {
-  const int lane = threadIdx.x % 32, block = blockIdx.y, blocks = gridDim.y;
-  const auto info_of = [&](int entry) {
-    if constexpr (kChunks) {
-      return SplitInfo{entry, 0, Chunks(BlocksOf(SequenceLength(p, entry))) - 1, 0};
-    } else {
-      return reinterpret_cast<const SplitInfo*>(p.split_info)[entry];
-    }
-  };
-  const auto parts_of = [&](int entry) {
-    if (entry >= entries) return 0;
-    const SplitInfo info = info_of(entry);
-    return info.batch < 0 || info.first == info.last ? 0 : info.last - info.first + 1;
-  };
-  int parts = parts_of(lane), all_parts = parts;
-#pragma unroll 1
-  for (int entry = lane + 32; entry < entries; entry += 32) all_parts += parts_of(entry);
-  all_parts = __reduce_add_sync(~0u, all_parts);
-  const float per_part = __fdividef(static_cast<float>(blocks - entries), all_parts) * 0.9999f;
-  int first = 0;
-#pragma unroll 1
-  for (int base = 0; base < entries; base += 32) {
-    if (base > 0) parts = parts_of(base + lane);
-    const int count = parts == 0 ? 0 : 1 + static_cast<int>(parts * per_part);
-    int end = count;  // inclusive scan over the warp
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, end, step);
-      if (lane >= step) end += other;
-    }
-    end += first;
-    const unsigned holder = __ballot_sync(~0u, end - count <= block && block < end);
-    if (holder != 0) {
-      const int source = __ffs(holder) - 1;
-      return {info_of(base + source), block - __shfl_sync(~0u, end - count, source),
-              __shfl_sync(~0u, count, source)};
-    }
-    first = __shfl_sync(~0u, end, 31);
-  }
-  return {{-1, 0, 0, 0}, 0, 0};
-}
-
-// Grid: (row tiles, any number of blocks above that of entries).
-template <typename T, bool kChunks>
-__global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor - (kChunks ? 1 : 0))
-    CombineKernel(const __grid_constant__ DenseDecodeParams p, int entries, int partitions,
-                  int max_chunks) {
+// Grid: (row tiles, blocks), `team` blocks for each partition or, batch-invariantly, sequence.
+template <typename T, typename Partial>
+__global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor<Partial>)
+    CombineKernel(const __grid_constant__ DenseDecodeParams p, int partitions, int team) {
+  __shared__ Scratch<kWarps<Partial>> scratch;
+  const RowTile tile(p, blockIdx.x);
+  const int subject = static_cast<uint32_t>(blockIdx.y) / static_cast<uint32_t>(team);
+  const int member = blockIdx.y - subject * team;
+  FetchParams(p);
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
-  __shared__ Scratch scratch;
-  const Share share = FindShare<kChunks>(p, entries);
-  const SplitInfo& info = share.info;
-  if (info.batch < 0) return;
-  const int parts = info.last - info.first + 1;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const RowTile tile(p, blockIdx.x);
-  if (parts > kFewParts) {
-    for (int unit = share.index; unit < tile.count * kSlices; unit += share.count) {
-      const Split<T, kChunks> split{p, tile, info, partitions, max_chunks, unit % kSlices, lane};
-      CombineMany(split, unit / kSlices, scratch);
+  __shared__ Merge merges[kMergesEach];
+  if (!p.batch_invariant) {
+    constexpr int kPieces = sizeof(merges) / sizeof(int4);
+    const int4* pieces = reinterpret_cast<const int4*>(p.merges) + subject * kPieces;
+    if (threadIdx.x < kPieces) {
+      reinterpret_cast<int4*>(merges)[threadIdx.x] = __ldcg(pieces + threadIdx.x);
     }
-    return;
+  } else if (threadIdx.x == 0) {
+    const int max_chunks = static_cast<int>(p.max_chunks());
+    const int chunks = Chunks(BlocksOf(SequenceLength(p, subject)));
+    const int row = tile.chunk_row(p, max_chunks, subject, 0);
+    const int next = tile.chunk_row(p, max_chunks, subject, 1);
+    merges[0] = {subject, chunks > 1 ? chunks : 0, row, row, next - row, 0, 1, 0};
+    merges[1].parts = 0;
   }
-  const Split<T, kChunks> split{p, tile, info, partitions, max_chunks, warp % kSlices, lane};
-  const int team = share.index * (kWarps / kSlices) + warp / kSlices;
-  const int teams = share.count * (kWarps / kSlices);
-  if (parts == 2) {
-    for (int row = team * 4; row < tile.count; row += teams * 4) CombineFew<2>(split, row);
-  } else if (parts <= 4) {
-    for (int row = team * 2; row < tile.count; row += teams * 2) CombineFew<4>(split, row);
-  } else {
-    for (int row = team; row < tile.count; row += teams) CombineFew<8>(split, row);
+  __syncthreads();
+  // Chunks are counted from all row tiles' beginning, other parts from their own's.
+  const int first_row = p.batch_invariant ? 0 : tile.partial_row(partitions, 0, true);
+#pragma unroll 1
+  for (int i = 0; i < kMergesEach && merges[i].parts > 0; ++i) {
+    Merger<T, Partial>(p, tile, merges[i], first_row, member, team, scratch).Run();
   }
+}
+
+template <typename T, typename Partial>
+cudaError_t Launch(const DenseDecodeParams& params, int partitions, int multiprocessors,
+                   cudaStream_t stream) {
+  const int row_tiles = static_cast<int>(params.row_tiles());
+  const int subjects = params.batch_invariant ? static_cast<int>(params.batch) : partitions;
+  const int blocks = kBlocksPerMultiprocessor<Partial> * multiprocessors;
+  const int team = std::max(blocks / (row_tiles * subjects), 1);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(row_tiles, subjects * team);
+  config.blockDim = dim3(kWarps<Partial> * 32);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, CombineKernel<T, Partial>, params, partitions, team);
+}
+
+template <typename T>
+cudaError_t LaunchFor(const DenseDecodeParams& params, int partitions, int multiprocessors,
+                      cudaStream_t stream) {
+  return params.half_partials() ? Launch<T, __half>(params, partitions, multiprocessors, stream)
+                                : Launch<T, float>(params, partitions, multiprocessors, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
                           cudaStream_t stream) {
-  const int entries = static_cast<int>(
-      params.batch_invariant ? params.batch : std::min<int64_t>(params.batch, partitions));
-  const int row_tiles = static_cast<int>(params.row_tiles());
-  const int blocks = std::max(kBlocksPerMultiprocessor * multiprocessors / row_tiles, entries);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(row_tiles, blocks);
-  config.blockDim = dim3(kWarps * 32);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  const auto launch = [&](auto plain, auto chunks) {
-    return cudaLaunchKernelEx(&config, params.batch_invariant ? chunks : plain, params, entries,
-                              partitions, static_cast<int>(params.max_chunks()));
-  };
   return params.dtype == DType::kBF16
-             ? launch(CombineKernel<__nv_bfloat16, false>, CombineKernel<__nv_bfloat16, true>)
-             : launch(CombineKernel<__half, false>, CombineKernel<__half, true>);
+             ? LaunchFor<__nv_bfloat16>(params, partitions, multiprocessors, stream)
+             : LaunchFor<__half>(params, partitions, multiprocessors, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -27,22 +27,26 @@ __device__ __forceinline__ uint32_t Pack(__half, float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Brings to L2 what will be read after the lengths: block table and queries, as far as a line of
-// each thread of the grid goes.
+// Brings all parameters to the constant cache, side by side and not one after the other when they
+// are needed.
+__device__ __forceinline__ void FetchParams(const DenseDecodeParams& p) {
+  asm volatile("" ::"l"(p.batch), "l"(p.num_pages), "l"(p.q), "l"(p.out), "l"(p.merges));
+}
+
+// Brings to L2 what will be read first, as far as a line of each thread of the grid goes: lengths,
+// block table and queries. It may be called before the previous kernel has ended: what that writes
+// goes to L2 too.
 __device__ __forceinline__ void PrefetchInputs(const DenseDecodeParams& p) {
   constexpr int kLine = 128;
-  const int64_t table_bytes = p.batch * p.max_pages_per_seq * 4;
-  const int64_t query_bytes = p.batch * p.s_q * p.h_q * kHeadDim * 2;
   int64_t offset =
       ((int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
-  if (offset < table_bytes) {
-    ptx::PrefetchL2(reinterpret_cast<const char*>(p.block_table) + offset);
-    return;
-  }
-  offset -= (table_bytes + kLine - 1) / kLine * kLine;
-  if (offset >= 0 && offset < query_bytes) {
-    ptx::PrefetchL2(static_cast<const char*>(p.q) + offset);
-  }
+  const auto prefetch = [&](const void* data, int64_t bytes) {
+    if (offset >= 0 && offset < bytes) ptx::PrefetchL2(static_cast<const char*>(data) + offset);
+    offset -= (bytes + kLine - 1) / kLine * kLine;
+  };
+  prefetch(p.cache_seqlens, p.batch * 4);
+  prefetch(p.block_table, p.batch * p.max_pages_per_seq * 4);
+  prefetch(p.q, p.batch * p.s_q * p.h_q * kHeadDim * 2);
 }
 
 // Walks the pages of a range; the warp reads 32 table entries at once. Entries that do not exist
@@ -50,25 +54,23 @@ __device__ __forceinline__ void PrefetchInputs(const DenseDecodeParams& p) {
 class Pages {
  public:
   __device__ Pages(const DenseDecodeParams& p, const RowTile& tile, const Range& range)
-      : p_(p), segments_(p, tile, range) {}
+      : p_(p), segments_(p, tile, range) {
+    // The first entries are on their way while the rest is found out.
+    if (range.batch < p.batch) Load(range.batch, range.block);
+  }
 
   // The page's first token in the pool; all lanes call it.
   __device__ bool Next(int* first_token) {
     while (next_ == visible_) {
       Segment s;
       if (!segments_.Next(&s)) return false;
-      table_ = p_.block_table + s.batch * p_.max_pages_per_seq;
       next_ = s.first_block;
       visible_ = s.first_block + s.visible;
-      loaded_ = next_;
+      if (!s.opening) Load(s.batch, next_);
+      batch_ = s.batch;
     }
-    const int lane = threadIdx.x % 32;
-    if (next_ == loaded_) {
-      const int64_t entry = int64_t{next_} + lane;
-      pages_ = entry < visible_ && entry < p_.max_pages_per_seq ? table_[entry] : -1;
-      loaded_ += 32;
-    }
-    const int page = __shfl_sync(~0u, pages_, next_ - (loaded_ - 32));
+    if (next_ == loaded_ + 32) Load(batch_, next_);
+    const int page = __shfl_sync(~0u, pages_, next_ - loaded_);
     ++next_;
     const bool bad = page < 0 || page >= p_.num_pages;
     *first_token = (bad ? static_cast<int>(p_.num_pages) : page) * kPageSize;
@@ -76,34 +78,73 @@ class Pages {
   }
 
  private:
+  __device__ void Load(int batch, int first) {
+    const int64_t entry = int64_t{first} + threadIdx.x % 32;
+    pages_ = -1;
+    if (entry < p_.max_pages_per_seq) {
+      pages_ = p_.block_table[batch * p_.max_pages_per_seq + entry];
+    }
+    loaded_ = first;
+  }
+
   const DenseDecodeParams& p_;
   Segments segments_;
-  const int32_t* table_ = nullptr;
-  int next_ = 0, visible_ = 0, loaded_ = 0;
+  int batch_ = 0, next_ = 0, visible_ = 0;
+  int loaded_ = 0;  // the first of 32 entries, of which each lane has one
   int pages_ = -1;
 };
 
-// Tells the combine which partitions share the sequences that start in this range. Entries are
-// indexed by sequence or by partition, whichever are fewer; every entry is written.
-__device__ inline void RecordSplits(const DenseDecodeParams& p, const RowTile& tile,
+// Tells the combine which parts it has to merge: each partition has a share in those of its own
+// sequences, and those that have no range help the others. Every entry is written.
+__device__ inline void RecordMerges(const DenseDecodeParams& p, const RowTile& tile,
                                     const Range& range, int partition, int partitions) {
-  SplitInfo* split_info = reinterpret_cast<SplitInfo*>(p.split_info);
-  SplitInfo continued{-1, 0, 0, 0};
+  Merge* merges = reinterpret_cast<Merge*>(p.merges);
+  const int active = range.PartitionBefore(range.total) + 1;
+  const int members = partitions / active, helpers = members - 1;
+  const auto write = [&](int partition, int i, const Merge& merge) {
+    merges[partition * kMergesEach + i] = merge;
+  };
+  if (partition >= active + active * helpers) write(partition, 0, {});
+  if (partition >= active) return;
+  const auto write_all = [&](int i, Merge merge) {
+    write(partition, i, merge);
+    for (int helper = 0; helper < helpers; ++helper) {
+      ++merge.index;
+      write(active + partition * helpers + helper, i, merge);
+    }
+  };
+  int count = 0;
   int place = range.units;  // of the sequence's first block
   Segments segments(p, tile, range);
   for (Segment s; segments.Next(&s);) {
     const int end = place + s.all_blocks;
-    place = end + range.cost;
-    if (s.first_block != 0) continue;
-    const int last = PartitionBefore(end, range);
-    const SplitInfo info{s.batch, partition, last, s.opening ? 0 : 1};
-    if (p.batch <= partitions) {
-      split_info[s.batch] = info;
-    } else if (last > partition) {
-      continued = info;
+    if (!s.complete()) {
+      const int first = range.PartitionBefore(place + 1), last = range.PartitionBefore(end);
+      const bool opening = first * range.each >= place - range.cost;  // the first of that partition
+      const int row = tile.partial_row(partitions, first, true);
+      const int next = tile.partial_row(partitions, first + 1, true);
+      write_all(count++,
+                {s.batch, last - first + 1, tile.partial_row(partitions, first, opening), row,
+                 next - row, (partition - first) * members, (last - first + 1) * members, 0});
     }
+    place = end + range.cost;
   }
-  if (p.batch > partitions) split_info[partition] = continued;
+  if (count < kMergesEach) write_all(count, {});
+}
+
+// What a row of a partial result is multiplied with before it becomes 16-bit floating point: a
+// power of two that brings its largest number next to the top of what half precision holds, so that
+// those down to 2^-28 of it keep all of their 11 bits. Next to infinities, numbers stay as they
+// are.
+__device__ __forceinline__ float PartialScale(float largest) {
+  constexpr int kBias = 127, kTop = 14, kMost = 100;
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - kBias;
+  return exponent > kBias ? 1.f : __uint_as_float((min(kTop - exponent, kMost) + kBias) << 23);
+}
+
+// The reciprocal of a power of two that is not next to the ends of the range.
+__device__ __forceinline__ float PowerReciprocal(float power) {
+  return __uint_as_float((2 * 127u << 23) - __float_as_uint(power));
 }
 
 // Two 16-bit numbers, of which those that are not finite become zero.

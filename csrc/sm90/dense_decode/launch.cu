@@ -117,7 +117,7 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
 template <typename T>
 Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   if (p.rows() <= 16) return LaunchNarrow<T, 16>(p, grid, stream);
-  if (p.rows() <= 32) return LaunchNarrow<T, 32>(p, grid, stream);
+  if (p.rows() <= kNarrowRows) return LaunchNarrow<T, kNarrowRows>(p, grid, stream);
   if (p.tiles_per_head() % 2 != 0) return LaunchWide<T, 1>(p, grid, stream);
   return LaunchWide<T, 2>(p, grid, stream);
 }
@@ -152,8 +152,10 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
             "s_q * h_q is too large: " + std::to_string(p.s_q * p.h_q)};
   }
 
-  // The schedule counts all blocks of all sequences, and up to three more for each sequence.
-  if (p.batch * (p.max_pages_per_seq + p.s_q / kPageSize + 4) > INT32_MAX) {
+  // The schedule counts all blocks of all sequences, and up to three more for each sequence; and
+  // the last partitions may lie behind the last of them.
+  constexpr int64_t kBehind = 4 * kMaxPartitions;
+  if (p.batch * (p.max_pages_per_seq + p.s_q / kPageSize + 4) > INT32_MAX - kBehind) {
     return {StatusCode::kInvalidArgument, "block_table is too large: " + std::to_string(p.batch) +
                                               " x " + std::to_string(p.max_pages_per_seq)};
   }

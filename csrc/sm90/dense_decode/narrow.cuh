@@ -16,7 +16,7 @@
 //   warp 8     loader   TMA: pages, panel by panel, through a ring of panels; runs ahead across
 //                       sequences
 //   warp 9     queries  a sequence's Q, ahead of its blocks
-//   warp 10    bookkeeper: tells the combine which sequences are split
+//   warp 10    bookkeeper: tells the combine what to merge
 //
 // Every hand-over is an mbarrier with one that gives back. The reference m moves only where a row's
 // maximum has grown by more than a factor of 2^8, so that O is rarely rescaled. Exact after the
@@ -385,7 +385,7 @@ class Values {
         const int64_t head = shared_.query_row[r] - token * p_.h_q;
         p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
       } else {
-        p_.partial_lse[partial_row + r] = lse;
+        reinterpret_cast<float4*>(p_.partial_stats)[partial_row + r] = {lse, 1, 1, 0};
       }
     }
     if (s.complete()) {
@@ -412,7 +412,7 @@ class Values {
         }
       }
     } else {
-      float* out = p_.partial_out + int64_t{partial_row} * kHeadDimV + row();
+      float* out = static_cast<float*>(p_.partial_out) + int64_t{partial_row} * kHeadDimV + row();
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         if (column(c) >= tile_.count) continue;
@@ -458,12 +458,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Shared = SharedMemory<kRows>;
   static_assert(sizeof(Shared) <= kMaxSharedBytes);
   Shared& shared = *reinterpret_cast<Shared*>(raw);
-  if (threadIdx.x < Shared::kSlots) {
-    ptx::MbarrierInit(&shared.full[threadIdx.x], 1);
-    ptx::MbarrierInit(&shared.empty[threadIdx.x], kGroupThreads / 32);
+  // One thread of a warp for some of the barriers: of many, it would be one after the other, too,
+  // but with a fence for each.
+  if (threadIdx.x == 0) {
+    if (ptx::SmemAddress(raw) % 1024 != 0) __trap();  // swizzled tiles need it
+    for (uint64_t& barrier : shared.full) ptx::MbarrierInit(&barrier, 1);
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 32) {
-    if (ptx::SmemAddress(raw) % 1024 != 0) __trap();  // swizzled tiles need it
+    for (uint64_t& barrier : shared.empty) ptx::MbarrierInit(&barrier, kGroupThreads / 32);
+    ptx::FenceMbarrierInit();
+  } else if (threadIdx.x == 64) {
     ptx::PrefetchTensorMap(&maps.panel);
     ptx::PrefetchTensorMap(&maps.queries);
     // Those that hand over numbers count the threads that wrote them: racecheck follows that.
@@ -494,10 +498,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::FenceProxyAsync();
   const int partition = blockIdx.y, partitions = gridDim.y;
-  ptx::WaitForPreviousKernel();
+  FetchParams(p);
   PrefetchInputs(p);
-  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   __syncthreads();  // barriers and row numbers are there
+  ptx::WaitForPreviousKernel();
+  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {
     Scores<T, kRows>(p, tile, shared).Run(range);
@@ -513,7 +518,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       LoadQueries<kRows>(p, maps.queries, tile, range, shared);
     } else if (warp == 2 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1 &&
                !p.batch_invariant) {
-      RecordSplits(p, tile, range, partition, partitions);
+      RecordMerges(p, tile, range, partition, partitions);
     }
   }
 }

@@ -4,12 +4,12 @@
 // The work of one row tile is a line of KV blocks (pages): sequence after sequence, each with its
 // blocks in order, an empty sequence counting as one block so that somebody writes its result.
 // Between two sequences lie `cost` more units: what it takes to finish one and begin the next. The
-// line is cut into `active` ranges of equal length, one per partition, and no more of them than
-// make the longest shorter: every part costs something to write and to merge. Where all sequences
-// are of one length, cuts fall between them if they can. A cut between two sequences belongs to the
-// second one's first block. A sequence that lies within one range is finished there; one that is
-// cut leaves a partial result in each range it touches, at most two per range (its first sequence
-// and its last), so the workspace is bounded by the grid.
+// line is cut into ranges of `each` units, one per partition; the last ones may find nothing left,
+// and that is well: every part costs something to write and to merge. Where all sequences are of
+// one length, `each` and `cost` are such that cuts fall between sequences, if they can. A cut
+// between two sequences belongs to the second one's first block. A sequence that lies within one
+// range is finished there; one that is cut leaves a partial result in each range it touches, at
+// most two per range (its first sequence and its last), so the workspace is bounded by the grid.
 //
 // Batch-invariantly, where a sequence is cut must not depend on the others. So it is cut into
 // chunks, by its own length alone; each is computed from scratch and leaves a partial result, and
@@ -30,8 +30,13 @@ struct Range {
   int end_block;  // starts and ends at the same place
   int units;      // the place on the line of the first block of `batch`
   int total;      // units on the whole line
-  int active;     // ranges on the whole line
+  int each;       // units of a range
   int cost;       // units between sequences
+
+  // The partition that has the last unit before `end` of the line.
+  __device__ int PartitionBefore(int end) const {
+    return static_cast<uint32_t>(end - 1) / static_cast<uint32_t>(each);
+  }
 };
 
 __device__ __forceinline__ int SequenceLength(const DenseDecodeParams& p, int batch) {
@@ -52,21 +57,18 @@ __device__ __forceinline__ int ChunkBlocks(int blocks) {
 }
 __device__ __forceinline__ int Chunks(int blocks) { return (blocks - 1) / ChunkBlocks(blocks) + 1; }
 
-// The last partition that holds a unit before `end` of the line. The quotient of numbers below
-// 2^53, rounded to a double, has the same integer part: one that is no integer lies farther from
-// the next than it is rounded, being at least 1 / total away.
-__device__ __forceinline__ int PartitionBefore(int end, const Range& range) {
-  return static_cast<int>(static_cast<double>(int64_t{end} * range.active - 1) /
-                          static_cast<double>(range.total));
-}
-
-// What the combine needs to know of a sequence that lies in several ranges.
-struct SplitInfo {
-  int batch;  // the sequence; -1: nothing to combine
-  int first;  // partitions first..last hold a part each
-  int last;
-  int first_slot;  // which of its two slots the first partition used; the others used slot 0
+// A sequence that lies in several ranges, and a share in merging its parts.
+struct Merge {
+  int batch;
+  int parts;      // 0: nothing to merge
+  int first_row;  // where the workspace has the first part, in the first row tile;
+  int next_row;   // part i is at next_row + i stride
+  int stride;
+  int index, count;  // this share, and how many there are
+  int unused;        // so that it is 32 bytes
 };
+inline constexpr int kMergesEach = 2;  // of a partition: its first sequence and its last
+static_assert(kMergesEach * sizeof(Merge) == kMergeWords * 4);
 
 // The range of `partition`. Every warp finds it on its own, without waiting for another.
 // `most_cost` is the cost of another sequence in blocks; less is counted where ranges are short.
@@ -96,66 +98,67 @@ __device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int
   before -= mine;
 
   Range range;
-  const int most = min(blocks, partitions);
-  const auto needed = [&](int total) { return max((total - 1) / most + 1, least); };
+  const auto share = [&](int units) {
+    const uint32_t all = units, ranges = partitions;
+    return max(static_cast<int>((all - 1) / ranges) + 1, least);
+  };
   range.cost = 0;
-  range.active = 0;
+  int even = 0;
   if (batch > 1) {
-    while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * most) ++range.cost;
+    while (range.cost < most_cost && blocks >= 4 * (range.cost + 1) * partitions) ++range.cost;
     longest = __reduce_max_sync(~0u, longest);
     if (longest == __reduce_min_sync(~0u, shortest)) {
       // Sequences of one length: a range shall have one part of a sequence or whole sequences, and
       // may be somewhat longer for it.
-      const int each = needed(blocks), enough = needed(blocks + range.cost * (batch - 1)) + 2;
-      const int parts = longest / each, sequences = (each - 1) / longest + 1;
-      if (parts > 0) {
-        if ((longest - 1) / parts + 1 <= enough) range.active = batch * parts;
-      } else if (batch % sequences == 0 && longest * sequences <= enough) {
-        range.active = batch / sequences;
+      const uint32_t length = longest, each = share(blocks);
+      const uint32_t parts = length / each, sequences = (each - 1) / length + 1;
+      const int most = share(blocks + range.cost * (batch - 1)) + 2;
+      even = parts > 0 ? (length - 1) / parts + 1 : sequences * length;
+      if (even > most) {
+        even = 0;
+      } else {
+        range.cost = parts > 0 ? parts * even - length : 0;
       }
     }
   }
-  const bool even = range.active > 0;
-  if (even) range.cost = 0;
   range.total = blocks + range.cost * (batch - 1);
-  if (!even) range.active = (range.total - 1) / needed(range.total) + 1;
-  if (partition >= range.active) {
-    range.batch = range.block = range.end_batch = range.end_block = range.units = 0;
-    return range;
-  }
-  const uint32_t active = range.active, total = range.total;
-  const uint32_t each = total / active, rest = total - each * active;
-  // Where a place on the line is, and the place of that sequence's first block.
-  const auto locate = [&](int cut, int* sequence, int* block, int* units) {
-    const int unit = each * cut + rest * cut / active;  // total * cut / active
+  range.each = even > 0 ? even : share(range.total);
+  // Where the line is cut: before a block of a sequence, whose first block is at `units`.
+  struct Cut {
+    int unit;
+    int batch, block, units;
+  };
+  const auto locate = [&](Cut* cut) {
     int position = before + range.cost * first;
     const int end = position + mine + range.cost * (last - first - 1);
-    const bool here = first < last && position - range.cost <= unit && unit < end;
+    const bool here = first < last && position - range.cost <= cut->unit && cut->unit < end;
     int b = first;
-    if (here) {
-      for (int length; position + (length = BlocksOf(SequenceLength(p, b))) <= unit; ++b) {
+    if (here && per_lane > 1) {
+      for (int length; position + (length = BlocksOf(SequenceLength(p, b))) <= cut->unit; ++b) {
         position += length + range.cost;
       }
     }
-    const int holder = __ffs(__ballot_sync(~0u, here)) - 1;
-    int place = max(unit - position, 0);
+    int block = max(cut->unit - position, 0);
     if (p.batch_invariant && here) {
       const int all = BlocksOf(SequenceLength(p, b)), chunk = ChunkBlocks(all);
-      place = (place + chunk / 2) / chunk * chunk;
-      if (place >= all) ++b, place = 0;
+      block = (block + chunk / 2) / chunk * chunk;
+      if (block >= all) ++b, block = 0;
     }
-    *sequence = __shfl_sync(~0u, b, holder);
-    *block = __shfl_sync(~0u, place, holder);
-    *units = __shfl_sync(~0u, position, holder);
+    const unsigned holders = __ballot_sync(~0u, here);
+    const int holder = __ffs(holders) - 1;
+    cut->batch = __shfl_sync(~0u, b, holder);
+    cut->block = __shfl_sync(~0u, block, holder);
+    cut->units = __shfl_sync(~0u, position, holder);
+    if (holders == 0) *cut = {range.total, batch, 0, range.total};  // all is before it
   };
-  locate(partition, &range.batch, &range.block, &range.units);
-  if (partition + 1 < range.active) {
-    int unused;
-    locate(partition + 1, &range.end_batch, &range.end_block, &unused);
-  } else {
-    range.end_batch = batch;
-    range.end_block = 0;
-  }
+  Cut begin{partition * range.each}, end{begin.unit + range.each};
+  locate(&begin);
+  locate(&end);
+  range.batch = begin.batch;
+  range.block = begin.block;
+  range.units = begin.units;
+  range.end_batch = end.batch;
+  range.end_block = end.block;
   return range;
 }
 
@@ -181,7 +184,7 @@ struct RowTile {
   int kv_head;
   int first;
   int count;
-  int last_of_cluster;  // counted from `first`: the last row of the tiles that load pages together
+  int last_token;  // of the tiles that load pages together
 
   // The launch has checked that s_q * h_q is no more than 31 bits.
   __device__ RowTile(const DenseDecodeParams& p, int index, int cluster = 1)
@@ -194,10 +197,12 @@ struct RowTile {
     first = tile * kRowTile;
     const int left = rows - first;
     count = min(kRowTile, left);
-    last_of_cluster = min((cluster - tile % cluster) * kRowTile, left) - 1;
+    last_token = token(min((cluster - tile % cluster) * kRowTile, left) - 1);
   }
-  __device__ int token(int row) const { return (first + row) / group; }
-  __device__ int head(int row) const { return kv_head * group + (first + row) % group; }
+  __device__ int token(int row) const { return static_cast<uint32_t>(first + row) / group; }
+  __device__ int head(int row) const {
+    return kv_head * group + static_cast<uint32_t>(first + row) % group;
+  }
   // Tokens of a sequence that the rows of a query token may see are those before this.
   __device__ int limit(const DenseDecodeParams& p, int length, int query_token) const {
     return p.causal ? length - static_cast<int>(p.s_q) + query_token + 1 : length;
@@ -225,14 +230,16 @@ class Segments {
   __device__ Segments(const DenseDecodeParams& p, const RowTile& tile, const Range& range)
       : p_(p),
         tile_(tile),
-        last_token_(tile.token(tile.last_of_cluster)),
         batch_(range.batch),
         block_(range.block),
         end_batch_(range.end_batch),
         end_block_(range.end_block) {}
 
+  __device__ bool done() const {
+    return batch_ > end_batch_ || (batch_ == end_batch_ && block_ >= end_block_);
+  }
   __device__ bool Next(Segment* s) {
-    if (batch_ > end_batch_ || (batch_ == end_batch_ && block_ >= end_block_)) return false;
+    if (done()) return false;
     s->batch = batch_;
     s->length = SequenceLength(p_, batch_);
     s->all_blocks = BlocksOf(s->length);
@@ -240,7 +247,7 @@ class Segments {
     int end = batch_ == end_batch_ ? end_block_ : s->all_blocks;
     if (p_.batch_invariant) end = min(end, block_ + ChunkBlocks(s->all_blocks));
     s->blocks = end - block_;
-    const int seen = BlocksBefore(tile_.limit(p_, s->length, last_token_));
+    const int seen = BlocksBefore(tile_.limit(p_, s->length, tile_.last_token));
     s->visible = max(0, min(seen - block_, s->blocks));
     s->opening = opening_;
     opening_ = false;
@@ -252,7 +259,6 @@ class Segments {
  private:
   const DenseDecodeParams& p_;
   const RowTile& tile_;
-  const int last_token_;
   int batch_;
   int block_;
   const int end_batch_;

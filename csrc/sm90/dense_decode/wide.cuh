@@ -21,8 +21,8 @@
 //   warp 8     producer    TMA: a page in three units, as they fall free: the RoPE columns after S,
 //                          the left and the right half of V when its side has multiplied it; runs
 //                          ahead across sequences
-//   warp 9     bookkeeper  tells the combine which sequences are split (warps 10 and 11 only
-//                          complete the warpgroup that gives its registers away)
+//   warp 9     bookkeeper  tells the combine what to merge (warps 10 and 11 only complete
+//                          the warpgroup that gives its registers away)
 //
 // P stays in registers for its own side and goes through shared memory to the other. So does the
 // reference m, one per row: it moves only where a row's maximum has grown by more than a factor of
@@ -144,42 +144,44 @@ __device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
 
 // One side. Its four warps hold 16 rows each: a thread's accumulator elements are those of the rows
 // row and row + 8, in the columns 8 j + column + {0, 1}.
-template <typename T, int kCluster, Side kSide>
+template <typename T, int kCluster>
 class Consumer {
  public:
-  __device__ Consumer(const DenseDecodeParams& p, const RowTile& tile, SharedMemory& shared)
+  __device__ Consumer(const DenseDecodeParams& p, const RowTile& tile, SharedMemory& shared,
+                      int side)
       : p_(p),
         tile_(tile),
         shared_(shared),
+        side_(side),
         scale_(p.softmax_scale * static_cast<float>(M_LOG2E)),
         q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))),
         k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]))),
-        v_operand_(ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared.k[0]) +
-                                                              kSide * kHalfPanels * kPanelBytes)),
-        p_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p[kOther]))) {}
+        v_operand_(ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared.k[0]))),
+        p_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p[0]))) {}
 
   __device__ __forceinline__ void Run(const Range& range, int partition, int partitions) {
     RingPosition ring;
     Segments segments(p_, tile_, range);
+    if (segments.done()) Leave();
     for (Segment s; segments.Next(&s);) {
       Begin(s);
-      if (threadIdx.x % 128 == 0) shared_.segment[kSide] = s;  // registers are scarce until Finish
-      int i = 0;
-      for (; i + 1 < s.visible; i += 2) {
-        Pair(ring, (s.first_block + i) * kPageSize);
-        ring = Next(Next(ring));
+      if (threadIdx.x % 128 == 0) shared_.segment[side_] = s;  // registers are scarce until Finish
+      // The rest is the same code for both: what runs once is paid in instruction fetches.
+      if (side_ == kLeft) {
+        ring = Blocks<kLeft>(ring, s.first_block, s.visible);
+      } else {
+        ring = Blocks<kRight>(ring, s.first_block, s.visible);
       }
-      if (i < s.visible) {
-        Single(ring, (s.first_block + i) * kPageSize);
-        ring = Next(ring);
-      }
+      if (segments.done()) Leave();
       Finish(partition, partitions);
     }
   }
 
  private:
-  static constexpr Side kOther = kSide == kLeft ? kRight : kLeft;
-  static constexpr Unit kOwnHalf = kSide == kLeft ? kLeftHalf : kRightHalf;
+  // Nothing more goes from this block to the other of the cluster.
+  __device__ __forceinline__ void Leave() {
+    if constexpr (kCluster > 1) ptx::ClusterArrive();
+  }
 
   // Takes in the query rows of a sequence; rows that do not exist become zero.
   __device__ __forceinline__ void Begin(const Segment& s) {
@@ -222,46 +224,63 @@ class Consumer {
     ptx::MbarrierWait(&shared_.query_ready, segment_parity_);
   }
 
+  template <Side kSide>
+  __device__ __forceinline__ RingPosition Blocks(RingPosition ring, int first, int count) {
+    int i = 0;
+    for (; i + 1 < count; i += 2) {
+      Pair<kSide>(ring, (first + i) * kPageSize);
+      ring = Next(Next(ring));
+    }
+    if (i < count) {
+      Single<kSide>(ring, (first + i) * kPageSize);
+      ring = Next(ring);
+    }
+    return ring;
+  }
+
   // The blocks at `ring`, the left side's, and after it, the right side's.
+  template <Side kSide>
   __device__ __forceinline__ void Pair(RingPosition ring, int first_token) {
     if constexpr (kSide == kLeft) {
-      Scores(ring, first_token);
-      Rescale(Softmax());
-      MultiplyOwn(ring);
-      FinishMultiply(ring);
-      Rescale(AdoptReference());
-      MultiplyOther(Next(ring));
-      FinishMultiply(Next(ring));
+      Scores<kSide>(ring, first_token);
+      Rescale(Softmax<kSide>());
+      MultiplyOwn<kSide>(ring);
+      FinishMultiply<kSide>(ring);
+      Rescale(AdoptReference<kSide>());
+      MultiplyOther<kSide>(Next(ring));
+      FinishMultiply<kSide>(Next(ring));
     } else {
       ptx::MbarrierWait(&shared_.gate, pair_parity_);
-      Scores(Next(ring), first_token + kPageSize);
-      const float2 before = AdoptReference();
-      const float2 alpha = Softmax();
+      Scores<kSide>(Next(ring), first_token + kPageSize);
+      const float2 before = AdoptReference<kSide>();
+      const float2 alpha = Softmax<kSide>();
       Rescale(before);
-      MultiplyOther(ring);
-      FinishMultiply(ring);
+      MultiplyOther<kSide>(ring);
+      FinishMultiply<kSide>(ring);
       Rescale(alpha);
-      MultiplyOwn(Next(ring));
-      FinishMultiply(Next(ring));
+      MultiplyOwn<kSide>(Next(ring));
+      FinishMultiply<kSide>(Next(ring));
     }
   }
 
   // The last block of an odd number. (Not a condition in Pair: the compiler would then wait after
   // every wgmma.)
+  template <Side kSide>
   __device__ __forceinline__ void Single(RingPosition ring, int first_token) {
     if constexpr (kSide == kLeft) {
-      Scores(ring, first_token);
-      Rescale(Softmax());
-      MultiplyOwn(ring);
+      Scores<kSide>(ring, first_token);
+      Rescale(Softmax<kSide>());
+      MultiplyOwn<kSide>(ring);
     } else {
       ptx::MbarrierWait(&shared_.gate, pair_parity_);  // no use, but a phase wants to be waited for
-      Rescale(AdoptReference());
-      MultiplyOther(ring);
+      Rescale(AdoptReference<kSide>());
+      MultiplyOther<kSide>(ring);
     }
-    FinishMultiply(ring);
+    FinishMultiply<kSide>(ring);
   }
 
   // x_ = scaled and masked scores of the block, in base 2; highest_ = the highest of each row.
+  template <Side kSide>
   __device__ __forceinline__ void Scores(RingPosition ring, int first_token) {
     const int stage = ring.stage();
     uint64_t* full = shared_.full[stage];
@@ -326,6 +345,7 @@ class Consumer {
   // The other side has read this buffer's previous P: it released its half of that block's V after
   // that, and this block, in the same stage, could not have been loaded before.
   // Returns what O has to be multiplied with.
+  template <Side kSide>
   __device__ __forceinline__ float2 Softmax() {
     float alpha[2], subtrahend[2];
 #pragma unroll
@@ -362,7 +382,9 @@ class Consumer {
   }
 
   // Waits for the other side's P, and takes over its reference.
+  template <Side kSide>
   __device__ __forceinline__ float2 AdoptReference() {
+    constexpr Side kOther = kSide == kLeft ? kRight : kLeft;
     ptx::MbarrierWait(&shared_.p_ready[kOther], pair_parity_);
     pair_parity_ ^= 1;
     float alpha[2];
@@ -385,9 +407,16 @@ class Consumer {
     }
   }
 
+  template <Side kSide>
+  __device__ __forceinline__ uint64_t Values(RingPosition ring) const {
+    constexpr uint32_t kColumns = kSide * kHalfPanels * kPanelBytes;
+    return ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]) + kColumns);
+  }
+
   // O += P V for this side's columns: of the block whose P this side has computed, or the other's.
+  template <Side kSide>
   __device__ __forceinline__ void MultiplyOwn(RingPosition ring) {
-    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
+    const uint64_t v = Values<kSide>(ring);
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
@@ -395,18 +424,21 @@ class Consumer {
     }
     ptx::WgmmaCommit();
   }
+  template <Side kSide>
   __device__ __forceinline__ void MultiplyOther(RingPosition ring) {
-    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
+    const uint64_t v = Values<kSide>(ring);
+    const uint64_t p = ptx::Advance(p_operand_, (1 - kSide) * sizeof(shared_.p[0]));
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
-      ptx::WgmmaM64N256<T>(o_, ptx::Advance(p_operand_, step * 32), ptx::Advance(v, step * 2048));
+      ptx::WgmmaM64N256<T>(o_, ptx::Advance(p, step * 32), ptx::Advance(v, step * 2048));
     }
     ptx::WgmmaCommit();
   }
+  template <Side kSide>
   __device__ __forceinline__ void FinishMultiply(RingPosition ring) {
     ptx::WgmmaWait<0>();
-    Release(ring.stage(), kOwnHalf);
+    Release(ring.stage(), kSide == kLeft ? kLeftHalf : kRightHalf);
   }
 
   // This warp no longer reads the unit. In a cluster, both blocks load into it.
@@ -429,90 +461,101 @@ class Consumer {
     for (int h = 0; h < 2; ++h) {
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 1);
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 2);
-      if (lane() % 4 == 0) shared_.sum[kSide][row() + 8 * h] = sum_[h];
+      if (lane() % 4 == 0) shared_.sum[side_][row() + 8 * h] = sum_[h];
     }
     ptx::MbarrierArrive(&shared_.sums_ready);
     ptx::MbarrierWait(&shared_.sums_ready, segment_parity_);
     segment_parity_ ^= 1;
-    const Segment s = shared_.segment[kSide];
+    const Segment s = shared_.segment[side_];
     const int partial_row = tile_.partial_row(p_, s, partitions, partition);
-    float inverse[2];
+    const bool complete = s.complete();
+    float inverse[2], total[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
       // In the same order on both sides, so that both find the same bits.
-      const float total = shared_.sum[kLeft][r] + shared_.sum[kRight][r];
-      inverse[h] = total == 0 ? 0.f : 1.f / total;
-      if (kSide != kLeft || lane() % 4 != 0 || r >= tile_.count) continue;
-      const float lse = total == 0 ? -INFINITY : reference_[h] + log2f(total);
-      if (s.complete()) {
-        const int token = shared_.query_token[r];
-        const int64_t head = shared_.query_row[r] - token * p_.h_q;
+      total[h] = shared_.sum[kLeft][r] + shared_.sum[kRight][r];
+      inverse[h] = total[h] == 0 ? 0.f : 1.f / total[h];
+    }
+    float scale[2] = {1, 1};
+    if (!complete) {
+      const float2 largest = Largest();
+      scale[0] = PartialScale(largest.x * inverse[0]);
+      scale[1] = PartialScale(largest.y * inverse[1]);
+    }
+    // Of the four lanes that share two rows, one writes for each.
+    const int h = lane() % 4, own = row() + 8 * h;
+    if (h < 2 && own < tile_.count) {
+      const float all = h == 0 ? total[0] : total[1];
+      const float lse =
+          all == 0 ? -INFINITY : (h == 0 ? reference_[0] : reference_[1]) + log2f(all);
+      if (!complete) {
+        float* stats = p_.partial_stats + (int64_t{partial_row} + own) * 4;
+        if (side_ == kLeft) stats[0] = lse;
+        stats[1 + side_] = PowerReciprocal(h == 0 ? scale[0] : scale[1]);
+      } else if (side_ == kLeft) {
+        const int token = shared_.query_token[own];
+        const int64_t head = shared_.query_row[own] - token * p_.h_q;
         p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
-      } else {
-        p_.partial_lse[partial_row + r] = lse;
       }
     }
-    uint8_t* buffer = shared_.p[kSide];
+    inverse[0] *= scale[0];
+    inverse[1] *= scale[1];
+    uint8_t* buffer = shared_.p[side_];
     // Eight lanes read a row of the buffer; place(i) is the i-th of this lane's four.
     const auto place = [](int i) { return warp() * 16 + 4 * i + lane() / 8; };
-    const auto read = [&](int i) {
-      const int r = place(i);
-      return *reinterpret_cast<const uint4*>(buffer + r * 128 + ((lane() ^ r) % 8 << 4));
-    };
-    if (s.complete()) {
-      T* out[4];
+    uint16_t* target = static_cast<uint16_t*>(complete ? p_.out : p_.partial_out);
+    const int64_t first = complete ? s.batch * p_.s_q * p_.h_q : partial_row;
+    uint16_t* out[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t query = s.batch * p_.s_q * p_.h_q + shared_.query_row[place(i)];
-        out[i] = static_cast<T*>(p_.out) + query * kHeadDimV;
-        out[i] += kSide * kColumnsEach + lane() % 8 * 8;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int64_t r = first + (complete ? shared_.query_row[place(i)] : place(i));
+      out[i] = target + r * kHeadDimV + side_ * kColumnsEach + lane() % 8 * 8;
+    }
+    const auto store = [&](auto type) {
 #pragma unroll
       for (int panel = 0; panel < kHalfPanels; ++panel) {
 #pragma unroll
         for (int step = 0; step < kPanel / 16; ++step) {
           const float* o = o_ + 32 * panel + 8 * step;
           ptx::StMatrix4(ptx::SmemAddress(buffer) + PieceOffset(step),
-                         Pack(T{}, o[0] * inverse[0], o[1] * inverse[0]),
-                         Pack(T{}, o[2] * inverse[1], o[3] * inverse[1]),
-                         Pack(T{}, o[4] * inverse[0], o[5] * inverse[0]),
-                         Pack(T{}, o[6] * inverse[1], o[7] * inverse[1]));
+                         Pack(type, o[0] * inverse[0], o[1] * inverse[0]),
+                         Pack(type, o[2] * inverse[1], o[3] * inverse[1]),
+                         Pack(type, o[4] * inverse[0], o[5] * inverse[0]),
+                         Pack(type, o[6] * inverse[1], o[7] * inverse[1]));
         }
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (place(i) >= tile_.count) continue;
-          *reinterpret_cast<uint4*>(out[i] + panel * kPanel) = read(i);
+          const int r = place(i);
+          if (r >= tile_.count) continue;
+          *reinterpret_cast<uint4*>(out[i] + panel * kPanel) =
+              *reinterpret_cast<const uint4*>(buffer + r * 128 + ((lane() ^ r) % 8 << 4));
         }
         __syncwarp();
       }
+    };
+    if (complete) {
+      store(T{});
     } else {
-      constexpr int kColumns = kPanel / 2;  // of single precision
-      float* out =
-          p_.partial_out + int64_t{partial_row} * kHeadDimV + kSide * kColumnsEach + lane() % 8 * 4;
-#pragma unroll
-      for (int part = 0; part < kColumnsEach / kColumns; ++part) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float* o = o_ + 16 * part + 4 * j + 2 * h;
-            const int chunk = 2 * j + column() / 4, r = row() + 8 * h;
-            *reinterpret_cast<float2*>(buffer + r * 128 + ((chunk ^ r % 8) << 4) +
-                                       column() % 4 * 4) =
-                float2{o[0] * inverse[h], o[1] * inverse[h]};
-          }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (place(i) >= tile_.count) continue;
-          *reinterpret_cast<uint4*>(out + place(i) * kHeadDimV + part * kColumns) = read(i);
-        }
-        __syncwarp();
-      }
+      store(__half{});
     }
+  }
+
+  // The largest numbers of this side's columns in each row, without their signs.
+  __device__ __forceinline__ float2 Largest() const {
+    float largest[8] = {};  // several for a row: no long chain
+#pragma unroll
+    for (int j = 0; j < 128; ++j) largest[j % 8] = fmaxf(largest[j % 8], fabsf(o_[j]));
+    float rows[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float* own = largest + 2 * h;
+      rows[h] = fmaxf(fmaxf(own[0], own[1]), fmaxf(own[4], own[5]));
+      rows[h] = fmaxf(rows[h], __shfl_xor_sync(~0u, rows[h], 1));
+      rows[h] = fmaxf(rows[h], __shfl_xor_sync(~0u, rows[h], 2));
+    }
+    return {rows[0], rows[1]};
   }
 
   __device__ static int lane() { return threadIdx.x % 32; }
@@ -527,6 +570,7 @@ class Consumer {
   const DenseDecodeParams& p_;
   const RowTile& tile_;
   SharedMemory& shared_;
+  const int side_;
   const float scale_;
   const uint64_t q_operand_, k_operand_, v_operand_, p_operand_;
 
@@ -578,11 +622,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     shared.query_row[threadIdx.x] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
   }
   const int partition = blockIdx.y, partitions = gridDim.y;
-  ptx::WaitForPreviousKernel();
+  FetchParams(p);
   PrefetchInputs(p);
-  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   __syncthreads();                                 // barriers and row numbers are there
   if constexpr (kCluster > 1) ptx::ClusterSync();  // the other's barriers are initialised
+  ptx::WaitForPreviousKernel();
+  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (role == kSides) {
     ptx::DecreaseRegisters<kProducerRegisters>();
@@ -591,16 +636,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       Produce<kCluster>(p, maps, tile, range, shared);
     } else if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1 &&
                !p.batch_invariant) {
-      RecordSplits(p, tile, range, partition, partitions);
+      RecordMerges(p, tile, range, partition, partitions);
     }
-  } else if (role == kLeft) {
-    ptx::IncreaseRegisters<kConsumerRegisters>();
-    Consumer<T, kCluster, kLeft>(p, tile, shared).Run(range, partition, partitions);
+    __syncwarp();
+    if constexpr (kCluster > 1) ptx::ClusterArrive();
   } else {
     ptx::IncreaseRegisters<kConsumerRegisters>();
-    Consumer<T, kCluster, kRight>(p, tile, shared).Run(range, partition, partitions);
+    Consumer<T, kCluster>(p, tile, shared, role).Run(range, partition, partitions);
   }
-  if constexpr (kCluster > 1) ptx::ClusterSync();  // the other no longer copies into this block
+  if constexpr (kCluster > 1) ptx::ClusterWait();  // the other no longer copies into this block
 }
 
 }  // namespace flashmla::sm90::wide
