@@ -69,7 +69,7 @@ class Merger {
       : p_(p),
         tile_(tile),
         merge_(merge),
-        first_unit_(merge.index * team + member),
+        first_unit_(merge.index + merge.count * member),
         step_(merge.count * team),
         units_(kSlices * tile.count),
         first_row_(first_row),

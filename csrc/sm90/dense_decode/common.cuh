@@ -108,6 +108,7 @@ __device__ inline void RecordMerges(const DenseDecodeParams& p, const RowTile& t
   if (partition >= active) return;
   const auto write_all = [&](int i, Merge merge) {
     write(partition, i, merge);
+#pragma unroll 1
     for (int helper = 0; helper < helpers; ++helper) {
       ++merge.index;
       write(active + partition * helpers + helper, i, merge);

@@ -308,6 +308,7 @@ class Values {
       }
       for (int i = 0; i < s.visible; ++i) Block();
       ptx::MbarrierWait(&shared_.sums_ready[sums.slot], sums.parity);
+      if (segments.done()) ptx::LetNextKernelStart();
       Finish(s, sums.slot, partition, partitions);
       ptx::MbarrierArrive(&shared_.sums_free[sums.slot]);
       sums.Advance();

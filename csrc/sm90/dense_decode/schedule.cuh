@@ -58,14 +58,14 @@ __device__ __forceinline__ int ChunkBlocks(int blocks) {
 __device__ __forceinline__ int Chunks(int blocks) { return (blocks - 1) / ChunkBlocks(blocks) + 1; }
 
 // A sequence that lies in several ranges, and a share in merging its parts.
-struct Merge {
+struct alignas(16) Merge {
   int batch;
   int parts;      // 0: nothing to merge
   int first_row;  // where the workspace has the first part, in the first row tile;
   int next_row;   // part i is at next_row + i stride
   int stride;
   int index, count;  // this share, and how many there are
-  int unused;        // so that it is 32 bytes
+  int unused;
 };
 inline constexpr int kMergesEach = 2;  // of a partition: its first sequence and its last
 static_assert(kMergesEach * sizeof(Merge) == kMergeWords * 4);

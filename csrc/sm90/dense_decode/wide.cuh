@@ -181,6 +181,7 @@ class Consumer {
   // Nothing more goes from this block to the other of the cluster.
   __device__ __forceinline__ void Leave() {
     if constexpr (kCluster > 1) ptx::ClusterArrive();
+    ptx::LetNextKernelStart();
   }
 
   // Takes in the query rows of a sequence; rows that do not exist become zero.
