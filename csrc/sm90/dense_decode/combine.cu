@@ -3,10 +3,11 @@
 //   out = sum_i w_i out_i,   w_i = 2^(lse_i - max lse) / sum_j 2^(lse_j - max lse)
 //
 // Several blocks stand for each partition, and share what its sequences have to merge with those of
-// the other partitions that worked on them. A unit of work is a slice of a row, as much as a warp
-// loads at once; the loads of all its parts are in flight together, and beside those of the
-// weights. Few parts: a warp takes several slices at once. Many: several warps share a slice. The
-// order of additions depends on the number of parts alone: the same inputs give the same bits.
+// the other partitions that worked on them (RecordMerges). A unit of work is a slice of a row, as
+// much as a warp loads at once; the loads of its parts are in flight together, and beside those of
+// the weights. Few parts: a warp takes several slices at once. Many: the warps of a block share a
+// slice. The order of additions depends on the number of parts alone: the same inputs give the same
+// bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -286,14 +287,16 @@ class Merger {
   Scratch<kWarps>& scratch_;
 };
 
-// Grid: (row tiles, blocks), `team` blocks for each partition or, batch-invariantly, sequence.
+// Grid: row tiles x subjects x team. Each partition or, batch-invariantly, sequence is the subject
+// of `team` blocks.
 template <typename T, typename Partial>
 __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor<Partial>)
-    CombineKernel(const __grid_constant__ DenseDecodeParams p, int partitions, int team) {
+    CombineKernel(const __grid_constant__ DenseDecodeParams p, uint32_t row_tiles, int partitions,
+                  uint32_t team) {
   __shared__ Scratch<kWarps<Partial>> scratch;
-  const RowTile tile(p, blockIdx.x);
-  const int subject = static_cast<uint32_t>(blockIdx.y) / static_cast<uint32_t>(team);
-  const int member = blockIdx.y - subject * team;
+  const uint32_t block = blockIdx.x / row_tiles, subject = block / team;
+  const int member = block - subject * team;
+  const RowTile tile(p, blockIdx.x - block * row_tiles);
   FetchParams(p);
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
@@ -309,7 +312,8 @@ __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor
     const int chunks = Chunks(BlocksOf(SequenceLength(p, subject)));
     const int row = tile.chunk_row(p, max_chunks, subject, 0);
     const int next = tile.chunk_row(p, max_chunks, subject, 1);
-    merges[0] = {subject, chunks > 1 ? chunks : 0, row, row, next - row, 0, 1, 0};
+    const int batch = subject;
+    merges[0] = {batch, chunks > 1 ? chunks : 0, row, row, next - row, 0, 1, 0};
     merges[1].parts = 0;
   }
   __syncthreads();
@@ -324,20 +328,21 @@ __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor
 template <typename T, typename Partial>
 cudaError_t Launch(const DenseDecodeParams& params, int partitions, int multiprocessors,
                    cudaStream_t stream) {
-  const int row_tiles = static_cast<int>(params.row_tiles());
-  const int subjects = params.batch_invariant ? static_cast<int>(params.batch) : partitions;
-  const int blocks = kBlocksPerMultiprocessor<Partial> * multiprocessors;
-  const int team = std::max(blocks / (row_tiles * subjects), 1);
+  const uint32_t row_tiles = params.row_tiles();
+  const uint32_t subjects = params.batch_invariant ? params.batch : partitions;
+  const uint32_t blocks = kBlocksPerMultiprocessor<Partial> * multiprocessors;
+  const uint32_t team = std::max(blocks / (row_tiles * subjects), 1u);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(row_tiles, subjects * team);
+  config.gridDim = dim3(row_tiles * subjects * team);
   config.blockDim = dim3(kWarps<Partial> * 32);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, CombineKernel<T, Partial>, params, partitions, team);
+  return cudaLaunchKernelEx(&config, CombineKernel<T, Partial>, params, row_tiles, partitions,
+                            team);
 }
 
 template <typename T>

@@ -86,6 +86,7 @@ __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& 
   Pages pages(p, tile, range);
   for (int first_token; pages.Next(&first_token);) {
     if (threadIdx.x % 32 != 0) continue;
+#pragma unroll 1
     for (int i = 0; i < kPanels; ++i) {
       const int panel = i == 0 ? kPanelsV : i - 1;
       uint64_t* full = &shared.full[ring.slot];
@@ -108,6 +109,7 @@ __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap
     uint64_t* ready = &shared.query_ready[ring.slot];
     ptx::MbarrierWait(&shared.query_free[ring.slot], ring.parity ^ 1);
     ptx::MbarrierArriveExpectTx(ready, tile.count * kHeadDim * 2);
+#pragma unroll 1
     for (int panel = 0; panel < kPanels; ++panel) {
       ptx::TmaLoad5D(shared.q[ring.slot] + panel * SharedMemory<kRows>::kPanelBytesQ, &map, ready,
                      0, 0, s.batch * static_cast<int>(p.s_q), panel, tile.kv_head);

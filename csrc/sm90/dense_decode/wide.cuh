@@ -155,9 +155,7 @@ class Consumer {
         side_(side),
         scale_(p.softmax_scale * static_cast<float>(M_LOG2E)),
         q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))),
-        k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]))),
-        v_operand_(ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared.k[0]))),
-        p_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.p[0]))) {}
+        k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]))) {}
 
   __device__ __forceinline__ void Run(const Range& range, int partition, int partitions) {
     RingPosition ring;
@@ -178,7 +176,8 @@ class Consumer {
   }
 
  private:
-  // Nothing more goes from this block to the other of the cluster.
+  // All pages are read: nothing more goes from this block to the other of the cluster, and the next
+  // kernel's blocks may come when this one's have ended.
   __device__ __forceinline__ void Leave() {
     if constexpr (kCluster > 1) ptx::ClusterArrive();
     ptx::LetNextKernelStart();
@@ -227,6 +226,9 @@ class Consumer {
 
   template <Side kSide>
   __device__ __forceinline__ RingPosition Blocks(RingPosition ring, int first, int count) {
+    v_operand_ = ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared_.k[0]) +
+                                                            kSide * kHalfPanels * kPanelBytes);
+    p_operand_ = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared_.p[1 - kSide]));
     int i = 0;
     for (; i + 1 < count; i += 2) {
       Pair<kSide>(ring, (first + i) * kPageSize);
@@ -245,10 +247,10 @@ class Consumer {
     if constexpr (kSide == kLeft) {
       Scores<kSide>(ring, first_token);
       Rescale(Softmax<kSide>());
-      MultiplyOwn<kSide>(ring);
+      MultiplyOwn(ring);
       FinishMultiply<kSide>(ring);
       Rescale(AdoptReference<kSide>());
-      MultiplyOther<kSide>(Next(ring));
+      MultiplyOther(Next(ring));
       FinishMultiply<kSide>(Next(ring));
     } else {
       ptx::MbarrierWait(&shared_.gate, pair_parity_);
@@ -256,10 +258,10 @@ class Consumer {
       const float2 before = AdoptReference<kSide>();
       const float2 alpha = Softmax<kSide>();
       Rescale(before);
-      MultiplyOther<kSide>(ring);
+      MultiplyOther(ring);
       FinishMultiply<kSide>(ring);
       Rescale(alpha);
-      MultiplyOwn<kSide>(Next(ring));
+      MultiplyOwn(Next(ring));
       FinishMultiply<kSide>(Next(ring));
     }
   }
@@ -271,11 +273,11 @@ class Consumer {
     if constexpr (kSide == kLeft) {
       Scores<kSide>(ring, first_token);
       Rescale(Softmax<kSide>());
-      MultiplyOwn<kSide>(ring);
+      MultiplyOwn(ring);
     } else {
       ptx::MbarrierWait(&shared_.gate, pair_parity_);  // no use, but a phase wants to be waited for
       Rescale(AdoptReference<kSide>());
-      MultiplyOther<kSide>(ring);
+      MultiplyOther(ring);
     }
     FinishMultiply<kSide>(ring);
   }
@@ -408,16 +410,9 @@ class Consumer {
     }
   }
 
-  template <Side kSide>
-  __device__ __forceinline__ uint64_t Values(RingPosition ring) const {
-    constexpr uint32_t kColumns = kSide * kHalfPanels * kPanelBytes;
-    return ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]) + kColumns);
-  }
-
   // O += P V for this side's columns: of the block whose P this side has computed, or the other's.
-  template <Side kSide>
   __device__ __forceinline__ void MultiplyOwn(RingPosition ring) {
-    const uint64_t v = Values<kSide>(ring);
+    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
@@ -425,14 +420,12 @@ class Consumer {
     }
     ptx::WgmmaCommit();
   }
-  template <Side kSide>
   __device__ __forceinline__ void MultiplyOther(RingPosition ring) {
-    const uint64_t v = Values<kSide>(ring);
-    const uint64_t p = ptx::Advance(p_operand_, (1 - kSide) * sizeof(shared_.p[0]));
+    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
-      ptx::WgmmaM64N256<T>(o_, ptx::Advance(p, step * 32), ptx::Advance(v, step * 2048));
+      ptx::WgmmaM64N256<T>(o_, ptx::Advance(p_operand_, step * 32), ptx::Advance(v, step * 2048));
     }
     ptx::WgmmaCommit();
   }
@@ -573,7 +566,8 @@ class Consumer {
   SharedMemory& shared_;
   const int side_;
   const float scale_;
-  const uint64_t q_operand_, k_operand_, v_operand_, p_operand_;
+  const uint64_t q_operand_, k_operand_;
+  uint64_t v_operand_, p_operand_;  // V: this side's columns; P: the other side's
 
   // Of the mbarriers that complete once a sequence, and once for each P of the other side.
   uint32_t segment_parity_ = 0, pair_parity_ = 0;
