@@ -171,6 +171,39 @@ def test_large_random_logits(rng, dtype) -> None:
 # --- Rows and tokens that do not exist -------------------------------------------------------
 
 
+@pytest.mark.parametrize("h_q", [8, 40, 128])
+@pytest.mark.parametrize("exponent", [-100, -8, 8, 100])
+def test_latents_of_any_magnitude(rng, dtype, exponent, h_q) -> None:
+    """Partial results in half precision are scaled: what they hold may be anything."""
+    if dtype == np.float16 and abs(exponent) > 8:
+        pytest.skip("beyond float16")
+    magnitude = 2.0**exponent
+    problem = oracle.make_problem(rng, (3000, 0, 70, 1300), h_q=h_q, dtype=dtype)
+    scaled = problem.replace(k_cache=scale_columns(problem.k_cache, magnitude))
+    out, lse = run(*scaled, softmax_scale=HEAD_DIM**-0.5 / magnitude)
+    oracle.assert_matches((scale_columns(out, 1 / magnitude), lse), oracle.attend(problem))
+
+
+@pytest.mark.parametrize("h_q", [8, 40, 128])
+def test_columns_of_different_magnitudes(rng, dtype, h_q) -> None:
+    """Every number keeps its own precision, next to numbers that are a million times larger."""
+    problem = oracle.make_problem(rng, (3000, 70), h_q=h_q, dtype=dtype)
+    small = 2.0**-6 if dtype == np.float16 else 2.0**-20
+    factors = np.where(np.arange(HEAD_DIM) % 3 == 0, small, 1)
+    problem = problem.replace(k_cache=scale_columns(problem.k_cache, factors))
+    out, lse = run(*problem, softmax_scale=HEAD_DIM**-0.5)
+    expected, enlarged = oracle.attend(problem), 1 / factors[:HEAD_DIM_V]
+    oracle.assert_matches(
+        (scale_columns(out, enlarged), lse),
+        expected._replace(out=expected.out * enlarged, spread=expected.spread * enlarged),
+    )
+
+
+def scale_columns(x: Any, factors: Any) -> np.ndarray:
+    """By powers of two: exact, but for float16's subnormal numbers."""
+    return (np.asarray(x, np.float32) * np.float32(factors)).astype(x.dtype)
+
+
 @pytest.mark.parametrize("lengths", [(0,), (0, 0, 0), (0, 100, 0, 64), (-1, 65), (INT32_MIN, 7)])
 def test_empty_sequences(rng, dtype, lengths) -> None:
     problem = oracle.make_problem(rng, lengths, s_q=2, h_q=3, dtype=dtype)
