@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import re
@@ -21,7 +22,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashmla_jax import parallel
+from flashmla_jax import flash_mla_with_kvcache, parallel
 
 DEVICES = 8
 meshes = pytest.mark.skipif(
@@ -233,6 +234,28 @@ def test_append_then_attend(name: str) -> None:
         pool.reshape(dealt.k_cache.shape), new_kv, dealt.block_table, before, count
     )
     np.testing.assert_array_equal(appended, dealt.k_cache)
+
+
+@meshes
+def test_threads_of_different_devices() -> None:
+    """Two Python threads, each with compiled steps on a device of its own."""
+    problems = [
+        oracle.make_problem(np.random.default_rng(i), (700, 80), h_q=8, dtype=np.float32)
+        for i in range(2)
+    ]
+    attend = jax.jit(flash_mla_with_kvcache)
+
+    def run(i: int) -> list[tuple[jax.Array, jax.Array]]:
+        operands = jax.device_put(tuple(problems[i]), jax.devices()[i])
+        return [jax.block_until_ready(attend(*operands)) for _ in range(20)]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(run, range(2)))
+    for i, problem in enumerate(problems):
+        expected = oracle.attend(problem)
+        for out, lse in results[i]:
+            assert out.devices() == {jax.devices()[i]}
+            oracle.assert_matches((out, lse), expected)
 
 
 # --- What moves between devices, and what is copied --------------------------------------------

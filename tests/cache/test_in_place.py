@@ -4,6 +4,8 @@ The compiled program is asked, not the clock: a copy of a pool is an instruction
 needs memory of the pool's size. Every check is also made to fail once, without donation.
 """
 
+import dataclasses
+import functools
 import math
 import re
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import flashmla_jax
 from flashmla_jax.cache.layout import HEAD_DIM
@@ -121,6 +124,60 @@ def test_many_steps_in_one_program():
         return jax.lax.fori_loop(0, 5, lambda _, c: decode(c, num_tokens, kv, q)[0], cache)
 
     assert_in_place(steps, make_cache(), *inputs())
+
+
+def attend_from(holder, put, cache, args):
+    """A step whose cache is state of another kind: what to return, when it is put back."""
+    new, ok, q = decode(cache, *args)
+    put(holder, new)
+    return ok, q
+
+
+@pytest.mark.usefixtures("device")
+def test_in_references():
+    """Pools that are `jax.Ref`s need no donation."""
+
+    def put(refs, cache):
+        for ref, pool in zip(refs, cache.pages, strict=True):
+            ref[...] = pool
+
+    @jax.jit
+    def step(refs, rest, *args):
+        cache = dataclasses.replace(rest, pages=tuple(ref[...] for ref in refs))
+        return attend_from(refs, put, cache, args)
+
+    cache = make_cache()
+    pool = cache.pages[0]
+    refs, rest = [jax.new_ref(x) for x in cache.pages], dataclasses.replace(cache, pages=())
+    compiled = step.lower(refs, rest, *inputs()).compile()
+    assert copies(compiled, pool) == []
+    assert compiled.memory_analysis().alias_size_in_bytes >= LAYERS * pool.nbytes
+
+
+@pytest.mark.usefixtures("device")
+def test_in_an_nnx_module():
+    """A cache that is a variable of a module which `nnx.jit` is allowed to update in place."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.cache = nnx.Variable(make_cache())
+
+    def put(model, cache):
+        model.cache.set_value(cache)
+
+    @functools.partial(nnx.jit, donate_argnums=0)
+    def step(model, *args):
+        return attend_from(model, put, model.cache.get_value(), args)
+
+    model = Model()
+    addresses = [pool.unsafe_buffer_pointer() for pool in model.cache.get_value().pages]
+    for _ in range(2):
+        ok, _ = step(model, *inputs())
+        assert ok
+        pools = model.cache.get_value().pages
+        assert [pool.unsafe_buffer_pointer() for pool in pools] == addresses
+    assert int(model.cache.get_value().cache_seqlens[0]) == 2
+    assert pools[0].any()
 
 
 @pytest.mark.usefixtures("device")

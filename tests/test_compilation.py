@@ -1,0 +1,44 @@
+"""What XLA compiles, and what it need not compile again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import collections, functools, json
+import jax
+import numpy as np
+import flashmla_jax
+from flashmla_jax import parallel
+
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+q, pool = np.zeros((2, 1, 4, 576), np.float32), np.zeros((4, 64, 1, 576), np.float32)
+table, lengths = np.zeros((2, 2), np.int32), np.array([3, 70], np.int32)
+jax.jit(flashmla_jax.flash_mla_with_kvcache)(q, pool, table, lengths)
+mesh = jax.make_mesh((2,), ("head",), axis_types=(jax.sharding.AxisType.Auto,))
+divided = functools.partial(parallel.flash_mla_with_kvcache, mesh=mesh, head_axis="head")
+jax.jit(divided)(q, pool, table, lengths)
+print(json.dumps([events["/jax/compilation_cache/cache_" + kind] for kind in ("hits", "misses")]))
+"""
+
+
+def test_the_persistent_cache_serves_other_processes(tmp_path: Path) -> None:
+    """Of the op, and of the op over a mesh: a second process compiles neither again."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    seen = []
+    for _ in range(2):
+        command = [sys.executable, "-P", "-c", PROGRAM]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        seen.append(json.loads(ran.stdout))
+    assert seen == [[0, 2], [2, 0]]
