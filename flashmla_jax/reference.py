@@ -122,12 +122,36 @@ def cache_append(
     Returns:
       The pool [num_pages, page_size, h_kv, head_dim] with the tokens in it.
     """
+    page, row = _places(k_cache, block_table, start, count, new_kv.shape[1])
+    return k_cache.at[page, row].set(new_kv, mode="drop")
+
+
+def cache_take(
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    *,
+    num_tokens: int,
+) -> jax.Array:
+    """Reads back what `cache_append` writes with the same places; zeros where it writes nothing.
+
+    Returns:
+      [batch, num_tokens, h_kv, head_dim]
+    """
+    page, row = _places(k_cache, block_table, start, count, num_tokens)
+    return k_cache.at[page, row].get(mode="fill", fill_value=0)
+
+
+def _places(
+    k_cache: jax.Array, block_table: jax.Array, start: jax.Array, count: jax.Array, num_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """The page of each new token, num_pages where it has none, and its row there."""
     num_pages, page_size = k_cache.shape[:2]
-    row = jnp.arange(new_kv.shape[1], dtype=jnp.int32)
-    position = start[:, None] + row
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    position = start[:, None] + token
     slot = position // page_size
-    has_place = (row < count[:, None]) & (position >= 0) & (slot < block_table.shape[1])
+    has_place = (token < count[:, None]) & (position >= 0) & (slot < block_table.shape[1])
     page = jnp.take_along_axis(block_table, slot, axis=1, mode="clip")
     # A page id past the end of the pool is dropped; a negative one would count from the end.
-    page = jnp.where(has_place & (page >= 0), page, num_pages)
-    return k_cache.at[page, position % page_size].set(new_kv, mode="drop")
+    return jnp.where(has_place & (page >= 0), page, num_pages), position % page_size

@@ -560,13 +560,6 @@ def test_result_shapes_and_dtypes(rng, dtype) -> None:
     assert (lse.shape, lse.dtype) == ((2, 6, 2), jnp.float32)
 
 
-@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd], ids=lambda f: f.__name__)
-def test_differentiation_says_what_to_use_instead(rng, transform) -> None:
-    q, *rest = oracle.make_problem(rng, (70,), h_q=2)
-    with pytest.raises(NotImplementedError, match=r"differentiate flashmla_jax\.reference"):
-        transform(lambda x: fm.flash_mla_with_kvcache(x, *rest)[1].sum())(jnp.asarray(q))
-
-
 # --- get_mla_metadata ------------------------------------------------------------------------
 
 

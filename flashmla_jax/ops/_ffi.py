@@ -111,13 +111,48 @@ def define_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     return primitive
 
 
-def register_not_differentiable(primitive: Primitive, advice: str) -> None:
-    """Makes differentiation of `primitive` an error that says what to use instead."""
+def register_tangents(
+    primitive: Primitive,
+    rule: Callable[..., Any],
+) -> None:
+    """Registers how `primitive` is differentiated.
 
-    def jvp(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"{primitive} is an inference op without a derivative: {advice}")
+    Args:
+      primitive: an operation with several results.
+      rule: a function of the operands, the results, the tangents of the operands (None for those
+        that do not vary, or are integers), and the parameters. It returns the results' tangents.
+    """
+
+    def jvp(
+        operands: tuple[jax.Array, ...], tangents: tuple[Any, ...], **params: Any
+    ) -> tuple[Any, Any]:
+        results = primitive.bind(*operands, **params)
+        given = [None if type(x) is ad.Zero else x for x in tangents]
+        return results, rule(operands, results, given, **params)
 
     ad.primitive_jvps[primitive] = jvp
+
+
+def register_transpose(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Registers how `primitive`, linear in some operands, is transposed.
+
+    Args:
+      primitive: an operation with one result in a list.
+      rule: a function of the result's cotangent and the operands, of which those that it is linear
+        in are `jax.ShapeDtypeStruct`s. It returns their cotangents, and None for the others.
+    """
+
+    def transpose(cotangents: Any, *operands: Any, **params: Any) -> Any:
+        (cotangent,) = cotangents
+        if type(cotangent) is ad.Zero:
+            return [None] * len(operands)
+        known = [
+            jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) if ad.is_undefined_primal(x) else x
+            for x in operands
+        ]
+        return rule(cotangent, *known, **params)
+
+    ad.primitive_transposes[primitive] = transpose
 
 
 def register_lowerings(

@@ -47,7 +47,6 @@ def cache_append(
 
     Raises:
       ValueError: for shapes and dtypes outside the above, at trace time.
-      NotImplementedError: when differentiated.
     """
     k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
     new_kv = array("new_kv", new_kv, "[batch, num_tokens, h_kv, 576]")
@@ -144,8 +143,33 @@ _ffi.register_batching(cache_append_p, _batch)
 
 # --- Differentiation -------------------------------------------------------------------------
 
-_ffi.register_not_differentiable(
-    cache_append_p,
-    "differentiate flashmla_jax.reference.cache_append, which takes the same arguments, or train "
-    "in the uncached form of layers.mla and keep the cache for decoding.",
-)
+
+def _tangents(
+    operands: tuple[jax.Array, ...],
+    results: list[jax.Array],
+    operand_tangents: list[jax.Array | None],
+) -> list[jax.Array]:
+    """Linear in pool and tokens: their tangents are appended as they are."""
+    del results
+    k_cache, new_kv = (
+        jnp.zeros_like(x) if tangent is None else tangent
+        for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
+    )
+    return list(cache_append_p.bind(k_cache, new_kv, *operands[2:]))
+
+
+def _transpose(
+    cotangent: jax.Array, k_cache: Any, new_kv: Any, *integers: jax.Array
+) -> list[jax.Array | None]:
+    """What was written came from the tokens, the rest from the pool."""
+    pool = tokens = None
+    if isinstance(k_cache, jax.ShapeDtypeStruct):
+        nothing = jnp.zeros(new_kv.shape, new_kv.dtype)
+        (pool,) = cache_append_p.bind(cotangent, nothing, *integers)
+    if isinstance(new_kv, jax.ShapeDtypeStruct):
+        tokens = reference.cache_take(cotangent, *integers, num_tokens=new_kv.shape[1])
+    return [pool, tokens, None, None, None]
+
+
+_ffi.register_tangents(cache_append_p, _tangents)
+_ffi.register_transpose(cache_append_p, _transpose)

@@ -10,7 +10,7 @@ import numpy as np
 
 from flashmla_jax import reference
 from flashmla_jax.cache.layout import HEAD_DIM_V, PAGE_SIZE
-from flashmla_jax.ops import _ffi
+from flashmla_jax.ops import _ffi, tangents
 
 _TARGET = "flashmla_dense_decode"
 
@@ -194,8 +194,26 @@ _ffi.register_batching(dense_decode_p, _batch)
 
 # --- Differentiation -------------------------------------------------------------------------
 
-_ffi.register_not_differentiable(
-    dense_decode_p,
-    "differentiate flashmla_jax.reference.flash_mla_with_kvcache, which takes the same arguments, "
-    "or train in the uncached form of layers.mla and keep this op for decoding.",
-)
+
+def _tangents(
+    operands: tuple[jax.Array, ...],
+    results: list[jax.Array],
+    operand_tangents: list[jax.Array | None],
+    *,
+    softmax_scale: float,
+    causal: bool,
+    batch_invariant: bool,
+) -> list[jax.Array]:
+    del batch_invariant  # of the forward pass
+    q, k_cache = (
+        jnp.zeros_like(x) if tangent is None else tangent
+        for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
+    )
+    return list(
+        tangents.dense_decode(
+            operands, results, q, k_cache, softmax_scale=softmax_scale, causal=causal
+        )
+    )
+
+
+_ffi.register_tangents(dense_decode_p, _tangents)

@@ -143,12 +143,6 @@ def test_vmap_over_nothing():
     assert pools.shape == (0, *shared.shape)
 
 
-def test_grad_says_what_to_use():
-    k_cache, new_kv, *rest = (jnp.asarray(x) for x in problem(9))
-    with pytest.raises(NotImplementedError, match=r"reference\.cache_append"):
-        jax.grad(lambda kv: cache_append(k_cache, kv, *rest).sum())(new_kv)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
