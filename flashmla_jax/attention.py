@@ -133,8 +133,8 @@ def flash_mla_with_kvcache(
 
     Raises:
       ValueError: for shapes, dtypes and numbers outside the above, at trace time.
-      NotImplementedError: for arguments that are not supported yet, for float32 on a GPU, and for
-        "batch_invariant" where neither kernel runs.
+      NotImplementedError: for arguments that are not supported yet, for float32 on a GPU, for
+        "batch_invariant" where neither kernel runs, and when differentiated under jax 0.9.
 
     Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1; the interface is FlashMLA's.
     """

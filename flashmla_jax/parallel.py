@@ -193,7 +193,7 @@ def context_attention(
             softmax_scale=softmax_scale,
             deterministic=deterministic,
         )
-    highest = jax.lax.pmax(lse, axis_name)
+    highest = jax.lax.pmax(jax.lax.stop_gradient(lse), axis_name)  # it cancels
     weight = jnp.exp(lse - jnp.where(highest == -jnp.inf, 0, highest))
     total = jax.lax.psum(weight, axis_name)
     per_row = weight.swapaxes(1, 2)[..., None]

@@ -16,6 +16,7 @@ import flashmla_jax as fm
 from flashmla_jax import reference
 from flashmla_jax.ops.cache_append import cache_append
 
+recent = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
 SCALE = 0.05
 LENGTHS = (70, 0, 200)
 # Kernels multiply float32 on the CPU only.
@@ -57,6 +58,7 @@ def random_like(rng: np.random.Generator, tree: Any) -> Any:
     )
 
 
+@recent
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("h_q", "h_kv"), [(3, 1), (6, 2), (40, 1)])
 def test_forward_and_backward(rng, h_q, h_kv, causal) -> None:
@@ -82,6 +84,7 @@ def test_forward_and_backward(rng, h_q, h_kv, causal) -> None:
     assert not np.asarray(actual[1], np.float32)[np.isnan(np.asarray(problem.k_cache))].any()
 
 
+@recent
 @pytest.mark.skipif(np.float32 != DTYPE, reason="differences need float32")
 def test_second_derivatives_and_differences(rng) -> None:
     problem = oracle.make_problem(rng, (70,), s_q=2, h_q=2, dtype=DTYPE, spare_pages=0)
@@ -90,6 +93,7 @@ def test_second_derivatives_and_differences(rng) -> None:
     check_grads(function, (problem.q, k_cache), order=2, modes=("fwd", "rev"), atol=0.1, rtol=0.1)
 
 
+@recent
 def test_vmap_of_grad_and_grad_of_vmap(rng) -> None:
     problem = oracle.make_problem(rng, LENGTHS, s_q=2, h_q=4, dtype=DTYPE)
     function = attend(problem, fm.flash_mla_with_kvcache, True)
@@ -104,6 +108,7 @@ def test_vmap_of_grad_and_grad_of_vmap(rng) -> None:
     assert_close(jax.grad(lambda q: jax.vmap(loss)(q).sum())(q), one_by_one)
 
 
+@recent
 def test_backward_pass_does_not_hold_all_probabilities(rng) -> None:
     tokens, s_q, h_q = 4096, 16, 128
     problem = oracle.make_problem(rng, (tokens,), s_q=s_q, h_q=h_q, dtype=DTYPE)
@@ -117,6 +122,7 @@ def test_backward_pass_does_not_hold_all_probabilities(rng) -> None:
     assert memory.temp_size_in_bytes < 4 * tokens * s_q * h_q * 4
 
 
+@recent
 @pytest.mark.parametrize("arguments", [(0,), (1,), (0, 1)])
 def test_appended_tokens(rng, arguments) -> None:
     """Through the pool: tokens that were written get what reads them, those before do not."""
@@ -146,6 +152,7 @@ def test_appended_tokens(rng, arguments) -> None:
     assert float(actual) == pytest.approx(float(expected), rel=1e-2)
 
 
+@recent
 def test_a_step_of_training(rng) -> None:
     """Append, then attend: the gradient reaches the new tokens."""
     before, count = np.array([60, 3], np.int32), np.array([2, 2], np.int32)
@@ -161,3 +168,10 @@ def test_a_step_of_training(rng) -> None:
     ours = functools.partial(loss, cache_append, fm.flash_mla_with_kvcache)
     formulas = functools.partial(loss, reference.cache_append, reference.flash_mla_with_kvcache)
     assert_close(jax.jit(jax.grad(ours))(new_kv), jax.grad(formulas)(new_kv))
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 10), reason="of older versions")
+def test_older_versions_say_what_they_need(rng) -> None:
+    q, *rest = oracle.make_problem(rng, (70,), h_q=2)
+    with pytest.raises(NotImplementedError, match=r"needs jax 0\.10 or later, this is 0\.9"):
+        jax.grad(lambda x: fm.flash_mla_with_kvcache(x, *rest)[1].sum())(jnp.asarray(q))

@@ -159,6 +159,31 @@ def test_batch_invariant(name: str) -> None:
 
 
 @meshes
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gradients(name: str) -> None:
+    """Of the queries, as on one device. Sequences without a token give none."""
+    scheme = SCHEMES[name]
+    rng = np.random.default_rng(list(name.encode()))
+    lengths = (300, 0, 1, 5, 64 * 8, 130, 63, 2)
+    problem = oracle.make_problem(rng, lengths, h_q=16, dtype=np.float32, spare_entries=0)
+    dealt = deal_out(problem, scheme.get("batch", 1), scheme.get("context", 1))
+    weights = rng.standard_normal((8, 1, 16, 512), np.float32)
+    over_mesh = functools.partial(
+        parallel.flash_mla_with_kvcache, mesh=make_mesh(**scheme), **axes_of(scheme)
+    )
+
+    def gradient(attend, problem: oracle.Problem) -> jax.Array:
+        q, *others = problem
+        return jax.jit(jax.grad(lambda q: (attend(q, *others)[0] * weights).sum()))(q)
+
+    expected = gradient(flash_mla_with_kvcache, problem)
+    actual = gradient(over_mesh, dealt)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert not np.asarray(actual[1]).any()
+
+
+@meshes
 def test_explicit_mesh() -> None:
     """Arrays that carry their sharding in their type go in as they are, and come out so."""
     rng = np.random.default_rng(5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 _flashmla: ModuleType | None
 try:
@@ -97,6 +98,22 @@ def _warn_once(reason: str) -> None:
     )
 
 
+def result_of(operands: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> jax.core.ShapedArray:
+    """A result that varies along the axes of `shard_map`'s mesh that any operand varies along."""
+    result = jax.core.ShapedArray(shape, dtype)
+    older = hasattr(result, "vma")  # jax 0.9
+    axes = [x.vma if older else x.manual_axis_type.varying for x in operands]
+    varying = frozenset().union(*axes)
+    if not varying:
+        return result
+    mesh = next(x for x, found in zip(operands, axes, strict=True) if found).sharding.mesh
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
+    kind: dict[str, Any] = {"vma": varying}
+    if not older:
+        kind = {"manual_axis_type": type(result.manual_axis_type)(varying=varying)}
+    return jax.core.ShapedArray(shape, dtype, sharding=sharding, **kind)
+
+
 def define_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     """A primitive with several results. Outside `jit` it runs as a compiled call of its own."""
     primitive = Primitive(name)
@@ -126,6 +143,10 @@ def register_tangents(
     def jvp(
         operands: tuple[jax.Array, ...], tangents: tuple[Any, ...], **params: Any
     ) -> tuple[Any, Any]:
+        if jax.__version_info__ < (0, 10):  # which cannot transpose a scan traced in such a rule
+            raise NotImplementedError(
+                f"differentiating {primitive} needs jax 0.10 or later, this is {jax.__version__}"
+            )
         results = primitive.bind(*operands, **params)
         given = [None if type(x) is ad.Zero else x for x in tangents]
         return results, rule(operands, results, given, **params)

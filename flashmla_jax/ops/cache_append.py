@@ -89,8 +89,9 @@ def cache_append(
 # --- Abstract evaluation ---------------------------------------------------------------------
 
 
-def _abstract_eval(k_cache: Any, *_: Any) -> tuple[jax.core.ShapedArray]:
-    return (jax.core.ShapedArray(k_cache.shape, k_cache.dtype),)
+def _abstract_eval(*operands: Any) -> tuple[jax.core.ShapedArray]:
+    k_cache = operands[0]
+    return (_ffi.result_of(operands, k_cache.shape, k_cache.dtype),)
 
 
 cache_append_p = _ffi.define_primitive("cache_append", _abstract_eval)

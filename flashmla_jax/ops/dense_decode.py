@@ -52,13 +52,12 @@ def dense_decode(
 # --- Abstract evaluation ---------------------------------------------------------------------
 
 
-def _abstract_eval(
-    q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, **_: Any
-) -> tuple[jax.core.ShapedArray, jax.core.ShapedArray]:
+def _abstract_eval(*operands: Any, **_: Any) -> tuple[jax.core.ShapedArray, ...]:
+    q = operands[0]
     batch, s_q, h_q, _head_dim = q.shape
     return (
-        jax.core.ShapedArray((batch, s_q, h_q, HEAD_DIM_V), q.dtype),
-        jax.core.ShapedArray((batch, h_q, s_q), jnp.float32),
+        _ffi.result_of(operands, (batch, s_q, h_q, HEAD_DIM_V), q.dtype),
+        _ffi.result_of(operands, (batch, h_q, s_q), jnp.float32),
     )
 
 

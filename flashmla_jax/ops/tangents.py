@@ -70,7 +70,6 @@ def dense_decode(
     rows, row_tangents = grouped(q), grouped(q_tangent)
     log_total = lse.reshape(batch, h_kv, group, s_q, 1)
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def of_page(sums: Any, inputs: Any) -> tuple[Any, None]:
         """Adds what a page of each sequence gives to (lse., sum p s. v + sum p v.)."""
         first, page, exists_in_pool, tangent = inputs
@@ -105,9 +104,10 @@ def dense_decode(
         in_pool.T,
         jnp.moveaxis(tangents, 1, 0),
     )
-    shape = (batch, h_kv, group, s_q)
-    zero = (jnp.zeros((*shape, 1)), jnp.zeros((*shape, HEAD_DIM_V)))
-    (of_lse, of_out), _ = jax.lax.scan(of_page, zero, inputs)
+    # The first page gives the sums the type that they have inside `shard_map`.
+    sums, _ = of_page((jnp.float32(0), jnp.float32(0)), [x[0] for x in inputs])
+    anew = jax.checkpoint(of_page, policy=jax.checkpoint_policies.nothing_saveable)
+    (of_lse, of_out), _ = jax.lax.scan(anew, sums, [x[1:] for x in inputs])
     of_out = of_out - of_lse * grouped(out).astype(jnp.float32)
     of_out = of_out.transpose(0, 3, 1, 2, 4).reshape(batch, s_q, h_q, HEAD_DIM_V)
     return of_out.astype(q.dtype), of_lse.reshape(batch, h_q, s_q)
