@@ -49,7 +49,7 @@ struct DenseDecodeParams {
   void* out;                     // [batch, s_q, h_q, kHeadDimV]
   float* lse;                    // [batch, h_q, s_q], natural logarithm
 
-  // GPU workspace, written before it is read.
+  // GPU workspace: what is used is written before.
   void* partial_out;     // [workspace_slots, tile_rows, kHeadDimV], in single or half precision
   float* partial_stats;  // [workspace_slots, tile_rows, 4]: the lse in base 2, what the columns
                          // below 256 are to be multiplied with, what the others are, and nothing

@@ -2,12 +2,12 @@
 //
 //   out = sum_i w_i out_i,   w_i = 2^(lse_i - max lse) / sum_j 2^(lse_j - max lse)
 //
-// Several blocks stand for each partition, and share what its sequences have to merge with those of
-// the other partitions that worked on them (RecordMerges). A unit of work is a slice of a row, as
-// much as a warp loads at once; the loads of its parts are in flight together, and beside those of
-// the weights. Few parts: a warp takes several slices at once. Many: the warps of a block share a
-// slice. The order of additions depends on the number of parts alone: the same inputs give the same
-// bits.
+// One block or several stand for each partition, and share what its sequences have to merge with
+// those of the other partitions that worked on them (RecordMerges). A unit of work is a slice of a
+// row, as much as a warp loads at once; the loads of its parts are in flight together, and beside
+// those of the weights. Few parts: a warp takes several slices at once. Many: the warps of a block
+// share a slice. The order of additions depends on the number of parts alone: the same inputs give
+// the same bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

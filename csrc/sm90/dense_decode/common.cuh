@@ -95,7 +95,7 @@ class Pages {
 };
 
 // Tells the combine which parts it has to merge: each partition has a share in those of its own
-// sequences, and those that have no range help the others. Every entry is written.
+// sequences, and those that have no range help the others. Every entry that is used is written.
 __device__ inline void RecordMerges(const DenseDecodeParams& p, const RowTile& tile,
                                     const Range& range, int partition, int partitions) {
   Merge* merges = reinterpret_cast<Merge*>(p.merges);
@@ -135,8 +135,8 @@ __device__ inline void RecordMerges(const DenseDecodeParams& p, const RowTile& t
 
 // What a row of a partial result is multiplied with before it becomes 16-bit floating point: a
 // power of two that brings its largest number next to the top of what half precision holds, so that
-// those down to 2^-28 of it keep all of their 11 bits. Next to infinities, numbers stay as they
-// are.
+// those down to 2^-28 of it keep all of their 11 bits. (Not quite, if it is below 2^-86. And next
+// to an infinity numbers stay as they are: those beyond half precision are lost.)
 __device__ __forceinline__ float PartialScale(float largest) {
   constexpr int kBias = 127, kTop = 14, kMost = 100;
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - kBias;
