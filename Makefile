@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What the compiled module is made of; Python files are used where they lie (pip install --editable).
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # On a machine with a Hopper GPU the kernels for it are not optional. jax's CUDA packages are
 # installed before this one, which is built with their compiler when there is no other.
