@@ -119,7 +119,8 @@ def test_backward_pass_does_not_hold_all_probabilities(rng) -> None:
         return jax.grad(lambda *x: function(*x)[0].astype(jnp.float32).sum(), (0, 1))(q, k_cache)
 
     memory = gradients.lower(problem.q, problem.k_cache).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * tokens * s_q * h_q * 4
+    # The dense tokens and their tangents are as many bytes; kept probabilities would be two more.
+    assert memory.temp_size_in_bytes < 2 * tokens * s_q * h_q * 4
 
 
 @recent
