@@ -27,6 +27,10 @@ constexpr int kFewParts = 8;   // loads of a thread in flight, where a warp has 
 constexpr int kPartsEach = 9;  // and where warps share a slice
 static_assert(kMaxChunks <= kMaxPartitions);
 
+// Partitions have about as much to merge as each other, but sequences have not: more blocks than
+// fit at once, so that those with a short one make room.
+constexpr uint32_t kSequenceTeam = 8;
+
 // Float partial results are few, and of few rows: many warps share a slice.
 template <typename Partial>
 constexpr int kWarps = std::is_same_v<Partial, float> ? 8 : 4;
@@ -331,7 +335,8 @@ cudaError_t Launch(const DenseDecodeParams& params, int partitions, int multipro
   const uint32_t row_tiles = params.row_tiles();
   const uint32_t subjects = params.batch_invariant ? params.batch : partitions;
   const uint32_t blocks = kBlocksPerMultiprocessor<Partial> * multiprocessors;
-  const uint32_t team = std::max(blocks / (row_tiles * subjects), 1u);
+  const uint32_t least = params.batch_invariant ? kSequenceTeam : 1;
+  const uint32_t team = std::max(blocks / (row_tiles * subjects), least);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
