@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+
+from flashmla_jax.ops import _sharding
 
 _flashmla: ModuleType | None
 try:
@@ -98,22 +99,6 @@ def _warn_once(reason: str) -> None:
     )
 
 
-def result_of(operands: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> jax.core.ShapedArray:
-    """A result that varies along the axes of `shard_map`'s mesh that any operand varies along."""
-    result = jax.core.ShapedArray(shape, dtype)
-    older = hasattr(result, "vma")  # jax 0.9
-    axes = [x.vma if older else x.manual_axis_type.varying for x in operands]
-    varying = frozenset().union(*axes)
-    if not varying:
-        return result
-    mesh = next(x for x, found in zip(operands, axes, strict=True) if found).sharding.mesh
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
-    kind: dict[str, Any] = {"vma": varying}
-    if not older:
-        kind = {"manual_axis_type": type(result.manual_axis_type)(varying=varying)}
-    return jax.core.ShapedArray(shape, dtype, sharding=sharding, **kind)
-
-
 def define_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     """A primitive with several results. Outside `jit` it runs as a compiled call of its own."""
     primitive = Primitive(name)
@@ -149,7 +134,7 @@ def register_tangents(
             )
         results = primitive.bind(*operands, **params)
         given = [None if type(x) is ad.Zero else x for x in tangents]
-        return results, rule(operands, results, given, **params)
+        return results, _sharding.auto(rule, results, **params)(operands, results, given)
 
     ad.primitive_jvps[primitive] = jvp
 
@@ -181,6 +166,7 @@ def register_lowerings(
     *,
     kernels: dict[str, Callable[..., Any]],
     reference: Callable[..., Any],
+    sharding: _sharding.Rule,
 ) -> None:
     """Registers what `primitive` lowers to.
 
@@ -188,7 +174,9 @@ def register_lowerings(
       primitive: an operation with several results.
       kernels: per platform, a function of the operands and parameters that makes the FFI call.
       reference: the same in `jax.numpy`, for every other platform.
+      sharding: how it is divided over devices, where there is a kernel for the platform.
     """
+    lower_divided = _sharding.register(primitive, sharding)
     lower_reference = mlir.lower_fun(reference, multiple_results=True)
 
     def lowering_for(platform: str | None) -> Callable[..., Any]:
@@ -196,6 +184,8 @@ def register_lowerings(
         lower_kernel = mlir.lower_fun(kernel, multiple_results=True) if kernel else None
 
         def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+            if platform and _sharding.is_divided(ctx):
+                return lower_divided(platform, ctx, *operands, **params)
             module = ctx.module_context
             # A module for several platforms takes this way only on those that have none of theirs.
             name = platform or "/".join(p for p in module.platforms if p not in kernels)

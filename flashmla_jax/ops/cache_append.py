@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,8 +11,7 @@ import jax.numpy as jnp
 from flashmla_jax import reference
 from flashmla_jax._checks import array
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
-from flashmla_jax.ops import _ffi
-from flashmla_jax.ops.dense_decode import fold, fold_pool
+from flashmla_jax.ops import _ffi, _mapped, _sharding
 
 _TARGET = "flashmla_cache_append"
 
@@ -82,16 +82,37 @@ def cache_append(
 
     if batch == 0 or num_tokens == 0:
         return k_cache
-    (pool,) = cache_append_p.bind(k_cache, new_kv, block_table, start, count)
+    (pool,) = cache_append_p.bind(k_cache, new_kv, block_table, start, count, mapped=())
     return pool
 
 
 # --- Abstract evaluation ---------------------------------------------------------------------
 
 
-def _abstract_eval(*operands: Any) -> tuple[jax.core.ShapedArray]:
+SHARDING = _sharding.Rule(
+    operands={
+        "k_cache": ("num_pages", "64", "h_kv", "576"),
+        "new_kv": ("batch", "num_tokens", "h_kv", "576"),
+        "block_table": ("batch", "max_pages_per_seq"),
+        "start": ("batch",),
+        "count": ("batch",),
+    },
+    results=(("num_pages", "64", "h_kv", "576"),),
+    divided=("h_kv",),
+    pool="k_cache",
+    advice=(
+        "Divide nothing but h_kv (jax.sharding.reshard makes an array whole); or divide pages with "
+        "flashmla_jax.parallel, where each device has its own."
+    ),
+)
+
+
+def _abstract_eval(
+    *operands: Any, mapped: _mapped.Mapped
+) -> tuple[jax.core.ShapedArray, ...]:
     k_cache = operands[0]
-    return (_ffi.result_of(operands, k_cache.shape, k_cache.dtype),)
+    result = k_cache.shape, k_cache.dtype
+    return _sharding.result_types(SHARDING.over(mapped), operands, [result])
 
 
 cache_append_p = _ffi.define_primitive("cache_append", _abstract_eval)
@@ -110,10 +131,14 @@ def _reference(*operands: jax.Array) -> list[jax.Array]:
     return [reference.cache_append(*operands)]
 
 
+_POOL, _TABLE = 0, 2  # which operands are the page pool and the block table
+_folded = functools.partial(_mapped.folded, pool=_POOL, table=_TABLE)
+
 _ffi.register_lowerings(
     cache_append_p,
-    kernels={_ffi.CPU: _call, _ffi.CUDA: _call},
-    reference=_reference,
+    kernels={_ffi.CPU: _folded(_call), _ffi.CUDA: _folded(_call)},
+    reference=_folded(_reference),
+    sharding=SHARDING,
 )
 
 
@@ -121,22 +146,18 @@ _ffi.register_lowerings(
 
 
 def _batch(
-    size: int, operands: tuple[jax.Array, ...], dims: tuple[int | None, ...]
+    size: int,
+    operands: tuple[jax.Array, ...],
+    dims: tuple[int | None, ...],
+    *,
+    mapped: _mapped.Mapped,
 ) -> list[jax.Array]:
     """Each element of the mapped axis has its own pool; one that they share is copied first."""
-    k_cache, new_kv, block_table, start, count = operands
-    cache_dim, kv_dim, table_dim, start_dim, count_dim = dims
-    if cache_dim is None:
-        k_cache, cache_dim = jnp.broadcast_to(k_cache, (size, *k_cache.shape)), 0
-    pool, tables = fold_pool(k_cache, cache_dim, block_table, table_dim, size)
-    (result,) = cache_append_p.bind(
-        pool,
-        fold(new_kv, kv_dim, size),
-        tables,
-        fold(start, start_dim, size),
-        fold(count, count_dim, size),
-    )
-    return [result.reshape(size, -1, *result.shape[1:])]
+    if dims[_POOL] is None:
+        pool = jnp.broadcast_to(operands[_POOL], (size, *operands[_POOL].shape))
+        operands, dims = (pool, *operands[1:]), (0, *dims[1:])
+    operands, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
+    return list(cache_append_p.bind(*operands, mapped=mapped))
 
 
 _ffi.register_batching(cache_append_p, _batch)
@@ -149,6 +170,8 @@ def _tangents(
     operands: tuple[jax.Array, ...],
     results: list[jax.Array],
     operand_tangents: list[jax.Array | None],
+    *,
+    mapped: _mapped.Mapped,
 ) -> list[jax.Array]:
     """Linear in pool and tokens: their tangents are appended as they are."""
     del results
@@ -156,19 +179,22 @@ def _tangents(
         jnp.zeros_like(x) if tangent is None else tangent
         for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
     )
-    return list(cache_append_p.bind(k_cache, new_kv, *operands[2:]))
+    return list(cache_append_p.bind(k_cache, new_kv, *operands[2:], mapped=mapped))
 
 
 def _transpose(
-    cotangent: jax.Array, k_cache: Any, new_kv: Any, *integers: jax.Array
+    cotangent: jax.Array, k_cache: Any, new_kv: Any, *integers: jax.Array, mapped: _mapped.Mapped
 ) -> list[jax.Array | None]:
     """What was written came from the tokens, the rest from the pool."""
     pool = tokens = None
     if isinstance(k_cache, jax.ShapeDtypeStruct):
         nothing = jnp.zeros(new_kv.shape, new_kv.dtype)
-        (pool,) = cache_append_p.bind(cotangent, nothing, *integers)
+        (pool,) = cache_append_p.bind(cotangent, nothing, *integers, mapped=mapped)
     if isinstance(new_kv, jax.ShapeDtypeStruct):
-        tokens = reference.cache_take(cotangent, *integers, num_tokens=new_kv.shape[1])
+        take = functools.partial(reference.cache_take, num_tokens=new_kv.shape[-3])
+        for _ in mapped:
+            take = jax.vmap(take)
+        tokens = take(cotangent, *integers)
     return [pool, tokens, None, None, None]
 
 

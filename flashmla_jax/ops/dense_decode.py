@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from flashmla_jax import reference
 from flashmla_jax.cache.layout import HEAD_DIM_V, PAGE_SIZE
-from flashmla_jax.ops import _ffi, tangents
+from flashmla_jax.ops import _ffi, _mapped, _sharding, tangents
 
 _TARGET = "flashmla_dense_decode"
 
@@ -45,6 +46,7 @@ def dense_decode(
         softmax_scale=softmax_scale,
         causal=causal,
         batch_invariant=batch_invariant,
+        mapped=(),
     )
     return out, lse
 
@@ -52,13 +54,31 @@ def dense_decode(
 # --- Abstract evaluation ---------------------------------------------------------------------
 
 
-def _abstract_eval(*operands: Any, **_: Any) -> tuple[jax.core.ShapedArray, ...]:
+SHARDING = _sharding.Rule(
+    operands={
+        "q": ("batch", "s_q", "h_q", "576"),
+        "k_cache": ("num_pages", "64", "h_kv", "576"),
+        "block_table": ("batch", "max_pages_per_seq"),
+        "cache_seqlens": ("batch",),
+    },
+    results=(("batch", "s_q", "h_q", "512"), ("batch", "h_q", "s_q")),
+    divided=("batch", "h_kv", "h_q"),
+    pool="k_cache",
+    advice=(
+        "Divide batch or h_q, and of k_cache nothing but h_kv (jax.sharding.reshard makes an array "
+        "whole); or divide pages with flashmla_jax.parallel, where each device has its own."
+    ),
+)
+
+
+def _abstract_eval(
+    *operands: Any, mapped: _mapped.Mapped, **_: Any
+) -> tuple[jax.core.ShapedArray, ...]:
     q = operands[0]
-    batch, s_q, h_q, _head_dim = q.shape
-    return (
-        _ffi.result_of(operands, (batch, s_q, h_q, HEAD_DIM_V), q.dtype),
-        _ffi.result_of(operands, (batch, h_q, s_q), jnp.float32),
-    )
+    *sizes, batch, s_q, h_q, _head_dim = q.shape
+    out, lse = (*sizes, batch, s_q, h_q, HEAD_DIM_V), (*sizes, batch, h_q, s_q)
+    results = (out, q.dtype), (lse, jnp.float32)
+    return _sharding.result_types(SHARDING.over(mapped), operands, results)
 
 
 dense_decode_p = _ffi.define_primitive("flash_mla_with_kvcache", _abstract_eval)
@@ -141,51 +161,30 @@ def _reference(
     )
 
 
+_POOL, _TABLE = 1, 2  # which operands are the page pool and the block table
+_folded = functools.partial(_mapped.folded, pool=_POOL, table=_TABLE)
+
 _ffi.register_lowerings(
     dense_decode_p,
-    kernels={_ffi.CPU: _call_cpu, _ffi.CUDA: _call_cuda},
-    reference=_reference,
+    kernels={_ffi.CPU: _folded(_call_cpu), _ffi.CUDA: _folded(_call_cuda)},
+    reference=_folded(_reference),
+    sharding=SHARDING,
 )
 
 
 # --- Batching --------------------------------------------------------------------------------
 
 
-def fold(x: jax.Array, dim: int | None, size: int) -> jax.Array:
-    """Merges a mapped axis into the leading axis: [..., size, ...] to [size * batch, ...]."""
-    x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-    return x.reshape(size * x.shape[1], *x.shape[2:])
-
-
-def fold_pool(
-    k_cache: jax.Array, cache_dim: int, block_table: jax.Array, table_dim: int | None, size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Merges mapped page pools into one pool, with tables that point into it.
-
-    An entry outside its own pool must not reach a neighbour's: it becomes -1.
-    """
-    num_pages = k_cache.shape[0 if cache_dim > 0 else 1]
-    pool = fold(k_cache, cache_dim, size)
-    tables = fold(block_table, table_dim, size)
-    first = jnp.arange(size, dtype=jnp.int32) * num_pages
-    first = jnp.repeat(first, tables.shape[0] // size)[:, None]
-    valid = (tables >= 0) & (tables < num_pages)
-    return pool, jnp.where(valid, tables + first, -1)
-
-
 def _batch(
-    size: int, operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
+    size: int,
+    operands: tuple[jax.Array, ...],
+    dims: tuple[int | None, ...],
+    *,
+    mapped: _mapped.Mapped,
+    **params: Any,
 ) -> list[jax.Array]:
-    q, k_cache, block_table, cache_seqlens = operands
-    q_dim, cache_dim, table_dim, lens_dim = dims
-    if cache_dim is None:
-        pool, tables = k_cache, fold(block_table, table_dim, size)
-    else:
-        pool, tables = fold_pool(k_cache, cache_dim, block_table, table_dim, size)
-    results = dense_decode_p.bind(
-        fold(q, q_dim, size), pool, tables, fold(cache_seqlens, lens_dim, size), **params
-    )
-    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
+    operands, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
+    return list(dense_decode_p.bind(*operands, mapped=mapped, **params))
 
 
 _ffi.register_batching(dense_decode_p, _batch)
@@ -202,17 +201,22 @@ def _tangents(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    mapped: _mapped.Mapped,
 ) -> list[jax.Array]:
     del batch_invariant  # of the forward pass
     q, k_cache = (
         jnp.zeros_like(x) if tangent is None else tangent
         for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
     )
-    return list(
-        tangents.dense_decode(
-            operands, results, q, k_cache, softmax_scale=softmax_scale, causal=causal
-        )
+    found = tangents.dense_decode(
+        _mapped.fold_operands(operands, pool=_POOL, table=_TABLE, mapped=mapped),
+        [_mapped.fold(x, len(mapped)) for x in results],
+        _mapped.fold(q, len(mapped)),
+        _mapped.fold(k_cache, sum(mapped)),
+        softmax_scale=softmax_scale,
+        causal=causal,
     )
+    return [_mapped.unfold(x, results[0].shape[: len(mapped)]) for x in found]
 
 
 _ffi.register_tangents(dense_decode_p, _tangents)

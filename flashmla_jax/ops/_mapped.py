@@ -1,0 +1,91 @@
+"""`vmap` of the ops over a page pool.
+
+A mapped axis stands in front of all others of the primitive's operands and results, the outermost
+first, so that it can be divided over devices like any other; only where an op is lowered is it
+folded into the batch. The parameter `mapped` has an entry for each, which tells whether the pool
+has it too: a pool without it is shared, and not copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Mapped = tuple[bool, ...]
+
+
+def batch(
+    size: int, operands: Sequence[jax.Array], dims: Sequence[int | None], *, pool: int, mapped: Mapped
+) -> tuple[list[jax.Array], Mapped]:
+    """The operands with one more mapped axis, and what `mapped` becomes.
+
+    Args:
+      size: of the mapped axis.
+      operands: of the primitive.
+      dims: the place of the mapped axis in each, or None.
+      pool: which of them is the page pool.
+      mapped: of the axes that are there already.
+    """
+    in_front = []
+    for i, (x, dim) in enumerate(zip(operands, dims, strict=True)):
+        if dim is not None:
+            in_front.append(jnp.moveaxis(x, dim, 0))
+        elif i == pool:
+            in_front.append(x)
+        else:
+            in_front.append(jnp.broadcast_to(x, (size, *x.shape)))
+    return in_front, (dims[pool] is not None, *mapped)
+
+
+def fold(x: jax.Array, axes: int) -> jax.Array:
+    """Merges so many axes in front into the next one."""
+    return x.reshape(math.prod(x.shape[: axes + 1]), *x.shape[axes + 1 :])
+
+
+def unfold(x: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """The reverse, with the sizes of the axes in front."""
+    return x.reshape(*sizes, x.shape[0] // math.prod(sizes), *x.shape[1:])
+
+
+def fold_operands(
+    operands: Sequence[jax.Array], *, pool: int, table: int, mapped: Mapped
+) -> list[jax.Array]:
+    """All operands without mapped axes: one pool, and a table that points into it.
+
+    An entry outside its own pool must not reach a neighbour's: it becomes -1.
+    """
+    pages = operands[pool]
+    tables = operands[table]
+    num_pages = pages.shape[sum(mapped)]
+    if any(mapped):
+        number: Any = jnp.int32(0)  # of the pool that a sequence has
+        for i, own in enumerate(mapped):
+            if own:
+                size = tables.shape[i]
+                places = jnp.arange(size, dtype=jnp.int32)
+                number = number * size + jnp.expand_dims(places, range(1, tables.ndim - i))
+        valid = (tables >= 0) & (tables < num_pages)
+        tables = jnp.where(valid, tables + number * num_pages, -1)
+    folded = [fold(x, len(mapped)) for x in operands]
+    folded[pool] = fold(pages, sum(mapped))
+    folded[table] = fold(tables, len(mapped))
+    return folded
+
+
+def folded(function: Callable[..., Any], *, pool: int, table: int) -> Callable[..., Any]:
+    """`function`, which knows no mapped axes, as one that does."""
+
+    @functools.wraps(function)
+    def of_mapped(*operands: jax.Array, mapped: Mapped, **params: Any) -> list[jax.Array]:
+        if not mapped:
+            return list(function(*operands, **params))
+        sizes = operands[table].shape[: len(mapped)]
+        flat = fold_operands(operands, pool=pool, table=table, mapped=mapped)
+        return [unfold(x, sizes) for x in function(*flat, **params)]
+
+    return of_mapped

@@ -1,0 +1,406 @@
+"""How XLA divides an op over devices when its arguments are, under plain `jit`.
+
+To XLA's partitioner a custom call is opaque: without a rule it gathers every operand on every
+device. So in a program for several devices an op becomes a call of a target of its own, which
+says how shardings follow from each other (a Shardy rule), and which the partitioner replaces by
+what `_partition` returns: the op as it is on one device, on the shapes that are left there.
+
+`jax.experimental.custom_partitioning` does the same through pointers to Python objects in the
+program, which change from process to process: the persistent compilation cache misses, and
+`jax.export` fails. A partitioner that is registered by name needs none. jax has no public function
+for that, hence the two private imports of this package: the registry, and the hook that registers
+with the partitioners of plug-ins, as the one for CUDA, which are loaded later. jax's own
+custom_partitioning uses both in the same way.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jaxlib.xla_client as xla  # private
+import numpy as np
+from jax._src import xla_bridge  # private
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+_MANUAL = xla.OpSharding.Type.MANUAL
+_REPLICATED = xla.OpSharding.Type.REPLICATED
+
+
+Axes = tuple[str, ...]
+
+
+
+def _factors(axis: str) -> Axes:
+    """What an axis is made of: a KV head serves a group of query heads."""
+    return {"h_kv": ("kv_head",), "h_q": ("kv_head", "group")}.get(axis, (axis,))
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which axes of an op may be divided over devices.
+
+    Axes have the names that the op's docstring gives them. Those of one name are divided alike.
+    """
+
+    operands: dict[str, Axes]
+    """The axes of each operand."""
+    results: tuple[Axes, ...]
+    divided: Axes
+    """The axes that may be divided. All others are whole on every device."""
+    pool: str
+    """The operand that is too large to be gathered: its other axes must be whole beforehand."""
+    advice: str
+    """What to do about an axis that cannot be divided."""
+
+    def over(self, mapped: tuple[bool, ...]) -> Rule:
+        """The rule with mapped axes in front, as _mapped.py has them. They may be divided."""
+        names = tuple(f"mapped axis {i}" for i in range(len(mapped)))
+        own = tuple(name for name, pools in zip(names, mapped, strict=True) if pools)
+        return dataclasses.replace(
+            self,
+            operands={
+                operand: (own if operand == self.pool else names) + axes
+                for operand, axes in self.operands.items()
+            },
+            results=tuple(names + axes for axes in self.results),
+            divided=names + self.divided,
+        )
+
+    def sizes(self, operands: Sequence[tuple[int, ...]]) -> dict[str, int]:
+        """The size of each factor, from the shapes of the operands."""
+        size = {
+            axis: n
+            for axes, shape in zip(self.operands.values(), operands, strict=True)
+            for axis, n in zip(axes, shape, strict=True)
+        }
+        group = size.get("h_q", size["h_kv"]) // size["h_kv"]
+        return size | {"kv_head": size["h_kv"], "group": group}
+
+    def problem(self, operand: str, dimension: int) -> str:
+        axis = self.operands[operand][dimension]
+        return f"{operand} is sharded along axis {dimension} ({axis}), which every device needs whole"
+
+
+def is_divided(ctx: Any) -> bool:
+    """Whether a lowering's program runs on several devices, among which XLA divides arrays."""
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):  # inside `shard_map`
+        return set(context.manual_axes) != set(context.mesh.axis_names)
+    return (getattr(context, "num_devices", None) or 1) > 1
+
+
+def register(primitive: Primitive, rule: Rule) -> Callable[..., Any]:
+    """Registers how `primitive` is divided. Returns its lowering for several devices.
+
+    The lowering takes a platform, and then what lowerings take. On each device it becomes what the
+    primitive lowers to for one.
+    """
+    target = f"flashmla_{primitive.name}_divided"
+    callbacks = {
+        "name": target,
+        "prop_user_sharding": lambda sharding, *_: sharding,
+        "partition": functools.partial(_partition, primitive, rule),
+        "infer_sharding_from_operands": functools.partial(_infer, rule),
+        "can_side_effecting_have_replicated_sharding": True,
+    }
+    xla.register_custom_call_partitioner(**callbacks)
+    xla_bridge.register_plugin_callbacks(
+        functools.partial(xla.register_custom_call_partitioner, **callbacks)
+    )
+
+    def lower(platform: str, ctx: Any, *operands: Any, **params: Any) -> Any:
+        over = rule.over(params["mapped"])
+        shapes = [x.shape for x in ctx.avals_in]
+        if not all(isinstance(size, int) for shape in shapes for size in shape):
+            raise NotImplementedError(
+                f"{primitive} in a program for several devices needs constant sizes, got {shapes}; "
+                "inside jax.shard_map it does not"
+            )
+        notation = _shardy(over, shapes, [x.shape for x in ctx.avals_out])
+        call = jax.ffi.ffi_lowering(
+            target,
+            backend_config=repr((platform, params)),
+            api_version=2,
+            skip_ffi_layout_processing=True,
+            extra_attributes={"sdy.sharding_rule": ir.Attribute.parse(notation)},
+        )
+        return call(ctx, *operands)
+
+    return lower
+
+
+# --- Types ------------------------------------------------------------------------------------
+
+
+def result_types(
+    rule: Rule, operands: Sequence[Any], results: Sequence[tuple[tuple[int, ...], Any]]
+) -> tuple[jax.core.ShapedArray, ...]:
+    """The types of an op's results, of these shapes and dtypes, from those of its operands.
+
+    They vary along the axes of `shard_map`'s mesh that any operand varies along, and are divided
+    over the explicit axes of a mesh that operands are divided over.
+
+    Raises:
+      ValueError: an operand is divided, over explicit axes, as it cannot be, or otherwise than
+        another one.
+    """
+    mesh = next((x.sharding.mesh for x in operands if not x.sharding.mesh.empty), None)
+    if mesh is None:
+        return tuple(jax.core.ShapedArray(shape, dtype) for shape, dtype in results)
+    over = _explicit_axes(rule, operands)
+    types = []
+    for axes, (shape, dtype) in zip(rule.results, results, strict=True):
+        spec = PartitionSpec(*(over.get(axis) for axis in axes))
+        plain = jax.core.ShapedArray(shape, dtype, sharding=NamedSharding(mesh, spec))
+        types.append(_varying(plain, operands))
+    return tuple(types)
+
+
+def _varying(plain: jax.core.ShapedArray, operands: Sequence[Any]) -> jax.core.ShapedArray:
+    older = hasattr(plain, "vma")  # jax 0.9
+    axes = [x.vma if older else x.manual_axis_type.varying for x in operands]
+    varying = frozenset().union(*axes)
+    if older:
+        return plain.update(vma=varying)
+    return plain.update(manual_axis_type=type(plain.manual_axis_type)(varying=varying))
+
+
+def _explicit_axes(rule: Rule, operands: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that each axis is divided over, as the types of the operands say."""
+    over: dict[str, tuple[str, ...]] = {}
+    for (operand, axes), x in zip(rule.operands.items(), operands, strict=True):
+        for dimension, entry in enumerate(x.sharding.spec):
+            names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            if not names:
+                continue
+            axis = axes[dimension]
+            if axis not in rule.divided:
+                raise ValueError(f"{rule.problem(operand, dimension)}: over {names}. {rule.advice}")
+            if over.setdefault(axis, names) != names:
+                raise ValueError(
+                    f"{operand} is sharded along {axis} over {names}, others over {over[axis]}"
+                )
+    kv, heads = over.get("h_kv", ()), over.get("h_q", ())
+    if "h_q" in rule.divided and heads[: len(kv)] != kv:
+        raise ValueError(
+            f"{rule.pool} is sharded along h_kv over {kv}, and q along h_q over {heads}: the heads "
+            "that a KV head serves must be where it is"
+        )
+    return over
+
+
+def auto(
+    function: Callable[..., list[jax.Array]], results: Sequence[jax.Array], **params: Any
+) -> Callable[..., list[jax.Array]]:
+    """`function` with XLA's choice of shardings inside, where a mesh is explicit.
+
+    It gives arrays that are divided as `results` are.
+    """
+    function = functools.partial(function, **params)
+    shardings = [jax.typeof(x).sharding for x in results]
+    mesh = shardings[0].mesh
+    if not mesh.explicit_axes:
+        return function
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+
+
+# --- Shardy -----------------------------------------------------------------------------------
+
+
+def _shardy(rule: Rule, operands: list[tuple[int, ...]], results: list[tuple[int, ...]]) -> str:
+    """The rule in Shardy's notation: a letter for each factor of an axis, and their sizes.
+
+    Axes that are not divided have a letter each, so that no sharding travels along them.
+    """
+    letters = iter("ijklmnopqrstuvwxyz")
+    size_of = rule.sizes(operands)
+    letter_of: dict[str, str] = {}
+    size_by_letter: dict[str, int] = {}
+    whole: list[str] = []
+
+    def letter(size: int) -> str:
+        new = next(letters)
+        size_by_letter[new] = size
+        return new
+
+    def mapping(axes: Axes, shape: tuple[int, ...]) -> str:
+        dimensions = []
+        for axis, size in zip(axes, shape, strict=True):
+            if axis in rule.divided:
+                factors = _factors(axis)
+                factors = tuple(x for x in factors if size_of[x] > 1) or factors[-1:]
+                for x in factors:
+                    if x not in letter_of:
+                        letter_of[x] = letter(size_of[x])
+                dimensions.append("".join(letter_of[x] for x in factors))
+            else:
+                whole.append(letter(size))
+                dimensions.append(whole[-1])
+        return f"[{', '.join(dimensions)}]"
+
+    inputs = ", ".join(map(mapping, rule.operands.values(), operands))
+    outputs = ", ".join(map(mapping, rule.results, results))
+    sizes = ", ".join(f"{letter}={size}" for letter, size in size_by_letter.items())
+    return (
+        f"#sdy.op_sharding_rule<({inputs})->({outputs}) {{{sizes}}} "
+        f"need_replication={{{', '.join(whole)}}}, custom>"
+    )
+
+
+# --- XLA's partitioner ------------------------------------------------------------------------
+
+
+class _Layout:
+    """Which devices have which part of each factor, as the sharding of one array tells."""
+
+    def __init__(self, rule: Rule, sizes: dict[str, int], axes: Axes, sharding: Any) -> None:
+        self._rule = rule
+        self._factors: list[str] = []
+        # Devices by their parts of each factor; then those that have the same parts; then those
+        # that a `shard_map` around this op divides arrays over.
+        self._devices: np.ndarray | None = None
+        if sharding.is_replicated():
+            return
+        tiles = sharding.tile_assignment_dimensions()
+        devices = np.array(sharding.tile_assignment_devices()).reshape(tiles)
+        beyond = sharding.subgroup_types()
+        if sharding.replicate_on_last_tile_dim():
+            beyond = [_REPLICATED]
+        manual = [len(axes) + i for i, kind in enumerate(beyond) if kind == _MANUAL]
+        taken = [axis for axis in axes if axis in rule.divided]
+        order = [axes.index(axis) for axis in taken]
+        copies = [i for i in range(devices.ndim) if i not in order + manual]
+        devices = devices.transpose(order + copies + manual)
+        devices = devices.reshape(*devices.shape[: len(order)], math.prod(tiles[i] for i in copies), -1)
+
+        shape: list[int] = []
+        for place, axis in enumerate(taken):
+            parts = _parts(axis, devices.shape[place], sizes)
+            if parts is None:  # what does not come out even stays whole
+                devices = np.moveaxis(devices, place, -2)
+                devices = devices.reshape(*devices.shape[:-3], -1, devices.shape[-1])
+                devices = np.expand_dims(devices, place)
+                parts = (1,) * len(_factors(axis))
+            shape += parts
+            self._factors += _factors(axis)
+        self._devices = devices.reshape(*shape, *devices.shape[-2:])
+
+    def sharding(self, axes: Axes) -> Any:
+        """That of an array."""
+        if self._devices is None:
+            return xla.HloSharding.replicate()
+        places = [
+            [self._factors.index(factor) for factor in _factors(axis)]
+            if axis in self._rule.divided
+            else []
+            for axis in axes
+        ]
+        count = len(self._factors)
+        taken = list(itertools.chain(*places))
+        copies = [i for i in range(count + 1) if i not in taken]
+        shape = self._devices.shape
+        tiles = [math.prod(shape[i] for i in each) for each in places]
+        beyond = {_REPLICATED: math.prod(shape[i] for i in copies), _MANUAL: shape[count + 1]}
+        beyond = {kind: devices for kind, devices in beyond.items() if devices > 1}
+        if math.prod(tiles) == 1 and _MANUAL not in beyond:
+            return xla.HloSharding.replicate()
+        devices = self._devices.transpose([*taken, *copies, count + 1])
+        return xla.HloSharding.subgroup_with_device_ordering(
+            np.ascontiguousarray(devices.reshape(*tiles, *beyond.values()), np.int64),
+            subgroup_types=list(beyond),
+        )
+
+
+def _parts(axis: str, count: int, sizes: dict[str, int]) -> tuple[int, ...] | None:
+    """Into how many parts the factors of an axis are divided, or None if not evenly."""
+    parts = []
+    for factor in _factors(axis):
+        parts.append(math.gcd(count, sizes[factor]))
+        count //= parts[-1]
+        if count > 1 and parts[-1] < sizes[factor]:
+            return None
+    return tuple(parts) if count == 1 else None
+
+
+def _partition(
+    primitive: Primitive,
+    rule: Rule,
+    operands: list[Any],
+    operand_shardings: list[Any],
+    result: Any,
+    result_sharding: Any,
+    config: bytes,
+) -> tuple[bytes, list[Any], Any]:
+    """The program for one device, and how its operands and results are to be divided."""
+    platform, params = ast.literal_eval(config.decode())
+    rule = rule.over(params["mapped"])
+    shapes = [x.dimensions() for x in operands]
+    for name, shape, sharding in zip(rule.operands, shapes, operand_shardings, strict=True):
+        _check(rule, name, shape, sharding)
+
+    several = result.is_tuple()
+    first = result_sharding.tuple_elements()[0] if several else result_sharding
+    layout = _Layout(rule, rule.sizes(shapes), rule.results[0], first)
+    needed = [layout.sharding(axes) for axes in rule.operands.values()]
+    given = [layout.sharding(axes) for axes in rule.results]
+    local = tuple(
+        (tuple(sharding.tile(x).dimensions()), np.dtype(x.numpy_dtype()))
+        for sharding, x in zip(needed, operands, strict=True)
+    )
+    return (
+        _program(primitive, platform, tuple(sorted(params.items())), local),
+        needed,
+        xla.HloSharding.tuple_sharding(result, given) if several else given[0],
+    )
+
+
+def _infer(
+    rule: Rule, operands: list[Any], operand_shardings: list[Any], result: Any, config: bytes
+) -> Any:
+    """How results are divided where operands are; Shardy has its own rule for this."""
+    _, params = ast.literal_eval(config.decode())
+    rule = rule.over(params["mapped"])
+    sizes = rule.sizes([x.dimensions() for x in operands])
+    axes = next(iter(rule.operands.values()))
+    layout = _Layout(rule, sizes, axes, operand_shardings[0])
+    given = [layout.sharding(axes) for axes in rule.results]
+    return xla.HloSharding.tuple_sharding(result, given) if result.is_tuple() else given[0]
+
+
+def _check(rule: Rule, operand: str, shape: Sequence[int], sharding: Any) -> None:
+    if sharding.is_replicated() or sharding.is_maximal():
+        return
+    tiles = sharding.tile_assignment_dimensions()[: len(shape)]
+    for dimension, parts in enumerate(tiles):
+        if parts == 1 or rule.operands[operand][dimension] in rule.divided:
+            continue
+        problem = f"{rule.problem(operand, dimension)}: over {parts} devices."
+        if operand == rule.pool:
+            raise ValueError(f"{problem} {rule.advice}")
+        if rule.operands[operand][dimension] != "batch":
+            warnings.warn(f"{problem} XLA gathers it.", stacklevel=2)
+
+
+@functools.lru_cache(maxsize=256)  # a model's layers are alike
+def _program(
+    primitive: Primitive,
+    platform: str,
+    params: tuple[tuple[str, Any], ...],
+    operands: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...],
+) -> bytes:
+    op = functools.partial(primitive.bind, **dict(params))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands]
+    lowered = jax.jit(op).trace(*shapes).lower(lowering_platforms=(platform,))
+    return mlir.module_to_bytecode(lowered.compiler_ir())
