@@ -8,46 +8,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from devices import elsewhere, make_mesh, meshes, run_on_eight_devices
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flashmla_jax import flash_mla_with_kvcache, parallel
 
-DEVICES = 8
-meshes = pytest.mark.skipif(
-    jax.devices()[0].platform != "cpu" or len(jax.devices()) < DEVICES,
-    reason=f"needs {DEVICES} CPU devices",
-)
-HERE = Path(__file__)
 
-
-@pytest.mark.skipif(len(jax.devices("cpu")) >= DEVICES, reason="the checks run in this process")
+@elsewhere
 def test_on_eight_devices() -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment.pop("PYTEST_ADDOPTS", None)  # more of -q would hide the summary
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
-    ran = subprocess.run(
-        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert re.search(r"\d+ passed, 1 skipped", ran.stdout), ran.stdout
-
-
-def make_mesh(**axes: int) -> jax.sharding.Mesh:
-    types = (jax.sharding.AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+    run_on_eight_devices(__file__)
 
 
 def deal_out(problem: oracle.Problem, batch: int, context: int) -> oracle.Problem:

@@ -20,7 +20,12 @@ Mapped = tuple[bool, ...]
 
 
 def batch(
-    size: int, operands: Sequence[jax.Array], dims: Sequence[int | None], *, pool: int, mapped: Mapped
+    size: int,
+    operands: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    pool: int,
+    mapped: Mapped,
 ) -> tuple[list[jax.Array], Mapped]:
     """The operands with one more mapped axis, and what `mapped` becomes.
 

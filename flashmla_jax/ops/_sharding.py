@@ -40,11 +40,9 @@ _REPLICATED = xla.OpSharding.Type.REPLICATED
 Axes = tuple[str, ...]
 
 
-
 def _factors(axis: str) -> Axes:
     """What an axis is made of: a KV head serves a group of query heads."""
     return {"h_kv": ("kv_head",), "h_q": ("kv_head", "group")}.get(axis, (axis,))
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +88,9 @@ class Rule:
 
     def problem(self, operand: str, dimension: int) -> str:
         axis = self.operands[operand][dimension]
-        return f"{operand} is sharded along axis {dimension} ({axis}), which every device needs whole"
+        return (
+            f"{operand} is sharded along axis {dimension} ({axis}), which every device needs whole"
+        )
 
 
 def is_divided(ctx: Any) -> bool:
@@ -283,12 +283,21 @@ class _Layout:
         order = [axes.index(axis) for axis in taken]
         copies = [i for i in range(devices.ndim) if i not in order + manual]
         devices = devices.transpose(order + copies + manual)
-        devices = devices.reshape(*devices.shape[: len(order)], math.prod(tiles[i] for i in copies), -1)
+        devices = devices.reshape(
+            *devices.shape[: len(order)], math.prod(tiles[i] for i in copies), -1
+        )
 
         shape: list[int] = []
         for place, axis in enumerate(taken):
             parts = _parts(axis, devices.shape[place], sizes)
             if parts is None:  # what does not come out even stays whole
+                what = f"{sizes['kv_head']} KV heads of {sizes['group']} query heads each"
+                warnings.warn(
+                    f"{axis} is sharded over {devices.shape[place]} devices, among which "
+                    f"{what if 'kv_head' in _factors(axis) else sizes[axis]} cannot be divided "
+                    "evenly. XLA gathers it.",
+                    stacklevel=2,
+                )
                 devices = np.moveaxis(devices, place, -2)
                 devices = devices.reshape(*devices.shape[:-3], -1, devices.shape[-1])
                 devices = np.expand_dims(devices, place)
@@ -296,6 +305,11 @@ class _Layout:
             shape += parts
             self._factors += _factors(axis)
         self._devices = devices.reshape(*shape, *devices.shape[-2:])
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the work is divided."""
+        return 1 if self._devices is None else math.prod(self._devices.shape[:-2])
 
     def sharding(self, axes: Axes) -> Any:
         """That of an array."""
@@ -350,9 +364,15 @@ def _partition(
     for name, shape, sharding in zip(rule.operands, shapes, operand_shardings, strict=True):
         _check(rule, name, shape, sharding)
 
+    sizes = rule.sizes(shapes)
     several = result.is_tuple()
     first = result_sharding.tuple_elements()[0] if several else result_sharding
-    layout = _Layout(rule, rule.sizes(shapes), rule.results[0], first)
+    layouts = [
+        _Layout(rule, sizes, rule.results[0], first),
+        _Layout(rule, sizes, next(iter(rule.operands.values())), operand_shardings[0]),
+    ]
+    # Where results are to be whole and queries are not, results travel, and work is divided.
+    layout = max(layouts, key=lambda x: x.parts)
     needed = [layout.sharding(axes) for axes in rule.operands.values()]
     given = [layout.sharding(axes) for axes in rule.results]
     local = tuple(

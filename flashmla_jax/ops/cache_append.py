@@ -107,9 +107,7 @@ SHARDING = _sharding.Rule(
 )
 
 
-def _abstract_eval(
-    *operands: Any, mapped: _mapped.Mapped
-) -> tuple[jax.core.ShapedArray, ...]:
+def _abstract_eval(*operands: Any, mapped: _mapped.Mapped) -> tuple[jax.core.ShapedArray, ...]:
     k_cache = operands[0]
     result = k_cache.shape, k_cache.dtype
     return _sharding.result_types(SHARDING.over(mapped), operands, [result])
@@ -156,8 +154,8 @@ def _batch(
     if dims[_POOL] is None:
         pool = jnp.broadcast_to(operands[_POOL], (size, *operands[_POOL].shape))
         operands, dims = (pool, *operands[1:]), (0, *dims[1:])
-    operands, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
-    return list(cache_append_p.bind(*operands, mapped=mapped))
+    in_front, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
+    return list(cache_append_p.bind(*in_front, mapped=mapped))
 
 
 _ffi.register_batching(cache_append_p, _batch)

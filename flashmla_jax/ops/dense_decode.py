@@ -183,8 +183,8 @@ def _batch(
     mapped: _mapped.Mapped,
     **params: Any,
 ) -> list[jax.Array]:
-    operands, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
-    return list(dense_decode_p.bind(*operands, mapped=mapped, **params))
+    in_front, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
+    return list(dense_decode_p.bind(*in_front, mapped=mapped, **params))
 
 
 _ffi.register_batching(dense_decode_p, _batch)
