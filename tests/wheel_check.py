@@ -30,7 +30,7 @@ def check_dense_decode(dtype: str, causal: bool) -> None:
     cache_seqlens = jnp.asarray([150, 1, 0], jnp.int32)
 
     step = jax.jit(lambda *args: fm.flash_mla_with_kvcache(*args, causal=causal))
-    assert "flashmla_dense_decode" in step.lower(q, k_cache, block_table, cache_seqlens).as_text()
+    assert _ffi.DENSE_DECODE in step.lower(q, k_cache, block_table, cache_seqlens).as_text()
     out, lse = step(q, k_cache, block_table, cache_seqlens)
     wanted_out, wanted_lse = reference.flash_mla_with_kvcache(
         q, k_cache, block_table, cache_seqlens, softmax_scale=576**-0.5, causal=causal
@@ -53,7 +53,7 @@ def check_cache_append(dtype: str) -> None:
 
     append = jax.jit(fm.cache_append, donate_argnums=0)
     args = (new_kv, block_table, start, count)
-    assert "flashmla_cache_append" in append.lower(k_cache, *args).as_text()
+    assert _ffi.CACHE_APPEND in append.lower(k_cache, *args).as_text()
     assert np.asarray(append(k_cache, *args)).tobytes() == wanted.tobytes()
 
 

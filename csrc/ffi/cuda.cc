@@ -38,7 +38,7 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
   if (error.failure()) return error;
   if (params.dtype == DType::kF32) {
     return xffi::Error(xffi::ErrorCode::kUnimplemented,
-                       "flashmla_dense_decode: float32 runs on the CPU only");
+                       std::string(kDenseDecodeTarget) + ": float32 runs on the CPU only");
   }
   const int64_t rows = params.workspace_slots() * params.tile_rows();
   const auto fewer = [](size_t elements, int64_t needed) {
@@ -47,12 +47,13 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
   if (fewer(partial_out->size_bytes(), rows * params.partial_row_bytes()) ||
       fewer(partial_stats->element_count(), rows * 4) ||
       fewer(merges->element_count(), params.max_partitions() * kMergeWords)) {
-    return xffi::Error::InvalidArgument("flashmla_dense_decode: the workspace is too small");
+    return xffi::Error::InvalidArgument(std::string(kDenseDecodeTarget) +
+                                        ": the workspace is too small");
   }
   params.partial_out = partial_out->untyped_data();
   params.partial_stats = partial_stats->typed_data();
   params.merges = merges->typed_data();
-  return ToError("flashmla_dense_decode", sm90::DenseDecode(params, stream));
+  return ToError(kDenseDecodeTarget, sm90::DenseDecode(params, stream));
 }
 
 xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
@@ -61,7 +62,7 @@ xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyB
   CacheAppendParams params{};
   auto error = Unpack(k_cache, new_kv, block_table, start, count, *result, &params);
   if (error.failure()) return error;
-  return ToError("flashmla_cache_append", sm90::CacheAppend(params, stream));
+  return ToError(kCacheAppendTarget, sm90::CacheAppend(params, stream));
 }
 
 }  // namespace

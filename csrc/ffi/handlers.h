@@ -1,9 +1,16 @@
-// The handlers that the module registers.
+// The handlers that the module registers, and the names that compiled programs call them by.
 #pragma once
 
 #include "xla/ffi/api/c_api.h"
 
 namespace flashmla::ffi {
+
+// Exported programs outlive a release. A name ends in a version, to be raised when operands,
+// results (the GPU workspace is some of them), attributes or what they mean change: a program of
+// before then finds no such target, and is never misread. The same names stand in
+// flashmla_jax/ops/_ffi.py; a test compares them.
+inline constexpr char kDenseDecodeTarget[] = "flashmla_dense_decode_v1";
+inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v1";
 
 extern "C" {
 XLA_FFI_Error* DenseDecodeCpu(XLA_FFI_CallFrame* call_frame);

@@ -20,14 +20,14 @@ nb::capsule Capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 // {platform: {target name: handler}}
 nb::dict Registrations() {
   nb::dict cpu;
-  cpu["flashmla_dense_decode"] = Capsule(ffi::DenseDecodeCpu);
-  cpu["flashmla_cache_append"] = Capsule(ffi::CacheAppendCpu);
+  cpu[ffi::kDenseDecodeTarget] = Capsule(ffi::DenseDecodeCpu);
+  cpu[ffi::kCacheAppendTarget] = Capsule(ffi::CacheAppendCpu);
   nb::dict all;
   all["cpu"] = cpu;
 #if FLASHMLA_WITH_CUDA
   nb::dict cuda;
-  cuda["flashmla_dense_decode"] = Capsule(ffi::DenseDecodeCuda);
-  cuda["flashmla_cache_append"] = Capsule(ffi::CacheAppendCuda);
+  cuda[ffi::kDenseDecodeTarget] = Capsule(ffi::DenseDecodeCuda);
+  cuda[ffi::kCacheAppendTarget] = Capsule(ffi::CacheAppendCuda);
   all["CUDA"] = cuda;
 #endif
   return all;

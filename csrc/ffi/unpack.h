@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "ffi/handlers.h"
 #include "params.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -46,7 +47,7 @@ inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
                           xffi::Buffer<xffi::S32> cache_seqlens, xffi::AnyBuffer out,
                           xffi::Buffer<xffi::F32> lse, DenseDecodeParams* p) {
   const auto bad = [](const std::string& what) {
-    return xffi::Error::InvalidArgument("flashmla_dense_decode: " + what);
+    return xffi::Error::InvalidArgument(std::string(kDenseDecodeTarget) + ": " + what);
   };
   if (q.dimensions().size() != 4 || q.dimensions()[3] != kHeadDim) {
     return bad("expected q [batch, s_q, h_q, 576], got " + Describe("q", q));
@@ -106,7 +107,7 @@ inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
                           xffi::Buffer<xffi::S32> count, xffi::AnyBuffer result,
                           CacheAppendParams* p) {
   const auto bad = [](const std::string& what) {
-    return xffi::Error::InvalidArgument("flashmla_cache_append: " + what);
+    return xffi::Error::InvalidArgument(std::string(kCacheAppendTarget) + ": " + what);
   };
   const auto cache = k_cache.dimensions();
   const auto rows = new_kv.dimensions();
@@ -139,7 +140,8 @@ inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
   p->k_cache = result.untyped_data();
   // The result is the operand's own buffer: XLA makes the copy, where one is needed, before us.
   if (result.untyped_data() != k_cache.untyped_data()) {
-    return xffi::Error::Internal("flashmla_cache_append: the cache was not aliased to the result");
+    return xffi::Error::Internal(std::string(kCacheAppendTarget) +
+                                 ": the cache was not aliased to the result");
   }
   return xffi::Error::Success();
 }

@@ -34,6 +34,14 @@ CUDA: Final = "cuda"
 HOPPER: Final = "9.0"
 
 
+# The FFI targets. Exported programs outlive a release, and call them by these names. A name ends in
+# a version, to be raised when operands, results (the GPU workspace is some of them), attributes or
+# what they mean change: a program of before then finds no such target, and is never misread. The
+# same names stand in csrc/ffi/handlers.h; a test compares them.
+DENSE_DECODE: Final = "flashmla_dense_decode_v1"
+CACHE_APPEND: Final = "flashmla_cache_append_v1"
+TARGETS: Final = (DENSE_DECODE, CACHE_APPEND)
+
 def _register_targets() -> frozenset[str]:
     if _flashmla is None:
         return frozenset()

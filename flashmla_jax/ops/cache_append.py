@@ -13,8 +13,6 @@ from flashmla_jax._checks import array
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
 from flashmla_jax.ops import _ffi, _mapped, _sharding
 
-_TARGET = "flashmla_cache_append"
-
 
 def cache_append(
     k_cache: jax.Array,
@@ -122,7 +120,7 @@ cache_append_p = _ffi.define_primitive("cache_append", _abstract_eval)
 def _call(*operands: jax.Array) -> list[jax.Array]:
     k_cache = operands[0]
     result = jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype)
-    return [jax.ffi.ffi_call(_TARGET, result, input_output_aliases={0: 0})(*operands)]
+    return [jax.ffi.ffi_call(_ffi.CACHE_APPEND, result, input_output_aliases={0: 0})(*operands)]
 
 
 def _reference(*operands: jax.Array) -> list[jax.Array]:

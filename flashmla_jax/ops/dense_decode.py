@@ -13,8 +13,6 @@ from flashmla_jax import reference
 from flashmla_jax.cache.layout import HEAD_DIM_V, PAGE_SIZE
 from flashmla_jax.ops import _ffi, _mapped, _sharding, tangents
 
-_TARGET = "flashmla_dense_decode"
-
 # The GPU workspace, as csrc/params.h bounds it: up to how many query rows partial results are in
 # single precision, query rows per tile, how many parts the tokens are divided into over the whole
 # grid, at most, and what each notes about merging them.
@@ -124,7 +122,7 @@ def _call_cpu(
     *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool
 ) -> list[jax.Array]:
     del batch_invariant  # it always is: chunks follow from a sequence's own length
-    call = jax.ffi.ffi_call(_TARGET, _results(operands[0]))
+    call = jax.ffi.ffi_call(_ffi.DENSE_DECODE, _results(operands[0]))
     return list(call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal))
 
 
@@ -138,7 +136,7 @@ def _call_cuda(
             f"got q {q.dtype}. Cast q and k_cache, or set JAX_PLATFORMS=cpu."
         )
     workspace = _workspace(q.shape, k_cache.shape[2], block_table.shape[1], batch_invariant)
-    call = jax.ffi.ffi_call(_TARGET, _results(q) + workspace)
+    call = jax.ffi.ffi_call(_ffi.DENSE_DECODE, _results(q) + workspace)
     out, lse, *_ = call(
         *operands,
         softmax_scale=np.float32(softmax_scale),

@@ -95,7 +95,7 @@ def test_empty(batch, num_tokens):
 
 def test_is_our_custom_call():
     hlo = jax.jit(cache_append).lower(*problem(4)).compile().as_text()
-    assert 'custom_call_target="flashmla_cache_append"' in hlo
+    assert 'custom_call_target="flashmla_cache_append_v1"' in hlo
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import flashmla_jax as fm
 from flashmla_jax.cache import layout
 from flashmla_jax.ops import _ffi, dense_decode
 
-TARGET = "flashmla_dense_decode"
+TARGET = _ffi.DENSE_DECODE
 ROOT = Path(__file__).parents[2]
 
 
