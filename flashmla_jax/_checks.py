@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 
 def array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
@@ -21,3 +22,11 @@ def array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
     if converted.dtype != value.dtype:
         raise ValueError(f"{name} is {value.dtype}, which JAX would narrow to {converted.dtype}")
     return converted
+
+
+def fewer(size: int, least: int) -> bool:
+    """Whether an axis has fewer elements than it must.
+
+    A symbolic dimension of `jax.export` may have: what it stands for, the kernels check.
+    """
+    return not is_symbolic_dim(size) and size < least

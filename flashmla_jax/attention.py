@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from flashmla_jax import reference
-from flashmla_jax._checks import array
+from flashmla_jax._checks import array, fewer
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
 from flashmla_jax.ops.dense_decode import dense_decode
 
@@ -164,13 +165,19 @@ def flash_mla_with_kvcache(
         raise ValueError(f"k_cache must have head dimension 576, got shape {k_cache.shape}")
     if page_size != PAGE_SIZE:
         raise ValueError(f"k_cache must have pages of 64 tokens, got shape {k_cache.shape}")
-    if num_pages < 1 or h_kv < 1:
+    for name, size in {"s_q": s_q, "h_q": h_q, "h_kv": h_kv}.items():
+        if is_symbolic_dim(size):
+            raise NotImplementedError(
+                f"{name} must be a number when exported, got the symbolic dimension {size}: the "
+                "kernels depend on it. batch, num_pages and max_pages_per_seq may be symbolic."
+            )
+    if fewer(num_pages, 1) or h_kv < 1:
         raise ValueError(f"k_cache must hold a page and a KV head, got shape {k_cache.shape}")
     if s_q < 1 or h_q < 1:
         raise ValueError(f"q must hold a token and a head, got shape {q.shape}")
     if h_q % h_kv:
         raise ValueError(f"q's heads must be a multiple of k_cache's, got {h_q=}, {h_kv=}")
-    if block_table.shape[0] != batch or block_table.shape[1] < 1:
+    if block_table.shape[0] != batch or fewer(block_table.shape[1], 1):
         raise ValueError(
             f"block_table must be [batch, max_pages_per_seq] with {batch=} and at least one page, "
             f"got shape {block_table.shape}"

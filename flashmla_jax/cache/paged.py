@@ -19,7 +19,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim, register_pytree_node_serialization
 
+from flashmla_jax._checks import fewer
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
 from flashmla_jax.ops.cache_append import cache_append
 
@@ -66,6 +68,8 @@ class PagedKVCache:
     ) -> PagedKVCache:
         """An empty cache.
 
+        Under `jax.eval_shape` with symbolic sizes, what `jax.export` takes in its place.
+
         Args:
           num_layers: layers that keep tokens; each has its own pool.
           num_pages: pages in a pool, shared by all sequences.
@@ -85,11 +89,11 @@ class PagedKVCache:
             "num_kv_heads": num_kv_heads,
         }
         for name, size in sizes.items():
-            if size < 1:
+            if fewer(size, 1):
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if batch < 0:
+        if fewer(batch, 0):
             raise ValueError(f"batch must not be negative, got {batch}")
-        if max_pages_per_seq * PAGE_SIZE > _INT32_MAX:
+        if not is_symbolic_dim(max_pages_per_seq) and max_pages_per_seq * PAGE_SIZE > _INT32_MAX:
             raise ValueError(
                 f"a sequence of {max_pages_per_seq=} pages of {PAGE_SIZE} tokens is longer than "
                 "int32 can count"
@@ -261,6 +265,33 @@ class PagedKVCache:
             num_free=self.num_free + jnp.sum(returned, dtype=jnp.int32),
             num_new=jnp.where(mask, 0, self.num_new),
         )
+
+
+# --- Exported programs -----------------------------------------------------------------------
+
+# What a serialised program says of a cache in its signature: the fields, in the order of its
+# arguments. JAX knows arguments by their order alone, so with others they would be mixed up.
+_FIELDS = " ".join(field.name for field in dataclasses.fields(PagedKVCache))
+
+
+def _check_fields(data: bytes | bytearray) -> tuple[()]:
+    if bytes(data).decode() != _FIELDS:
+        raise ValueError(
+            f"the program was exported with a PagedKVCache of the fields {bytes(data).decode()!r}, "
+            f"and this one has {_FIELDS!r}: export it again"
+        )
+    return ()  # no field is static
+
+
+register_pytree_node_serialization(
+    PagedKVCache,
+    serialized_name="flashmla_jax.PagedKVCache",
+    serialize_auxdata=lambda _: _FIELDS.encode(),
+    deserialize_auxdata=_check_fields,
+)
+
+
+# --- Pages -----------------------------------------------------------------------------------
 
 
 def _num_pages_of(seqlens: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -33,7 +34,6 @@ CPU: Final = "cpu"
 CUDA: Final = "cuda"
 HOPPER: Final = "9.0"
 
-
 # The FFI targets. Exported programs outlive a release, and call them by these names. A name ends in
 # a version, to be raised when operands, results (the GPU workspace is some of them), attributes or
 # what they mean change: a program of before then finds no such target, and is never misread. The
@@ -41,6 +41,7 @@ HOPPER: Final = "9.0"
 DENSE_DECODE: Final = "flashmla_dense_decode_v1"
 CACHE_APPEND: Final = "flashmla_cache_append_v1"
 TARGETS: Final = (DENSE_DECODE, CACHE_APPEND)
+
 
 def _register_targets() -> frozenset[str]:
     if _flashmla is None:
@@ -84,15 +85,17 @@ def why_no_kernel(platform: str, *, elsewhere: bool = False) -> str | None:
 
     Args:
       platform: "cpu", "cuda", or another of JAX's.
-      elsewhere: the program is exported, to run on GPUs that need not be those of this machine.
+      elsewhere: the program is exported, to run with what is built and found on other machines.
     """
+    if elsewhere and platform in (CPU, CUDA):
+        return None
     if _flashmla is None:
         return f"its compiled module did not load ({_import_error})"
     if platform not in (CPU, CUDA):
         return f"it has no kernels for {platform}"
     if platform not in _PLATFORMS:
         return "it was built without CUDA (FLASHMLA_CUDA=ON builds the Hopper kernels)"
-    if platform == CUDA and not elsewhere and _foreign_gpus():
+    if platform == CUDA and _foreign_gpus():
         capabilities = ", ".join(_foreign_gpus())
         return (
             f"its GPU kernels need compute capability {HOPPER}, and a GPU here has {capabilities}"
@@ -215,15 +218,16 @@ def register_batching(primitive: Primitive, rule: Callable[..., Any]) -> None:
 
     Args:
       primitive: an operation with several results.
-      rule: a function of the size of the mapped axis (one or more), the operands, the place of the
-        mapped axis in each (or None), and the parameters. It returns the results, mapped in front.
+      rule: a function of the size of the mapped axis (one or more, or symbolic), the operands, the
+        place of the mapped axis in each (or None), and the parameters. It returns the results,
+        mapped in front.
     """
 
     def batch(
         operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
     ) -> tuple[list[jax.Array], list[int]]:
         size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-        if size > 0:
+        if is_symbolic_dim(size) or size > 0:
             results = rule(size, operands, dims, **params)
         else:
             shapes = [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flashmla_jax import reference
-from flashmla_jax._checks import array
+from flashmla_jax._checks import array, fewer
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
 from flashmla_jax.ops import _ffi, _mapped, _sharding
 
@@ -62,14 +62,14 @@ def cache_append(
         raise ValueError(
             f"k_cache must be [num_pages, {PAGE_SIZE}, h_kv, {HEAD_DIM}], got shape {k_cache.shape}"
         )
-    if num_pages < 1 or h_kv < 1:
+    if fewer(num_pages, 1) or fewer(h_kv, 1):
         raise ValueError(f"k_cache must hold a page and a KV head, got shape {k_cache.shape}")
     if new_kv.shape[2:] != k_cache.shape[2:]:
         raise ValueError(
             f"new_kv must have k_cache's last two axes {k_cache.shape[2:]}, "
             f"got shape {new_kv.shape}"
         )
-    if block_table.shape[0] != batch or block_table.shape[1] < 1:
+    if block_table.shape[0] != batch or fewer(block_table.shape[1], 1):
         raise ValueError(
             f"block_table must be [batch, max_pages_per_seq] with {batch=} and at least one page, "
             f"got shape {block_table.shape}"

@@ -98,7 +98,8 @@ def _workspace(
 ) -> list[jax.ShapeDtypeStruct]:
     """Partial results of sequences that several thread blocks share: bounded by the grid.
 
-    Batch-invariantly, those of every chunk of every sequence that the table has room for.
+    Batch-invariantly, those of every chunk of every sequence that the table has room for. Batch
+    and pages may be symbolic.
     """
     batch, s_q, h_q, _ = q
     rows = s_q * (h_q // h_kv)
@@ -106,9 +107,11 @@ def _workspace(
     partitions = max(1, MAX_PARTITIONS // row_tiles)
     slots = 2 * partitions if partitions > 1 else 0
     if batch_invariant:
-        chunks = min(-(-(max_pages + -(-s_q // PAGE_SIZE)) // CHUNK_PAGES), MAX_CHUNKS)
-        slots = batch * chunks if chunks > 1 else 0
-    slots = max(1, row_tiles * slots)
+        pages = max_pages + -(-s_q // PAGE_SIZE)
+        chunks = jax.core.min_dim((pages + CHUNK_PAGES - 1) // CHUNK_PAGES, MAX_CHUNKS)
+        divided = jax.core.min_dim(chunks - 1, 1)  # 0 or 1
+        slots = divided * batch * chunks
+    slots = jax.core.max_dim(1, row_tiles * slots)
     tile = (slots, min(rows, ROW_TILE))
     dtype = np.float32 if rows <= NARROW_ROWS else np.float16
     return [
