@@ -15,8 +15,13 @@ README = ROOT / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_the_three_examples_are_there() -> None:
-    for name in ("flash_mla_with_kvcache", "PagedKVCache", "MultiHeadLatentAttention"):
+def test_the_examples_are_there() -> None:
+    for name in (
+        "flash_mla_with_kvcache",
+        "PagedKVCache",
+        "MultiHeadLatentAttention",
+        "export_disabled_checks",
+    ):
         assert any(name in example for example in EXAMPLES)
 
 

@@ -91,7 +91,7 @@ def wheel() -> Path:
 @pytest.fixture(scope="module")
 def oldest() -> Path:
     """The Python of an environment with the oldest supported jax and what builds the package."""
-    return environment("oldest", *BUILD_REQUIREMENTS, "cmake>=3.26", "ninja")
+    return environment("oldest", *BUILD_REQUIREMENTS, "cmake>=3.26", "ninja", "flatbuffers")
 
 
 def test_builds_with_the_oldest_supported_jax() -> None:
@@ -141,7 +141,7 @@ def test_runs_on(requirement: str, wheel: Path, request: pytest.FixtureRequest) 
     if requirement == OLDEST:
         python = request.getfixturevalue("oldest")
     else:
-        python = environment("newest", requirement, "jaxlib")
+        python = environment("newest", requirement, "jaxlib", "flatbuffers")
     pip(python, "install", "--quiet", wheel)
     pip(python, "install", "--quiet", "--force-reinstall", "--no-deps", wheel)
     pip(python, "check")

@@ -1,11 +1,12 @@
 """Uses an installed flashmla_jax and prints what ran. Run by test_wheel.py, in other environments.
 
-Needs no test package: it compares the kernels with the reference that they come with.
+Needs no test package but flatbuffers: it compares the kernels with the reference in the package.
 """
 
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 import warnings
 from pathlib import Path
@@ -57,11 +58,37 @@ def check_cache_append(dtype: str) -> None:
     assert np.asarray(append(k_cache, *args)).tobytes() == wanted.tobytes()
 
 
+def check_export() -> None:
+    """A program of an older release runs, as what is exported by this jax does."""
+    make_step = runpy.run_path(str(Path(__file__).parent / "exported" / "make_step.py"))
+    data = [make_step["STEP"].read_bytes(), make_step["export_step"]().serialize()]
+    for call in (jax.export.deserialize(x).call for x in data):
+        rng = np.random.default_rng(2)
+        cache = fm.PagedKVCache.create(num_layers=2, num_pages=4, batch=3, max_pages_per_seq=1)
+        kv = jnp.asarray(rng.standard_normal((3, 2, 1, 576)), jnp.bfloat16)
+        q = jnp.asarray(rng.standard_normal((3, 2, 4, 576)), jnp.bfloat16)
+        cache, ok, results = call(cache, jnp.asarray([2, 0, 1], jnp.int32), kv, q)
+        assert ok
+        for pages, result in zip(cache.pages, results, strict=True):
+            assert (pages[0, :2] == kv[0]).all()
+            assert (pages[1, :1] == kv[2, :1]).all()
+            wanted = reference.flash_mla_with_kvcache(
+                *(q, pages, cache.block_table, cache.cache_seqlens),
+                softmax_scale=576**-0.5,
+                causal=True,
+            )
+            for x, y in zip(result, wanted, strict=True):
+                np.testing.assert_allclose(
+                    np.asarray(x, np.float32), np.asarray(y, np.float32), atol=2e-2, rtol=1e-5
+                )
+
+
 def main() -> None:
     for dtype in ("bfloat16", "float16", "float32"):
         for causal in (False, True):
             check_dense_decode(dtype, causal)
         check_cache_append(dtype)
+    check_export()
     facts = {
         "python": sys.version.split()[0],
         "jax": jax.__version__,
