@@ -175,6 +175,12 @@ def test_symbolic_workspaces_have_the_size_of_numbers(invariant, s_q, h_q) -> No
             wanted = dense_decode._workspace((batch, s_q, h_q, HEAD_DIM), 1, pages, invariant)
             symbolic = program.call(jnp.zeros((batch, pages), bool))
             assert [x.size for x in symbolic] == [x.shape[0] for x in wanted]
+            # As csrc/params.h counts them.
+            tiles = -(-s_q * h_q // 64)
+            each, parts = 2, max(1, 144 // tiles)
+            if invariant:
+                each, parts = batch, min(-(-(pages + -(-s_q // 64)) // 32), 128)
+            assert wanted[0].shape[0] == (tiles * each * parts if parts > 1 else 1)
 
 
 @pytest.mark.parametrize("name", ["s_q", "h_q"])
