@@ -43,6 +43,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mla
@@ -510,8 +511,11 @@ def _experts(
 
     # About as many rows as an expert gets, in powers of two: large enough to use the multiplier,
     # small enough that little is padding. At most `num_blocks` are filled, however rows are routed.
-    block = min(128, max(8, 1 << (num_rows // num_experts).bit_length()))
-    num_blocks = (num_rows + min(num_experts, num_rows) * (block - 1)) // block
+    if is_symbolic_dim(num_rows):  # exported for batches of any size
+        block = 32
+    else:
+        block = min(128, max(8, 1 << (num_rows // num_experts).bit_length()))
+    num_blocks = (num_rows + jax.core.min_dim(num_experts, num_rows) * (block - 1)) // block
 
     expert_of_row = experts.reshape(-1)
     order = jnp.argsort(expert_of_row)

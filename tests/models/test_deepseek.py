@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flashmla_jax import export_disabled_checks
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import YarnScaling
 from flashmla_jax.models import deepseek, init_params, load_checkpoint
@@ -100,6 +102,29 @@ def test_prefill_and_every_decode_step_match_hugging_face(golden):
 
     for layer, latents in enumerate(golden.latents):
         np.testing.assert_allclose(cached_tokens(cache, layer, 0), latents, **LATENTS)
+
+
+def test_an_exported_decode_step_serves_every_batch_size(golden):
+    batch, num_pages, pages = jax.export.symbolic_shape("batch, num_pages, pages")
+    create = functools.partial(
+        PagedKVCache.create, num_layers=golden.config.num_hidden_layers, dtype=jnp.float32
+    )
+    cache = jax.eval_shape(
+        functools.partial(create, num_pages=num_pages, batch=batch, max_pages_per_seq=pages)
+    )
+    ids = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    decode_step = jax.jit(functools.partial(deepseek.decode_step, golden.params, golden.config))
+    checks = export_disabled_checks()
+    exported = jax.export.export(decode_step, platforms=["cpu"], disabled_checks=checks)(ids, cache)
+    for n in (1, 2):
+        cache = create(num_pages=n + 2, batch=n, max_pages_per_seq=n)
+        prompts, lengths = golden.prompts[:n], golden.lengths[:n]
+        _, cache, ok = deepseek.prefill(golden.params, golden.config, prompts, lengths, cache)
+        assert ok
+        for step in range(golden.next_ids.shape[1]):
+            logits, cache, ok = exported.call(golden.next_ids[:n, step : step + 1], cache)
+            assert ok
+            np.testing.assert_allclose(logits[:, 0], golden.decode[:n, step], **LOGITS)
 
 
 def test_prefill_logits_of_all_positions(v3):
