@@ -30,6 +30,8 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
 
         step = jax.jit(jax.export.deserialize(data).call, donate_argnums=0)
 
+    Inside `jax.shard_map`, and so over the meshes of `flashmla_jax.parallel`, all axes are numbers.
+
     The names of the custom calls have a version. Where the installed kernels have other operands,
     results or attributes than those that a program was exported for, JAX says that there is no
     handler of that name.

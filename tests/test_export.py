@@ -23,6 +23,7 @@ from jax import export
 from oracle import HEAD_DIM, PAGE_SIZE, Problem, assert_matches, attend, make_problem
 
 import flashmla_jax as fm
+from flashmla_jax import parallel
 from flashmla_jax.cache import paged
 from flashmla_jax.ops import _ffi, dense_decode
 
@@ -195,6 +196,17 @@ def test_symbolic_sizes_that_do_not_fit_are_refused() -> None:
     q, k_cache, _, lengths = attend_shapes(batch, num_pages, pages)
     with pytest.raises(ValueError, match=r"block_table must be .* got shape \(other, pages\)"):
         exported(causal, q, k_cache, struct(other, pages, dtype=jnp.int32), lengths)
+
+
+def test_sizes_inside_shard_map_are_numbers() -> None:
+    mesh = jax.make_mesh((1,), ("head",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = functools.partial(parallel.flash_mla_with_kvcache, mesh=mesh, head_axis="head")
+    with pytest.raises(NotImplementedError, match=r"inside shard_map: export for sizes that are"):
+        exported(divided, *attend_shapes(*dims()))
+    problem = make_problem(np.random.default_rng(), [5, 70], s_q=2)
+    sizes = len(problem.q), len(problem.k_cache), problem.block_table.shape[1]
+    program = through_bytes(exported(divided, *attend_shapes(*sizes)))
+    assert_matches(program.call(*problem), attend(problem))
 
 
 # --- What it gives ---------------------------------------------------------------------------
