@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.export import DisabledSafetyCheck
 
-from flashmla_jax.ops import _ffi
+from flashmla_jax.ops import _ffi, _sharding
 
 
 def export_disabled_checks() -> list[DisabledSafetyCheck]:
@@ -30,7 +30,7 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
 
         step = jax.jit(jax.export.deserialize(data).call, donate_argnums=0)
 
-    Inside `jax.shard_map`, and so over the meshes of `flashmla_jax.parallel`, all axes are numbers.
+    In programs for several devices all axes are numbers.
 
     The names of the custom calls have a version. Where the installed kernels have other operands,
     results or attributes than those that a program was exported for, JAX says that there is no
@@ -39,4 +39,4 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
     Returns:
       A check for each of this package's custom calls.
     """
-    return [DisabledSafetyCheck.custom_call(name) for name in _ffi.TARGETS]
+    return [DisabledSafetyCheck.custom_call(name) for name in (*_ffi.TARGETS, *_sharding.TARGETS)]

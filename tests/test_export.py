@@ -25,7 +25,7 @@ from oracle import HEAD_DIM, PAGE_SIZE, Problem, assert_matches, attend, make_pr
 import flashmla_jax as fm
 from flashmla_jax import parallel
 from flashmla_jax.cache import paged
-from flashmla_jax.ops import _ffi, dense_decode
+from flashmla_jax.ops import _ffi, _sharding, dense_decode
 
 BOTH = ("cpu", "cuda")
 PLATFORMS = pytest.mark.parametrize("platforms", [("cpu",), ("cuda",), BOTH], ids="+".join)
@@ -106,13 +106,13 @@ def test_targets_are_those_of_the_module() -> None:
     assert "cpu" in registrations
     for targets in registrations.values():
         assert set(targets) == set(_ffi.TARGETS)
-    for name in _ffi.TARGETS:
-        assert re.fullmatch(r"flashmla_[a-z_]+_v\d+", name)
 
 
 def test_disabled_checks() -> None:
     checks = fm.export_disabled_checks()
-    assert [check.is_custom_call() for check in checks] == list(_ffi.TARGETS)
+    names = [check.is_custom_call() for check in checks]
+    assert set(names) == {*_ffi.TARGETS, *_sharding.TARGETS}
+    assert all(re.fullmatch(r"flashmla_[a-z_]+_v\d+", name) for name in names)
     with pytest.raises(ValueError, match=_ffi.DENSE_DECODE):
         export.export(jax.jit(causal), platforms=BOTH)(*attend_shapes(2, 4, 3))
 
@@ -482,6 +482,42 @@ def test_a_fresh_process_needs_the_package_alone(tmp_path: Path) -> None:
     for i, problem in enumerate(problems):
         with np.load(tmp_path / f"result{i}.npz") as result:
             assert_matches((result["out"], result["lse"]), attend(problem, causal=True))
+
+
+DIVIDED = """
+import sys
+import jax
+import numpy as np
+import flashmla_jax as fm
+with np.load(sys.argv[1]) as arrays:
+    problem = list(arrays.values())
+mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+specs = jax.P(None, None, "x"), jax.P(), jax.P(), jax.P()
+shardings = [jax.NamedSharding(mesh, spec) for spec in specs]
+program = jax.export.export(
+    jax.jit(fm.flash_mla_with_kvcache, in_shardings=shardings),
+    platforms=("cpu", "cuda"),
+    disabled_checks=fm.export_disabled_checks(),
+)(*[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem])
+program = jax.export.deserialize(program.serialize())
+out, lse = jax.jit(program.call)(*jax.device_put(problem, shardings))
+assert not out.is_fully_replicated
+np.savez(sys.argv[2], out=out, lse=lse)
+"""
+
+
+def test_a_program_for_several_devices(tmp_path: Path) -> None:
+    problem = make_problem(np.random.default_rng(), [5, 70], dtype=np.float16)
+    np.savez(tmp_path / "problem.npz", **vars(problem))
+    command = [sys.executable, "-P", "-c", DIVIDED]
+    command += [str(tmp_path / name) for name in ("problem.npz", "result.npz")]
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    ran = subprocess.run(
+        command, env=os.environ | flags, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    with np.load(tmp_path / "result.npz") as result:
+        assert_matches((result["out"], result["lse"]), attend(problem))
 
 
 # --- Programs of before ----------------------------------------------------------------------

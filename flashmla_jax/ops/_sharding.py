@@ -38,6 +38,11 @@ _MANUAL = xla.OpSharding.Type.MANUAL
 _REPLICATED = xla.OpSharding.Type.REPLICATED
 
 
+# The targets of programs for several devices, as they are registered. Exported programs call them,
+# with the primitive's parameters in writing: the version is raised when those change.
+TARGETS: list[str] = []
+VERSION = "v1"
+
 Axes = tuple[str, ...]
 
 
@@ -108,7 +113,8 @@ def register(primitive: Primitive, rule: Rule) -> Callable[..., Any]:
     The lowering takes a platform, and then what lowerings take. On each device it becomes what the
     primitive lowers to for one.
     """
-    target = f"flashmla_{primitive.name}_divided"
+    target = f"flashmla_{primitive.name}_divided_{VERSION}"
+    TARGETS.append(target)
     callbacks = {
         "name": target,
         "prop_user_sharding": lambda sharding, *_: sharding,
