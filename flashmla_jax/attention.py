@@ -81,6 +81,7 @@ def flash_mla_with_kvcache(
     extra_topk_length: jax.Array | None = None,
     *,
     deterministic: bool | str = True,
+    cuda_graph: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from a few new tokens of each sequence to its paged latent cache (MLA decoding).
 
@@ -127,6 +128,9 @@ def flash_mla_with_kvcache(
         and the table are. On a GPU every sequence is then cut into chunks of 2048 tokens, which
         costs time (`docs/kernel.md`), and a workspace of a result for each chunk that the table has
         room for; on a CPU it costs nothing.
+      cuda_graph: whether XLA may record the call in a CUDA graph, as it does by itself where calls
+        follow each other. False leaves it out: for programs whose arrays are elsewhere at every
+        step, so that graphs are recorded again and again, and for profilers and debuggers.
 
     Returns:
       out: [batch, s_q, h_q, 512] in q's dtype.
@@ -211,6 +215,7 @@ def flash_mla_with_kvcache(
         softmax_scale=scale,
         causal=bool(causal),
         batch_invariant=deterministic == "batch_invariant",
+        cuda_graph=bool(cuda_graph),
     )
 
 

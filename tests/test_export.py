@@ -103,7 +103,7 @@ BOTH_KINDS = pytest.mark.parametrize("function", [causal, invariant], ids=["defa
 
 def test_targets_are_those_of_the_module() -> None:
     registrations = _ffi._flashmla.registrations()
-    assert "cpu" in registrations
+    assert set(registrations.pop("cpu")) == {_ffi.DENSE_DECODE, _ffi.CACHE_APPEND}
     for targets in registrations.values():
         assert set(targets) == set(_ffi.TARGETS)
 
@@ -118,6 +118,25 @@ def test_disabled_checks() -> None:
 
 
 # --- What a program holds --------------------------------------------------------------------
+
+
+def test_calls_that_stay_out_of_cuda_graphs() -> None:
+    """They have targets of their own on a GPU, and mean the same."""
+
+    def step(pool, kv, q, table, lengths):
+        pool = fm.cache_append(pool, kv, table, lengths - 1, lengths * 0 + 1, cuda_graph=False)
+        return fm.flash_mla_with_kvcache(q, pool, table, lengths, cuda_graph=False)
+
+    q, pool, table, lengths = attend_shapes(2, 4, 3)
+    kv = jax.ShapeDtypeStruct((2, 1, 1, 576), pool.dtype)
+    arguments = pool, kv, q, table, lengths
+    for platform, names in (
+        ("cuda", {_ffi.DENSE_DECODE_NO_GRAPH, _ffi.CACHE_APPEND_NO_GRAPH}),
+        ("cpu", {_ffi.DENSE_DECODE, _ffi.CACHE_APPEND}),
+    ):
+        checks = fm.export_disabled_checks()
+        exported = export.export(jax.jit(step), platforms=[platform], disabled_checks=checks)
+        assert set(re.findall(r"flashmla_\w+_v1", exported(*arguments).mlir_module())) == names
 
 
 @PLATFORMS

@@ -65,34 +65,41 @@ xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyB
   return ToError(kCacheAppendTarget, sm90::CacheAppend(params, stream));
 }
 
+auto DenseDecodeBinding() {
+  return xffi::Ffi::Bind()
+      .Ctx<xffi::PlatformStream<cudaStream_t>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Ret<xffi::AnyBuffer>()
+      .Ret<xffi::Buffer<xffi::F32>>()
+      .Ret<xffi::AnyBuffer>()
+      .Ret<xffi::Buffer<xffi::F32>>()
+      .Ret<xffi::Buffer<xffi::S32>>()
+      .Attr<float>("softmax_scale")
+      .Attr<bool>("causal")
+      .Attr<bool>("batch_invariant");
+}
+
+auto CacheAppendBinding() {
+  return xffi::Ffi::Bind()
+      .Ctx<xffi::PlatformStream<cudaStream_t>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Ret<xffi::AnyBuffer>();
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode,
-                              xffi::Ffi::Bind()
-                                  .Ctx<xffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xffi::AnyBuffer>()
-                                  .Arg<xffi::AnyBuffer>()
-                                  .Arg<xffi::Buffer<xffi::S32>>()
-                                  .Arg<xffi::Buffer<xffi::S32>>()
-                                  .Ret<xffi::AnyBuffer>()
-                                  .Ret<xffi::Buffer<xffi::F32>>()
-                                  .Ret<xffi::AnyBuffer>()
-                                  .Ret<xffi::Buffer<xffi::F32>>()
-                                  .Ret<xffi::Buffer<xffi::S32>>()
-                                  .Attr<float>("softmax_scale")
-                                  .Attr<bool>("causal")
-                                  .Attr<bool>("batch_invariant"),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode, DenseDecodeBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCuda, CacheAppend,
-                              xffi::Ffi::Bind()
-                                  .Ctx<xffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xffi::AnyBuffer>()
-                                  .Arg<xffi::AnyBuffer>()
-                                  .Arg<xffi::Buffer<xffi::S32>>()
-                                  .Arg<xffi::Buffer<xffi::S32>>()
-                                  .Arg<xffi::Buffer<xffi::S32>>()
-                                  .Ret<xffi::AnyBuffer>(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCuda, CacheAppend, CacheAppendBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCudaNoGraph, DenseDecode, DenseDecodeBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCudaNoGraph, CacheAppend, CacheAppendBinding());
 
 }  // namespace flashmla::ffi

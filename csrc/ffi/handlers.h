@@ -11,6 +11,9 @@ namespace flashmla::ffi {
 // flashmla_jax/ops/_ffi.py; a test compares them.
 inline constexpr char kDenseDecodeTarget[] = "flashmla_dense_decode_v1";
 inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v1";
+// The same on a GPU, but never recorded in CUDA graphs.
+inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
+inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v1";
 
 extern "C" {
 XLA_FFI_Error* DenseDecodeCpu(XLA_FFI_CallFrame* call_frame);
@@ -18,6 +21,8 @@ XLA_FFI_Error* CacheAppendCpu(XLA_FFI_CallFrame* call_frame);
 #if FLASHMLA_WITH_CUDA
 XLA_FFI_Error* DenseDecodeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* DenseDecodeCudaNoGraph(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CacheAppendCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

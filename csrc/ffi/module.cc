@@ -28,6 +28,8 @@ nb::dict Registrations() {
   nb::dict cuda;
   cuda[ffi::kDenseDecodeTarget] = Capsule(ffi::DenseDecodeCuda);
   cuda[ffi::kCacheAppendTarget] = Capsule(ffi::CacheAppendCuda);
+  cuda[ffi::kDenseDecodeNoGraphTarget] = Capsule(ffi::DenseDecodeCudaNoGraph);
+  cuda[ffi::kCacheAppendNoGraphTarget] = Capsule(ffi::CacheAppendCudaNoGraph);
   all["CUDA"] = cuda;
 #endif
   return all;

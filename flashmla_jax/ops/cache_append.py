@@ -20,6 +20,8 @@ def cache_append(
     block_table: jax.Array,
     start: jax.Array,
     count: jax.Array,
+    *,
+    cuda_graph: bool = True,
 ) -> jax.Array:
     """Writes new tokens into their pages.
 
@@ -39,6 +41,7 @@ def cache_append(
       block_table: int32[batch, max_pages_per_seq], the pages of each sequence.
       start: int32[batch], the position of each sequence's first new token.
       count: int32[batch], how many of its rows are written; 0 or less writes none.
+      cuda_graph: see `flash_mla_with_kvcache`.
 
     Returns:
       The pool [num_pages, 64, h_kv, 576] with the tokens in it.
@@ -80,7 +83,8 @@ def cache_append(
 
     if batch == 0 or num_tokens == 0:
         return k_cache
-    (pool,) = cache_append_p.bind(k_cache, new_kv, block_table, start, count, mapped=())
+    operands = k_cache, new_kv, block_table, start, count
+    (pool,) = cache_append_p.bind(*operands, cuda_graph=bool(cuda_graph), mapped=())
     return pool
 
 
@@ -105,7 +109,9 @@ SHARDING = _sharding.Rule(
 )
 
 
-def _abstract_eval(*operands: Any, mapped: _mapped.Mapped) -> tuple[jax.core.ShapedArray, ...]:
+def _abstract_eval(
+    *operands: Any, mapped: _mapped.Mapped, **_: Any
+) -> tuple[jax.core.ShapedArray, ...]:
     k_cache = operands[0]
     result = k_cache.shape, k_cache.dtype
     return _sharding.result_types(SHARDING.over(mapped), operands, [result])
@@ -117,13 +123,21 @@ cache_append_p = _ffi.define_primitive("cache_append", _abstract_eval)
 # --- Lowerings -------------------------------------------------------------------------------
 
 
-def _call(*operands: jax.Array) -> list[jax.Array]:
+def _call(target: str, *operands: jax.Array) -> list[jax.Array]:
     k_cache = operands[0]
     result = jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype)
-    return [jax.ffi.ffi_call(_ffi.CACHE_APPEND, result, input_output_aliases={0: 0})(*operands)]
+    return [jax.ffi.ffi_call(target, result, input_output_aliases={0: 0})(*operands)]
 
 
-def _reference(*operands: jax.Array) -> list[jax.Array]:
+def _call_cpu(*operands: jax.Array, **_: Any) -> list[jax.Array]:
+    return _call(_ffi.CACHE_APPEND, *operands)
+
+
+def _call_cuda(*operands: jax.Array, cuda_graph: bool) -> list[jax.Array]:
+    return _call(_ffi.CACHE_APPEND if cuda_graph else _ffi.CACHE_APPEND_NO_GRAPH, *operands)
+
+
+def _reference(*operands: jax.Array, **_: Any) -> list[jax.Array]:
     return [reference.cache_append(*operands)]
 
 
@@ -132,7 +146,7 @@ _folded = functools.partial(_mapped.folded, pool=_POOL, table=_TABLE)
 
 _ffi.register_lowerings(
     cache_append_p,
-    kernels={_ffi.CPU: _folded(_call), _ffi.CUDA: _folded(_call)},
+    kernels={_ffi.CPU: _folded(_call_cpu), _ffi.CUDA: _folded(_call_cuda)},
     reference=_folded(_reference),
     sharding=SHARDING,
 )
@@ -147,13 +161,14 @@ def _batch(
     dims: tuple[int | None, ...],
     *,
     mapped: _mapped.Mapped,
+    **params: Any,
 ) -> list[jax.Array]:
     """Each element of the mapped axis has its own pool; one that they share is copied first."""
     if dims[_POOL] is None:
         pool = jnp.broadcast_to(operands[_POOL], (size, *operands[_POOL].shape))
         operands, dims = (pool, *operands[1:]), (0, *dims[1:])
     in_front, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
-    return list(cache_append_p.bind(*in_front, mapped=mapped))
+    return list(cache_append_p.bind(*in_front, mapped=mapped, **params))
 
 
 _ffi.register_batching(cache_append_p, _batch)
@@ -166,8 +181,7 @@ def _tangents(
     operands: tuple[jax.Array, ...],
     results: list[jax.Array],
     operand_tangents: list[jax.Array | None],
-    *,
-    mapped: _mapped.Mapped,
+    **params: Any,
 ) -> list[jax.Array]:
     """Linear in pool and tokens: their tangents are appended as they are."""
     del results
@@ -175,20 +189,20 @@ def _tangents(
         jnp.zeros_like(x) if tangent is None else tangent
         for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
     )
-    return list(cache_append_p.bind(k_cache, new_kv, *operands[2:], mapped=mapped))
+    return list(cache_append_p.bind(k_cache, new_kv, *operands[2:], **params))
 
 
 def _transpose(
-    cotangent: jax.Array, k_cache: Any, new_kv: Any, *integers: jax.Array, mapped: _mapped.Mapped
+    cotangent: jax.Array, k_cache: Any, new_kv: Any, *integers: jax.Array, **params: Any
 ) -> list[jax.Array | None]:
     """What was written came from the tokens, the rest from the pool."""
     pool = tokens = None
     if isinstance(k_cache, jax.ShapeDtypeStruct):
         nothing = jnp.zeros(new_kv.shape, new_kv.dtype)
-        (pool,) = cache_append_p.bind(cotangent, nothing, *integers, mapped=mapped)
+        (pool,) = cache_append_p.bind(cotangent, nothing, *integers, **params)
     if isinstance(new_kv, jax.ShapeDtypeStruct):
         take = functools.partial(reference.cache_take, num_tokens=new_kv.shape[-3])
-        for _ in mapped:
+        for _ in params["mapped"]:
             take = jax.vmap(take)
         tokens = take(cotangent, *integers)
     return [pool, tokens, None, None, None]

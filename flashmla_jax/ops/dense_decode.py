@@ -34,6 +34,7 @@ def dense_decode(
     softmax_scale: float,
     causal: bool,
     batch_invariant: bool,
+    cuda_graph: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Binds the primitive; `flashmla_jax.flash_mla_with_kvcache` checks the arguments."""
     out, lse = dense_decode_p.bind(
@@ -44,6 +45,7 @@ def dense_decode(
         softmax_scale=softmax_scale,
         causal=causal,
         batch_invariant=batch_invariant,
+        cuda_graph=cuda_graph,
         mapped=(),
     )
     return out, lse
@@ -122,7 +124,7 @@ def _workspace(
 
 
 def _call_cpu(
-    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool
+    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool, **_: Any
 ) -> list[jax.Array]:
     del batch_invariant  # it always is: chunks follow from a sequence's own length
     call = jax.ffi.ffi_call(_ffi.DENSE_DECODE, _results(operands[0]))
@@ -130,7 +132,11 @@ def _call_cpu(
 
 
 def _call_cuda(
-    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool
+    *operands: jax.Array,
+    softmax_scale: float,
+    causal: bool,
+    batch_invariant: bool,
+    cuda_graph: bool,
 ) -> list[jax.Array]:
     q, k_cache, block_table, _ = operands
     if q.dtype == jnp.float32:
@@ -139,7 +145,8 @@ def _call_cuda(
             f"got q {q.dtype}. Cast q and k_cache, or set JAX_PLATFORMS=cpu."
         )
     workspace = _workspace(q.shape, k_cache.shape[2], block_table.shape[1], batch_invariant)
-    call = jax.ffi.ffi_call(_ffi.DENSE_DECODE, _results(q) + workspace)
+    target = _ffi.DENSE_DECODE if cuda_graph else _ffi.DENSE_DECODE_NO_GRAPH
+    call = jax.ffi.ffi_call(target, _results(q) + workspace)
     out, lse, *_ = call(
         *operands,
         softmax_scale=np.float32(softmax_scale),
@@ -150,7 +157,7 @@ def _call_cuda(
 
 
 def _reference(
-    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool
+    *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool, **_: Any
 ) -> list[jax.Array]:
     if batch_invariant:
         raise NotImplementedError(
@@ -201,10 +208,9 @@ def _tangents(
     *,
     softmax_scale: float,
     causal: bool,
-    batch_invariant: bool,
     mapped: _mapped.Mapped,
+    **_: Any,  # of the forward pass
 ) -> list[jax.Array]:
-    del batch_invariant  # of the forward pass
     q, k_cache = (
         jnp.zeros_like(x) if tangent is None else tangent
         for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
