@@ -229,6 +229,19 @@ def test_refuses(oldest: Path, tmp_path: Path, mode: str, nvcc: str | None, mess
     assert message in plain(result)
 
 
+def test_refuses_free_threaded_python(oldest: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    answer = 'case "$*" in *Py_GIL_DISABLED*) echo 1;; *) exec "$REAL_PYTHON" "$@";; esac'
+    python.write_text(f"#!/bin/sh\n{answer}\n")
+    python.chmod(0o755)
+    arguments = [f"-DPython_EXECUTABLE={python}"]
+    result = configure(
+        oldest, tmp_path / "build", nvcc=None, arguments=arguments, REAL_PYTHON=str(oldest)
+    )
+    assert result.returncode != 0
+    assert "free-threaded Python (3.13t and the like) is not supported" in plain(result)
+
+
 def test_argument_wins_over_the_environment(oldest: Path, tmp_path: Path) -> None:
     arguments = ["-DFLASHMLA_CUDA=OFF"]
     result = configure(
