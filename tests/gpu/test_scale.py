@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +79,52 @@ def test_more_row_tiles_than_16_bits() -> None:
     some = np.array([0, 1, 12_345, 32_766, 32_767, 32_768])
     sample = problem.replace(q=np.asarray(q[:, some]))
     oracle.assert_matches((out[:, some], lse[:, :, some]), oracle.attend(sample, 576**-0.5, False))
+
+
+def test_steps_are_cuda_graphs(tmp_path: Path) -> None:
+    """All kernels of a decode step are in graphs, or with `cuda_graph=False` ours are in none.
+
+    XLA's profiler knows the graph that a kernel was launched from. The bits are the same.
+    """
+    rng = np.random.default_rng(5)
+    problem = oracle.make_problem(rng, (1500, 900, 64, 2000), h_q=16)
+    kv = rng.standard_normal((4, 1, 1, 576), np.float32).astype(jnp.bfloat16)
+    results = []
+    for graph in (True, False):
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(pool, q, kv, table, lengths, graph=graph):
+            for _ in range(4):
+                pool = fm.cache_append(
+                    pool, kv, table, lengths - 1, jnp.ones_like(lengths), cuda_graph=graph
+                )
+                out, _ = fm.flash_mla_with_kvcache(q, pool, table, lengths, cuda_graph=graph)
+                q = q.at[..., :512].set(out)
+            return pool, q
+
+        def run(step=step):
+            operands = problem.k_cache, problem.q, kv, problem.block_table, problem.cache_seqlens
+            return jax.block_until_ready(step(*map(jnp.array, operands)))
+
+        for _ in range(3):
+            run()
+        with jax.profiler.trace(str(tmp_path / str(graph))):
+            results.append(run())
+        (path,) = (tmp_path / str(graph)).rglob("*.xplane.pb")
+        kernels = [
+            {name for name, _ in event.stats}
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+            if plane.name.startswith("/device:GPU:")
+            for line in plane.lines
+            for event in line.events
+            if "flashmla" in event.name
+        ]
+        assert len(kernels) >= 4 * 3  # a step appends, attends and combines
+        assert all(("cuda_graph_id" in stats) == graph for stats in kernels)
+    for with_graphs, without in zip(*results, strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(with_graphs).view(np.uint16), np.asarray(without).view(np.uint16)
+        )
 
 
 def test_lengths_change_under_replay() -> None:
