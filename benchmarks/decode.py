@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -174,6 +175,33 @@ def in_a_model(case: Case = cases.IN_A_MODEL) -> dict[str, float]:
     }
 
 
+def tracing() -> dict[str, float]:
+    """How long jax takes for a decode step of a model, each layer appending and attending."""
+    batch, layers = 8, 61
+    sizes = {"num_layers": layers, "num_pages": 64, "batch": batch, "max_pages_per_seq": 8}
+    cache = jax.eval_shape(functools.partial(fm.PagedKVCache.create, **sizes))
+    kv = jax.ShapeDtypeStruct((batch, 1, 1, HEAD_DIM), cache.dtype)
+    q = jax.ShapeDtypeStruct((batch, 1, 16, HEAD_DIM), cache.dtype)
+
+    def step(cache: fm.PagedKVCache, kv: jax.Array, q: jax.Array) -> Any:
+        cache, _ = cache.allocate(jnp.ones(batch, jnp.int32))
+        for layer in range(layers):
+            cache = cache.append(layer, kv)
+            out, _ = fm.flash_mla_with_kvcache(
+                q, cache.pages[layer], cache.block_table, cache.cache_seqlens
+            )
+            q = q.at[..., : out.shape[-1]].add(out)
+        return cache, q
+
+    samples = []
+    for _ in range(5):
+        start = time.perf_counter()
+        # A function of its own each time, or jax would know it.
+        jax.jit(lambda *operands: step(*operands), donate_argnums=0).lower(cache, kv, q)
+        samples.append(time.perf_counter() - start)
+    return {"layers": layers, "trace_and_lower_ms": round(statistics.median(samples) * 1e3, 1)}
+
+
 def gpu_state() -> dict[str, str]:
     """Driver, power and clocks, as nvidia-smi tells them; {} without it."""
     fields = ("driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.max.sm")
@@ -215,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.console.print(
                 report.line(row, results["ceilings"]), highlight=False, soft_wrap=True
             )
+    if not arguments.only:
+        results["tracing"] = tracing()
+        console.print(results["tracing"])
     if gpu and not arguments.only:
         results["in_a_model"] = in_a_model()
         results["gpu"] = gpu_state()

@@ -13,7 +13,7 @@ Three schemes, alone or together, each along mesh axes of its own:
 
 `flash_mla_with_kvcache` and `cache_append` here take global arrays and a mesh. Within
 `jax.shard_map`, the schemes for heads and batch need nothing but the functions of the same names
-without a mesh; `context_attention` and `context_append` are the bodies of the third.
+without a mesh; `context_attention`, `context_append` and `context_length` are for the third.
 """
 
 from __future__ import annotations
@@ -177,14 +177,14 @@ def context_attention(
             q.reshape(batch * s_q, 1, h_q, head_dim),
             k_cache,
             jnp.repeat(block_table, s_q, axis=0),
-            _local_length(seen.reshape(-1), axis_name),
+            context_length(seen.reshape(-1), axis_name=axis_name),
             softmax_scale=softmax_scale,
             deterministic=deterministic,
         )
         out = out.reshape(batch, s_q, h_q, -1)
         lse = lse.reshape(batch, s_q, h_q).swapaxes(1, 2)
     else:
-        lengths = _local_length(cache_seqlens, axis_name)
+        lengths = context_length(cache_seqlens, axis_name=axis_name)
         out, lse = attention.flash_mla_with_kvcache(
             q,
             k_cache,
@@ -236,8 +236,19 @@ def context_append(
     return _append.cache_append(k_cache, kv, block_table, (start + first) // devices, own)
 
 
-def _local_length(length: jax.Array, axis_name: AxisName) -> jax.Array:
-    """How many of the first `length` tokens are this device's."""
+def context_length(length: jax.Array, *, axis_name: AxisName) -> jax.Array:
+    """How many of the first `length` tokens are this device's; for use inside `jax.shard_map`.
+
+    What a `PagedKVCache` of this device's tokens has to `allocate` for new ones is the difference
+    between two of these.
+
+    Args:
+      length: int32[...], tokens over all devices.
+      axis_name: the mesh axes that tokens are dealt out along.
+
+    Returns:
+      int32[...]
+    """
     devices = jax.lax.axis_size(axis_name)
     rank = jax.lax.axis_index(axis_name)
     return jnp.where(length > rank, (length - 1 - rank) // devices + 1, 0)

@@ -94,6 +94,21 @@ def test_second_derivatives_and_differences(rng) -> None:
 
 
 @recent
+def test_integers_have_no_derivative(rng) -> None:
+    """Lengths and tables: zeros of the dtype that JAX has for that, or JAX's own error."""
+    problem = oracle.make_problem(rng, (70, 5), h_q=2, dtype=DTYPE)
+
+    def loss(*operands: jax.Array) -> jax.Array:
+        return fm.flash_mla_with_kvcache(*operands)[1].sum()
+
+    table, lengths = jax.grad(loss, argnums=(2, 3), allow_int=True)(*problem)
+    assert table.dtype == lengths.dtype == jax.dtypes.float0
+    assert (table.shape, lengths.shape) == (problem.block_table.shape, (2,))
+    with pytest.raises(TypeError, match="int32"):
+        jax.grad(loss, argnums=3)(*problem)
+
+
+@recent
 def test_vmap_of_grad_and_grad_of_vmap(rng) -> None:
     problem = oracle.make_problem(rng, LENGTHS, s_q=2, h_q=4, dtype=DTYPE)
     function = attend(problem, fm.flash_mla_with_kvcache, True)

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import re
 
@@ -19,7 +20,7 @@ from devices import elsewhere, make_mesh, meshes, run_on_eight_devices
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashmla_jax import flash_mla_with_kvcache, parallel
+from flashmla_jax import PagedKVCache, cache_append, flash_mla_with_kvcache, parallel
 
 
 @elsewhere
@@ -65,11 +66,17 @@ def assert_matches(out: jax.Array, lse: jax.Array, expected: oracle.Expected) ->
 
 
 SCHEMES = {
+    "heads 1": {"head": 1},
     "heads 2": {"head": 2},
+    "heads 4": {"head": 4},
     "heads 8": {"head": 8},
+    "batch 1": {"batch": 1},
+    "batch 2": {"batch": 2},
     "batch 4": {"batch": 4},
+    "batch 8": {"batch": 8},
     "context 1": {"context": 1},
     "context 2": {"context": 2},
+    "context 4": {"context": 4},
     "context 8": {"context": 8},
     "batch 2, heads 4": {"batch": 2, "head": 4},
     "context 4, heads 2": {"context": 4, "head": 2},
@@ -236,6 +243,77 @@ def test_append_then_attend(name: str) -> None:
         pool.reshape(dealt.k_cache.shape), new_kv, dealt.block_table, before, count
     )
     np.testing.assert_array_equal(appended, dealt.k_cache)
+
+
+@meshes
+@pytest.mark.parametrize("name", ["batch 4", "context 4", "batch 2, context 4"])
+def test_caches_of_the_devices(name: str) -> None:
+    """Each device allocates pages for its own tokens, appends and attends; only results travel."""
+    scheme = SCHEMES[name]
+    batch, context = (axis if axis in scheme else None for axis in ("batch", "context"))
+    mesh = make_mesh(**scheme)
+    local_batch, steps = 8 // scheme.get("batch", 1), 3
+    rng = np.random.default_rng(list(name.encode()))
+    kv = rng.standard_normal((steps, 8, 70, 1, 576), np.float32)
+    q = rng.standard_normal((8, 1, 4, 576), np.float32)
+    count = rng.integers(0, 71, (steps, 8)).astype(np.int32)
+    devices = P(tuple(axis for axis in (batch, context) if axis))
+    each = P(batch)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(), out_specs=devices)
+    def create() -> PagedKVCache:
+        cache = PagedKVCache.create(
+            num_layers=1,
+            num_pages=4 * local_batch,
+            batch=local_batch,
+            max_pages_per_seq=4,
+            dtype=jnp.float32,
+        )
+        cache = jax.lax.pcast(cache, tuple(scheme), to="varying")
+        return dataclasses.replace(cache, num_free=cache.num_free[None])
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(devices, each, each, each, each),
+        out_specs=(devices, each, devices),
+    )
+    def step(cache, kv, q, before, count):
+        cache = dataclasses.replace(cache, num_free=cache.num_free[0])
+        if context is None:
+            cache, ok = cache.allocate(count)
+            pool = cache_append(cache.pages[0], kv, cache.block_table, before, count)
+            out, _ = flash_mla_with_kvcache(q, pool, cache.block_table, before + count)
+        else:
+            own = functools.partial(parallel.context_length, axis_name=context)
+            cache, ok = cache.allocate(own(before + count) - own(before))
+            operands = cache.pages[0], kv, cache.block_table, before, count
+            pool = parallel.context_append(*operands, axis_name=context)
+            out, _ = parallel.context_attention(
+                q, pool, cache.block_table, before + count, axis_name=context
+            )
+        cache = dataclasses.replace(cache, pages=(pool,), num_free=cache.num_free[None])
+        return cache, out, ok[None]
+
+    cache, before = jax.jit(create)(), np.zeros(8, np.int32)
+    step = jax.jit(step, donate_argnums=0)
+    compiled = step.lower(cache, kv[0], q, before, count[0]).compile()
+    for operation in ("all-gather", "all-to-all", "collective-permute"):
+        assert operation not in compiled.as_text()
+    pages = 4 * local_batch
+    assert not re.search(rf"f32\[{pages},64,1,576\]\S* copy\(", compiled.as_text())
+    for i in range(steps):
+        cache, out, ok = step(cache, kv[i], q, before, count[i])
+        assert np.all(ok)
+        before = before + count[i]
+    tokens = [np.concatenate([kv[i, b, : count[i, b], 0] for i in range(steps)]) for b in range(8)]
+    expected = []
+    for b in range(8):
+        pool = np.zeros((4, 64, 1, 576), np.float32)
+        pool.reshape(-1, 576)[: len(tokens[b])] = tokens[b]
+        table, length = np.arange(4, dtype=np.int32)[None], np.array([len(tokens[b])], np.int32)
+        expected.append(oracle.attend(oracle.Problem(q[b : b + 1], pool, table, length)).out)
+    np.testing.assert_allclose(out, np.concatenate(expected), rtol=1e-4, atol=1e-5)
 
 
 @meshes

@@ -143,7 +143,6 @@ def test_lengths_change_under_replay() -> None:
         return results
 
     one = jax.jit(fm.flash_mla_with_kvcache)
-    operands = [jnp.asarray(x) for x in (problem.q, problem.k_cache)]
     for lengths in ((1500, 900, 64, 2000), (1, 900, 0, 5), (1500, 0, 64, 1999), (0, 0, 0, 0)):
         lengths = np.array(lengths, np.int32)
         table = np.where(
@@ -151,7 +150,11 @@ def test_lengths_change_under_replay() -> None:
             problem.block_table,
             -1,
         ).astype(np.int32)
-        q, k_cache = operands
+        # Other pages, in other places, in a buffer that is elsewhere.
+        order = rng.permutation(len(problem.k_cache))
+        pages = rng.standard_normal(problem.k_cache.shape, np.float32).astype(jnp.bfloat16)
+        k_cache, q = jnp.asarray(pages), jnp.asarray(problem.q)
+        table = np.where(table >= 0, order[table % len(order)], -1).astype(np.int32)
         for out, lse in steps(q, k_cache, table, lengths):
             want_out, want_lse = one(q, k_cache, table, lengths)
             for a, b in ((out, want_out), (lse, want_lse)):
