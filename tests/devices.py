@@ -36,7 +36,8 @@ def run_on_eight_devices(file: str) -> None:
         command, cwd=path.parents[1], env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert re.search(r"\d+ passed, 1 skipped", ran.stdout), ran.stdout
+    (passed,), (skipped,) = (re.findall(rf"(\d+) {x}", ran.stdout) for x in ("passed", "skipped"))
+    assert int(passed) > 4 * int(skipped), ran.stdout
 
 
 def make_mesh(kind: AxisType = AxisType.Auto, /, **axes: int) -> Mesh:
