@@ -225,6 +225,24 @@ def test_vmap_of_queries(over: str | None, kind: AxisType) -> None:
 
 
 @meshes
+def test_many_mapped_axes() -> None:
+    """More axes than there are letters for Shardy's factors."""
+    problem = oracle.make_problem(np.random.default_rng(16), (70, 5), dtype=np.float32)
+    depth = 9
+    q = problem.q.reshape(*[1] * depth, *problem.q.shape)
+    rows, each = P(*[None] * depth, "b", None, "h"), P("b")
+    mapped = flash_mla_with_kvcache
+    for _ in range(depth):
+        mapped = jax.vmap(mapped, (0, None, None, None))
+    mesh = make_mesh(b=2, h=4)
+    arrays = put(mesh, problem.replace(q=q), (rows, P(), each, each))
+    assert collectives(jax.jit(mapped).lower(*arrays).compile()) == []
+    out, lse = jax.jit(mapped)(*arrays)
+    actual = np.asarray(out).reshape(2, 1, 16, 512), np.asarray(lse).reshape(2, 16, 1)
+    oracle.assert_matches(actual, oracle.attend(problem))
+
+
+@meshes
 @kinds
 def test_vmap_of_pools(kind: AxisType) -> None:
     """A pool for each device, with pages of its own, is `vmap` over an axis that is divided."""
@@ -404,6 +422,16 @@ def test_heads_that_do_not_come_out_even_are_gathered_knowingly() -> None:
     )
     arrays = put(make_mesh(d=4), problem, (P(None, None, "d"), P(), P(), P()))
     with pytest.warns(UserWarning, match=r"h_q is sharded over 4 devices.* 3 KV heads"):
+        result = jax.jit(flash_mla_with_kvcache)(*arrays)
+    oracle.assert_matches(result, oracle.attend(problem))
+
+
+@meshes
+@kinds
+def test_a_pool_whose_heads_are_not_divided_is_copied_knowingly(kind: AxisType) -> None:
+    problem = oracle.make_problem(np.random.default_rng(17), LENGTHS, h_kv=4, dtype=np.float32)
+    arrays = put(make_mesh(kind, d=4), problem, (P(None, None, "d"), P(), P(), P()))
+    with pytest.warns(UserWarning, match=r"k_cache is not sharded along axis 2 \(h_kv\)"):
         result = jax.jit(flash_mla_with_kvcache)(*arrays)
     oracle.assert_matches(result, oracle.attend(problem))
 

@@ -37,7 +37,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 _MANUAL = xla.OpSharding.Type.MANUAL
 _REPLICATED = xla.OpSharding.Type.REPLICATED
 
-
 # The targets of programs for several devices, as they are registered. Exported programs call them,
 # with the primitive's parameters in writing: the version is raised when those change.
 TARGETS: list[str] = []
@@ -236,7 +235,7 @@ def _shardy(rule: Rule, operands: list[tuple[int, ...]], results: list[tuple[int
 
     Axes that are not divided have a letter each, so that no sharding travels along them.
     """
-    letters = iter("ijklmnopqrstuvwxyz")
+    letters = itertools.chain("ijklmnopqrstuvwxyz", map("z_{}".format, itertools.count(1)))
     size_of = rule.sizes(operands)
     letter_of: dict[str, str] = {}
     size_by_letter: dict[str, int] = {}
@@ -283,7 +282,7 @@ class _Layout:
         # Devices by their parts of each factor; then those that have the same parts; then those
         # that a `shard_map` around this op divides arrays over.
         self._devices: np.ndarray | None = None
-        if sharding.is_replicated():
+        if not sharding.is_tiled():
             return
         tiles = sharding.tile_assignment_dimensions()
         devices = np.array(sharding.tile_assignment_devices()).reshape(tiles)
@@ -373,9 +372,6 @@ def _partition(
     platform, params = ast.literal_eval(config.decode())
     rule = rule.over(params["mapped"])
     shapes = [x.dimensions() for x in operands]
-    for name, shape, sharding in zip(rule.operands, shapes, operand_shardings, strict=True):
-        _check(rule, name, shape, sharding)
-
     sizes = rule.sizes(shapes)
     several = result.is_tuple()
     first = result_sharding.tuple_elements()[0] if several else result_sharding
@@ -387,6 +383,8 @@ def _partition(
     layout = max(layouts, key=lambda x: x.parts)
     needed = [layout.sharding(axes) for axes in rule.operands.values()]
     given = [layout.sharding(axes) for axes in rule.results]
+    for name, before, after in zip(rule.operands, operand_shardings, needed, strict=True):
+        _check(rule, name, before, after)
     local = tuple(
         (tuple(sharding.tile(x).dimensions()), np.dtype(x.numpy_dtype()))
         for sharding, x in zip(needed, operands, strict=True)
@@ -411,18 +409,29 @@ def _infer(
     return xla.HloSharding.tuple_sharding(result, given) if result.is_tuple() else given[0]
 
 
-def _check(rule: Rule, operand: str, shape: Sequence[int], sharding: Any) -> None:
-    if sharding.is_replicated() or sharding.is_maximal():
-        return
-    tiles = sharding.tile_assignment_dimensions()[: len(shape)]
-    for dimension, parts in enumerate(tiles):
-        if parts == 1 or rule.operands[operand][dimension] in rule.divided:
+def _check(rule: Rule, operand: str, given: Any, needed: Any) -> None:
+    """Says what it costs that an operand is divided otherwise than it is needed, or refuses it."""
+    axes = rule.operands[operand]
+    for dimension, axis in enumerate(axes):
+        parts, wanted = (_parts_along(x, dimension) for x in (given, needed))
+        if operand == rule.pool and parts < wanted:
+            warnings.warn(
+                f"{operand} is not sharded along axis {dimension} ({axis}), of which each of "
+                f"{wanted} devices needs a part: XLA copies it at every call. Shard it like q.",
+                stacklevel=2,
+            )
+        if parts <= wanted:
             continue
         problem = f"{rule.problem(operand, dimension)}: over {parts} devices."
         if operand == rule.pool:
             raise ValueError(f"{problem} {rule.advice}")
-        if rule.operands[operand][dimension] != "batch":
+        # Sequences' own data is small, and about what does not come out even there is a warning.
+        if axis != "batch" and axis not in rule.divided:
             warnings.warn(f"{problem} XLA gathers it.", stacklevel=2)
+
+
+def _parts_along(sharding: Any, dimension: int) -> int:
+    return sharding.tile_assignment_dimensions()[dimension] if sharding.is_tiled() else 1
 
 
 @functools.lru_cache(maxsize=256)  # a model's layers are alike
