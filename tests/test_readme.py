@@ -49,6 +49,6 @@ def test_commands_and_paths_exist(document: str) -> None:
         assert (ROOT / path).exists() or (ROOT / "flashmla_jax" / path).exists(), path
 
 
-@pytest.mark.parametrize("name", ["nvidia_h200", "cpu"])
+@pytest.mark.parametrize("name", ["nvidia_h200", "nvidia_h100_80gb_hbm3", "cpu"])
 def test_figures_are_those_of_the_records(name: str) -> None:
     assert report.markdown(report.load(RESULTS / f"{name}.json")) in README.read_text()
