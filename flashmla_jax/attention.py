@@ -137,7 +137,9 @@ def flash_mla_with_kvcache(
       lse: float32[batch, h_q, s_q], natural logarithm of the sum of exponentiated scores.
 
     Raises:
-      ValueError: for shapes, dtypes and numbers outside the above, at trace time.
+      ValueError: for shapes, dtypes and numbers outside the above, at trace time; and for shardings
+        over explicit axes of a mesh that would move pages between devices. Over automatic axes XLA
+        finds out, and its `JaxRuntimeError` quotes the same.
       NotImplementedError: for arguments that are not supported yet, for float32 on a GPU, for
         "batch_invariant" where neither kernel runs, and when differentiated under jax 0.9.
 

@@ -30,7 +30,8 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
 
         step = jax.jit(jax.export.deserialize(data).call, donate_argnums=0)
 
-    In programs for several devices all axes are numbers.
+    In programs for several devices all axes are numbers, and the kernels are found when they are
+    compiled, on the machine that runs them.
 
     The names of the custom calls have a version. Where the installed kernels have other operands,
     results or attributes than those that a program was exported for, JAX says that there is no

@@ -36,8 +36,9 @@ def run_on_eight_devices(file: str) -> None:
         command, cwd=path.parents[1], env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    (passed,), (skipped,) = (re.findall(rf"(\d+) {x}", ran.stdout) for x in ("passed", "skipped"))
-    assert int(passed) > 4 * int(skipped), ran.stdout
+    assert re.search(r"\d+ passed", ran.stdout), ran.stdout
+    for reason in re.findall(r"SKIPPED \[\d+\] [^ ]+ (.*)", ran.stdout):
+        assert reason in ("the tests run in this process", "needs jax 0.10"), ran.stdout
 
 
 def make_mesh(kind: AxisType = AxisType.Auto, /, **axes: int) -> Mesh:

@@ -361,6 +361,13 @@ def test_concurrent_calls(rng) -> None:
         assert_same_bits(result, expected)
 
 
+def test_without_jit(rng) -> None:
+    """Under `jax.disable_jit`, for debugging, the kernels run all the same."""
+    problem = oracle.make_problem(rng, (70, 5), h_q=4)
+    with jax.disable_jit():
+        assert_same_bits(fm.flash_mla_with_kvcache(*problem), run(*problem))
+
+
 def test_non_contiguous_operands(rng) -> None:
     problem = oracle.make_problem(rng, (70, 130), s_q=2, h_q=4, h_kv=2)
 

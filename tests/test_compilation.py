@@ -46,3 +46,38 @@ def test_the_persistent_cache_serves_other_processes(tmp_path: Path) -> None:
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         seen.append(json.loads(ran.stdout))
     assert seen == [[0, 3], [3, 0]]
+
+
+DIVIDED = """
+import collections, sys
+if sys.argv[1] == "reference":
+    sys.modules["flashmla_jax._flashmla"] = None
+import jax
+import numpy as np
+import flashmla_jax
+
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+q, pool = np.zeros((2, 1, 4, 576), np.float32), np.zeros((4, 64, 1, 576), np.float32)
+table, lengths = np.zeros((2, 2), np.int32), np.array([3, 70], np.int32)
+mesh = jax.make_mesh((2,), ("head",), axis_types=(jax.sharding.AxisType.Auto,))
+heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "head"))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+plain = jax.jit(flashmla_jax.flash_mla_with_kvcache, in_shardings=(heads, whole, whole, whole))
+plain(q, pool, table, lengths)
+print(events["/jax/compilation_cache/cache_hits"])
+"""
+
+
+def test_the_persistent_cache_tells_kernels_from_the_reference(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    for what, hits in (("reference", "0"), ("kernels", "0"), ("kernels", "1")):
+        command = [sys.executable, "-P", "-c", DIVIDED, what]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == hits, what

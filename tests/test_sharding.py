@@ -199,6 +199,35 @@ def test_beside_shard_map(manual: str) -> None:
     assert_sharded(out, mesh, P("b", None, "h"))
 
 
+@meshes
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_nested_shard_maps(check_vma: bool) -> None:
+    problem = oracle.make_problem(np.random.default_rng(18), LENGTHS, dtype=np.float32)
+    mesh = make_mesh(b=2, h=4)
+    arrays = put(mesh, problem, (P("b", None, "h"), P(), P("b"), P("b")))
+
+    def inner(*x: jax.Array) -> jax.Array:
+        rows = P(None, None, "h")
+        return jax.shard_map(
+            lambda *x: flash_mla_with_kvcache(*x)[0],
+            in_specs=(rows, P(), P(), P()),
+            out_specs=rows,
+            axis_names={"h"},
+            check_vma=check_vma,
+        )(*x)
+
+    outer = jax.shard_map(
+        inner,
+        mesh=mesh,
+        in_specs=(P("b"), P(), P("b"), P("b")),
+        out_specs=P("b"),
+        axis_names={"b"},
+        check_vma=check_vma,
+    )
+    out = jax.jit(outer)(*arrays)
+    np.testing.assert_allclose(out, oracle.attend(problem).out, rtol=1e-4, atol=1e-5)
+
+
 # --- vmap ---------------------------------------------------------------------------------------
 
 
@@ -262,6 +291,32 @@ def test_vmap_of_pools(kind: AxisType) -> None:
         oracle.assert_matches((np.asarray(out)[i], np.asarray(lse)[i]), oracle.attend(problem))
 
 
+@meshes
+@kinds
+def test_vmap_of_appends_in_place(kind: AxisType) -> None:
+    """Several pools a device, which stay where they are: also without a mesh."""
+    operands, expected = append_problem(1)
+    count = 8
+    stacked = [np.stack([x] * count) for x in operands]
+    stacked[1] = stacked[1] * np.arange(1, count + 1, dtype=np.float32).reshape(-1, 1, 1, 1, 1)
+    append = jax.jit(jax.vmap(cache_append), donate_argnums=0)
+    written = expected != operands[0]
+    for arrays in (
+        [jnp.array(x) for x in stacked],
+        put(make_mesh(kind, b=4, h=2), stacked, [P("b")] * 5),
+    ):
+        compiled = append.lower(*arrays).compile()
+        assert collectives(compiled) == []
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes < operands[0].nbytes
+        arrays = [jnp.copy(x) for x in arrays]  # JAX's own buffers, not NumPy's
+        places = [x.data.unsafe_buffer_pointer() for x in arrays[0].addressable_shards]
+        pools = append(*arrays)
+        assert [x.data.unsafe_buffer_pointer() for x in pools.addressable_shards] == places
+        for i, pool in enumerate(np.asarray(pools)):
+            np.testing.assert_array_equal(pool, np.where(written, expected * (i + 1), expected))
+
+
 # --- Derivatives ----------------------------------------------------------------------------------
 
 
@@ -284,6 +339,30 @@ def test_gradients(kind: AxisType) -> None:
     gradient = jax.jit(jax.grad(loss))
     assert collectives(gradient.lower(*arrays).compile()) == []
     np.testing.assert_allclose(gradient(*arrays), expected, rtol=1e-4, atol=1e-5)
+
+
+@meshes
+@kinds
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="needs jax 0.10")
+def test_gradients_of_pools(kind: AxisType) -> None:
+    """Of pools of the devices' own: nothing of their size travels."""
+    rng = np.random.default_rng(19)
+    problems = [oracle.make_problem(rng, (70, 130), h_q=4, dtype=np.float32) for _ in range(4)]
+    q, pools, tables, lengths = (np.stack(x) for x in zip(*problems, strict=True))
+    pools = np.nan_to_num(pools)
+
+    def loss(pools: jax.Array, q: jax.Array, *rest: jax.Array) -> jax.Array:
+        return (jax.vmap(flash_mla_with_kvcache)(q, pools, *rest)[0] ** 2).sum()
+
+    expected = jax.grad(loss)(pools, q, tables, lengths)
+    mesh = make_mesh(kind, b=4)
+    arrays = put(mesh, (pools, q, tables, lengths), [P("b")] * 4)
+    gradient = jax.jit(jax.grad(loss))
+    lines = collectives(gradient.lower(*arrays).compile())
+    assert all(",576]" not in line for line in lines)
+    actual = gradient(*arrays)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert_sharded(actual, mesh, P("b"))
 
 
 # --- Appending ------------------------------------------------------------------------------------
@@ -405,6 +484,56 @@ def test_pools_that_cannot_be_divided(spec: P, axis: str, kind: AxisType) -> Non
         jax.jit(cache_append)(*arrays)
 
 
+CONFLICTS = {
+    "query heads and KV heads": (
+        jax.vmap(flash_mla_with_kvcache),
+        (P(None, None, None, "x"), P(None, None, None, "y"), P(), P()),
+    ),
+    "query heads in another order": (
+        jax.vmap(flash_mla_with_kvcache),
+        (P(None, None, None, ("y", "x")), P(None, None, None, "x"), P(), P()),
+    ),
+    "queries and pools": (jax.vmap(flash_mla_with_kvcache), (P("x"), P("y"), P(), P())),
+    "new tokens and pools": (
+        jax.vmap(cache_append),
+        (P("y"), P("x"), P(), P(), P()),
+    ),
+    "heads of new tokens": (
+        jax.vmap(cache_append),
+        (P(None, None, None, "y"), P(None, None, None, "x"), P(), P(), P()),
+    ),
+}
+
+
+@meshes
+@pytest.mark.parametrize("name", CONFLICTS)
+def test_pools_do_not_move_between_devices(name: str) -> None:
+    function, specs = CONFLICTS[name]
+    if len(specs) == 4:
+        problem = oracle.make_problem(np.random.default_rng(20), (70, 5), h_kv=2, dtype=np.float32)
+        operands = list(problem)
+    else:
+        operands, _ = append_problem(2)
+    stacked = [np.stack([x, x]) for x in operands]
+    arrays = put(make_mesh(x=2, y=2), stacked, specs)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"k_cache is divided along .* alike"):
+        jax.jit(function)(*arrays)
+
+
+@meshes
+def test_unreduced_operands_are_refused() -> None:
+    problem = oracle.make_problem(np.random.default_rng(21), (70, 5), dtype=np.float32)
+    mesh = make_mesh(AxisType.Explicit, d=2)
+    unreduced = NamedSharding(mesh, P(unreduced={"d"}))
+    arrays = put(mesh, problem, [P()] * 4)
+
+    def attend(q: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return flash_mla_with_kvcache(jax.sharding.reshard(q, unreduced), *rest)
+
+    with pytest.raises(ValueError, match=r"q is unreduced over \['d'\]: reduce it first"):
+        jax.eval_shape(attend, *arrays)
+
+
 @meshes
 def test_queries_that_cannot_be_divided_are_gathered_knowingly() -> None:
     problem = oracle.make_problem(np.random.default_rng(11), LENGTHS, dtype=np.float32)
@@ -421,7 +550,7 @@ def test_heads_that_do_not_come_out_even_are_gathered_knowingly() -> None:
         np.random.default_rng(12), LENGTHS, h_q=12, h_kv=3, dtype=np.float32
     )
     arrays = put(make_mesh(d=4), problem, (P(None, None, "d"), P(), P(), P()))
-    with pytest.warns(UserWarning, match=r"h_q is sharded over 4 devices.* 3 KV heads"):
+    with pytest.warns(UserWarning, match=r"h_q = 12, 3 KV heads .* cannot be divided"):
         result = jax.jit(flash_mla_with_kvcache)(*arrays)
     oracle.assert_matches(result, oracle.attend(problem))
 
@@ -431,7 +560,7 @@ def test_heads_that_do_not_come_out_even_are_gathered_knowingly() -> None:
 def test_a_pool_whose_heads_are_not_divided_is_copied_knowingly(kind: AxisType) -> None:
     problem = oracle.make_problem(np.random.default_rng(17), LENGTHS, h_kv=4, dtype=np.float32)
     arrays = put(make_mesh(kind, d=4), problem, (P(None, None, "d"), P(), P(), P()))
-    with pytest.warns(UserWarning, match=r"k_cache is not sharded along axis 2 \(h_kv\)"):
+    with pytest.warns(UserWarning, match=r"k_cache is in 1 parts along axis 2 \(h_kv\)"):
         result = jax.jit(flash_mla_with_kvcache)(*arrays)
     oracle.assert_matches(result, oracle.attend(problem))
 
@@ -444,6 +573,7 @@ def test_a_pool_whose_heads_are_not_divided_is_copied_knowingly(kind: AxisType) 
         ((P("d"), P(), P("e"), P()), r"block_table is sharded along batch over \('e',\), others"),
         ((P(None, None, "e"), P(None, None, "d"), P(), P()), r"k_cache is sharded along h_kv"),
         ((P(), P(), P(None, "d"), P()), r"block_table is sharded along axis 1"),
+        ((P(None, None, "d"), P(), P("d"), P()), r"a mesh axis can divide one of them"),
     ],
 )
 def test_explicit_shardings_that_contradict(specs: tuple[P, ...], message: str) -> None:
@@ -463,4 +593,4 @@ def test_no_warnings() -> None:
     arrays = put(make_mesh(b=2, h=4), problem, (P("b", None, "h"), P(), P("b"), P("b")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jax.block_until_ready(jax.jit(flash_mla_with_kvcache)(*arrays))
+        jax.block_until_ready(jax.jit(lambda *x: flash_mla_with_kvcache(*x))(*arrays))

@@ -109,24 +109,28 @@ inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
   const auto bad = [](const std::string& what) {
     return xffi::Error::InvalidArgument(std::string(kCacheAppendTarget) + ": " + what);
   };
+  // Pools may stand in an array of pools, whose pages count through.
   const auto cache = k_cache.dimensions();
   const auto rows = new_kv.dimensions();
-  if (cache.size() != 4 || cache[1] != kPageSize || cache[3] != kHeadDim) {
-    return bad("expected k_cache [num_pages, 64, h_kv, 576], got " + Describe("k_cache", k_cache));
+  const size_t rank = cache.size();
+  if (rank < 4 || cache[rank - 3] != kPageSize || cache[rank - 1] != kHeadDim) {
+    return bad("expected k_cache [..., num_pages, 64, h_kv, 576], got " +
+               Describe("k_cache", k_cache));
   }
-  if (rows.size() != 4 || rows[2] != cache[2] || rows[3] != cache[3]) {
+  const int64_t h_kv = cache[rank - 2];
+  if (rows.size() != 4 || rows[2] != h_kv || rows[3] != kHeadDim) {
     return bad("expected new_kv [batch, num_tokens, h_kv, 576], got " + Describe("new_kv", new_kv));
   }
   const auto dtype = ToDType(k_cache.element_type());
   if (!dtype || new_kv.element_type() != k_cache.element_type() ||
-      result.element_type() != k_cache.element_type() ||
-      !HasShape(result, {cache[0], cache[1], cache[2], cache[3]})) {
+      result.element_type() != k_cache.element_type() || result.dimensions() != cache) {
     return bad("k_cache, new_kv and the result must share one of bfloat16, float16, float32");
   }
   p->batch = rows[0];
   p->num_tokens = rows[1];
-  p->num_pages = cache[0];
-  p->token_bytes = cache[2] * cache[3] * Bytes(*dtype);
+  p->num_pages = 1;
+  for (size_t i = 0; i + 3 < rank; ++i) p->num_pages *= cache[i];
+  p->token_bytes = h_kv * kHeadDim * Bytes(*dtype);
   if (block_table.dimensions().size() != 2 || block_table.dimensions()[0] != p->batch ||
       start.dimensions().size() != 1 || start.dimensions()[0] != p->batch ||
       count.dimensions().size() != 1 || count.dimensions()[0] != p->batch) {

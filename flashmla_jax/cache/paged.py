@@ -38,6 +38,8 @@ class PagedKVCache:
     jitted function that advances it (`jax.jit(step, donate_argnames="cache")`), and the pools are
     updated in place; without donation every step copies them.
 
+    Over a mesh with explicit axes the arrays of integers are whole on every device.
+
     Attributes:
       pages: per layer, [num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM]. A buffer per layer, because
         a scan over one stacked buffer would copy it.
@@ -211,7 +213,7 @@ class PagedKVCache:
         )
         return allocated, ok
 
-    def append(self, layer: int, kv: jax.Array) -> PagedKVCache:
+    def append(self, layer: int, kv: jax.Array, *, cuda_graph: bool = True) -> PagedKVCache:
         """Writes one layer's new tokens into the room that the last `allocate` made.
 
         Row `j < num_new[i]` of `kv[i]` becomes token `cache_seqlens[i] - num_new[i] + j`. Rows
@@ -220,6 +222,7 @@ class PagedKVCache:
         Args:
           layer: which layer, a Python int.
           kv: [batch, s, num_kv_heads, HEAD_DIM] in the cache's dtype, with `s >= max(num_new)`.
+          cuda_graph: see `flash_mla_with_kvcache`.
 
         Returns:
           The cache with this layer's pool updated.
@@ -232,6 +235,7 @@ class PagedKVCache:
             self.block_table,
             self.cache_seqlens - self.num_new,
             self.num_new,
+            cuda_graph=cuda_graph,
         )
         pages = (*self.pages[:layer], pool, *self.pages[layer + 1 :])
         return dataclasses.replace(self, pages=pages)

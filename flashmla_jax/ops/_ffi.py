@@ -1,4 +1,4 @@
-"""Loads the compiled module and registers its FFI targets. Every jax-version difference lives here.
+"""Loads the compiled module and registers its FFI targets.
 
 The module is optional at import time, so that `flashmla_jax` can be imported from a source tree:
 without it every op lowers to the reference.
@@ -123,7 +123,11 @@ def define_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     def compiled(**params: Any) -> Callable[..., Any]:
         return jax.jit(functools.partial(primitive.bind, **params))
 
-    primitive.def_impl(lambda *operands, **params: compiled(**params)(*operands))
+    def run(*operands: Any, **params: Any) -> Any:
+        with jax.disable_jit(False):  # there is nothing below it
+            return compiled(**params)(*operands)
+
+    primitive.def_impl(run)
     return primitive
 
 
@@ -181,6 +185,7 @@ def register_lowerings(
     kernels: dict[str, Callable[..., Any]],
     reference: Callable[..., Any],
     sharding: _sharding.Rule,
+    name: str,
 ) -> None:
     """Registers what `primitive` lowers to.
 
@@ -188,9 +193,10 @@ def register_lowerings(
       primitive: an operation with several results.
       kernels: per platform, a function of the operands and parameters that makes the FFI call.
       reference: the same in `jax.numpy`, for every other platform.
-      sharding: how it is divided over devices, where there is a kernel for the platform.
+      sharding: how it is divided over devices, on platforms that have kernels.
+      name: of the target that XLA divides.
     """
-    lower_divided = _sharding.register(primitive, sharding)
+    lower_divided = _sharding.register(primitive, sharding, name)
     lower_reference = mlir.lower_fun(reference, multiple_results=True)
 
     def lowering_for(platform: str | None) -> Callable[..., Any]:
@@ -198,12 +204,13 @@ def register_lowerings(
         lower_kernel = mlir.lower_fun(kernel, multiple_results=True) if kernel else None
 
         def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-            if platform and _sharding.is_divided(ctx):
-                return lower_divided(platform, ctx, *operands, **params)
             module = ctx.module_context
             # A module for several platforms takes this way only on those that have none of theirs.
             name = platform or "/".join(p for p in module.platforms if p not in kernels)
             reason = why_no_kernel(name, elsewhere=module.lowering_parameters.for_export)
+            if platform and _sharding.is_divided(ctx):
+                runs = "reference" if reason else " ".join(TARGETS)
+                return lower_divided(platform, runs, ctx, *operands, **params)
             if reason is None and lower_kernel is not None:
                 return lower_kernel(ctx, *operands, **params)
             _warn_once(reason or f"it has no kernels for {name}")

@@ -58,7 +58,12 @@ def unfold(x: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 
 def fold_operands(
-    operands: Sequence[jax.Array], *, pool: int, table: int, mapped: Mapped
+    operands: Sequence[jax.Array],
+    *,
+    pool: int,
+    table: int,
+    mapped: Mapped,
+    fold_pool: bool = True,
 ) -> list[jax.Array]:
     """All operands without mapped axes: one pool, and a table that points into it.
 
@@ -77,20 +82,26 @@ def fold_operands(
         valid = (tables >= 0) & (tables < num_pages)
         tables = jnp.where(valid, tables + number * num_pages, -1)
     folded = [fold(x, len(mapped)) for x in operands]
-    folded[pool] = fold(pages, sum(mapped))
+    folded[pool] = fold(pages, sum(mapped)) if fold_pool else pages
     folded[table] = fold(tables, len(mapped))
     return folded
 
 
-def folded(function: Callable[..., Any], *, pool: int, table: int) -> Callable[..., Any]:
-    """`function`, which knows no mapped axes, as one that does."""
+def folded(
+    function: Callable[..., Any], *, pool: int, table: int, fold_pool: bool = True
+) -> Callable[..., Any]:
+    """`function`, which knows no mapped axes, as one that does.
+
+    Without `fold_pool` it knows those of the pool, which is its result.
+    """
 
     @functools.wraps(function)
     def of_mapped(*operands: jax.Array, mapped: Mapped, **params: Any) -> list[jax.Array]:
         if not mapped:
             return list(function(*operands, **params))
         sizes = operands[table].shape[: len(mapped)]
-        flat = fold_operands(operands, pool=pool, table=table, mapped=mapped)
-        return [unfold(x, sizes) for x in function(*flat, **params)]
+        flat = fold_operands(operands, pool=pool, table=table, mapped=mapped, fold_pool=fold_pool)
+        results = function(*flat, **params)
+        return [unfold(x, sizes) for x in results] if fold_pool else list(results)
 
     return of_mapped

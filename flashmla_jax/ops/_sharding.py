@@ -41,6 +41,8 @@ _REPLICATED = xla.OpSharding.Type.REPLICATED
 # with the primitive's parameters in writing: the version is raised when those change.
 TARGETS: list[str] = []
 VERSION = "v1"
+# Of what `_partition` makes of them. It is in the program, so that compilation caches know.
+_REVISION = 1
 
 Axes = tuple[str, ...]
 
@@ -66,6 +68,11 @@ class Rule:
     """The operand that is too large to be gathered: its other axes must be whole beforehand."""
     advice: str
     """What to do about an axis that cannot be divided."""
+
+    @property
+    def leading(self) -> str:
+        """The operand whose sharding the others follow."""
+        return next(operand for operand in self.operands if operand != self.pool)
 
     def over(self, mapped: tuple[bool, ...]) -> Rule:
         """The rule with mapped axes in front, as _mapped.py has them. They may be divided."""
@@ -102,17 +109,20 @@ def is_divided(ctx: Any) -> bool:
     """Whether a lowering's program runs on several devices, among which XLA divides arrays."""
     context = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):  # inside `shard_map`
-        return set(context.manual_axes) != set(context.mesh.axis_names)
+        # Of nested ones, jax 0.9 has only the inner one's axes here, and all in the types.
+        manual = {*context.manual_axes, *ctx.avals_in[0].sharding.mesh.manual_axes}
+        return not set(context.mesh.axis_names) <= manual
     return (getattr(context, "num_devices", None) or 1) > 1
 
 
-def register(primitive: Primitive, rule: Rule) -> Callable[..., Any]:
+def register(primitive: Primitive, rule: Rule, name: str) -> Callable[..., Any]:
     """Registers how `primitive` is divided. Returns its lowering for several devices.
 
-    The lowering takes a platform, and then what lowerings take. On each device it becomes what the
-    primitive lowers to for one.
+    The lowering takes a platform and what it runs there (compilation caches tell programs apart
+    by that), and then what lowerings take. On each device it becomes what the primitive lowers to
+    for one.
     """
-    target = f"flashmla_{primitive.name}_divided_{VERSION}"
+    target = f"{name}_divided_{VERSION}"
     TARGETS.append(target)
     callbacks = {
         "name": target,
@@ -126,7 +136,7 @@ def register(primitive: Primitive, rule: Rule) -> Callable[..., Any]:
         functools.partial(xla.register_custom_call_partitioner, **callbacks)
     )
 
-    def lower(platform: str, ctx: Any, *operands: Any, **params: Any) -> Any:
+    def lower(platform: str, kernels: str, ctx: Any, *operands: Any, **params: Any) -> Any:
         over = rule.over(params["mapped"])
         shapes = [x.shape for x in ctx.avals_in]
         if not all(isinstance(size, int) for shape in shapes for size in shape):
@@ -136,7 +146,7 @@ def register(primitive: Primitive, rule: Rule) -> Callable[..., Any]:
         notation = _shardy(over, shapes, [x.shape for x in ctx.avals_out])
         call = jax.ffi.ffi_lowering(
             target,
-            backend_config=repr((platform, params)),
+            backend_config=repr((platform, params, kernels, _REVISION)),
             api_version=2,
             skip_ffi_layout_processing=True,
             extra_attributes={"sdy.sharding_rule": ir.Attribute.parse(notation)},
@@ -159,8 +169,13 @@ def result_types(
 
     Raises:
       ValueError: an operand is divided, over explicit axes, as it cannot be, or otherwise than
-        another one.
+        another one; or it is unreduced.
     """
+    for operand, x in zip(rule.operands, operands, strict=True):
+        manual = getattr(x, "manual_axis_type", None)
+        unreduced = {*x.sharding.spec.unreduced, *getattr(manual, "unreduced", ())}
+        if unreduced:
+            raise ValueError(f"{operand} is unreduced over {sorted(unreduced)}: reduce it first")
     mesh = next((x.sharding.mesh for x in operands if not x.sharding.mesh.empty), None)
     if mesh is None:
         return tuple(jax.core.ShapedArray(shape, dtype) for shape, dtype in results)
@@ -198,17 +213,28 @@ def _explicit_axes(rule: Rule, operands: Sequence[Any]) -> dict[str, tuple[str, 
                 continue
             axis = axes[dimension]
             if axis not in rule.divided:
-                raise ValueError(f"{rule.problem(operand, dimension)}: over {names}. {rule.advice}")
+                raise ValueError(
+                    f"{rule.problem(operand, dimension)}: over {names}. {rule.advice} "
+                    "(jax.sharding.reshard makes an array whole.)"
+                )
             if over.setdefault(axis, names) != names:
                 raise ValueError(
-                    f"{operand} is sharded along {axis} over {names}, others over {over[axis]}"
+                    f"{operand} is sharded along {axis} over {names}, others over {over[axis]}: "
+                    "divide them alike (jax.sharding.reshard)"
                 )
     kv, heads = over.get("h_kv", ()), over.get("h_q", ())
     if "h_q" in rule.divided and heads[: len(kv)] != kv:
         raise ValueError(
             f"{rule.pool} is sharded along h_kv over {kv}, and q along h_q over {heads}: the heads "
-            "that a KV head serves must be where it is"
+            "that a KV head serves must be where it is (jax.sharding.reshard)"
         )
+    results = [axis for axis in over if any(axis in axes for axes in rule.results)]
+    for one, other in itertools.combinations(results, 2):
+        if set(over[one]) & set(over[other]):
+            raise ValueError(
+                f"{one} is divided over {over[one]}, and {other} over {over[other]}: a mesh axis "
+                "can divide one of them (jax.sharding.reshard)"
+            )
     return over
 
 
@@ -277,6 +303,7 @@ class _Layout:
     """Which devices have which part of each factor, as the sharding of one array tells."""
 
     def __init__(self, rule: Rule, sizes: dict[str, int], axes: Axes, sharding: Any) -> None:
+        self.uneven: list[str] = []  # axes that stay whole, because they cannot be divided so
         self._rule = rule
         self._factors: list[str] = []
         # Devices by their parts of each factor; then those that have the same parts; then those
@@ -285,37 +312,26 @@ class _Layout:
         if not sharding.is_tiled():
             return
         tiles = sharding.tile_assignment_dimensions()
-        devices = np.array(sharding.tile_assignment_devices()).reshape(tiles)
         beyond = sharding.subgroup_types()
         if sharding.replicate_on_last_tile_dim():
             beyond = [_REPLICATED]
         manual = [len(axes) + i for i, kind in enumerate(beyond) if kind == _MANUAL]
-        taken = [axis for axis in axes if axis in rule.divided]
-        order = [axes.index(axis) for axis in taken]
-        copies = [i for i in range(devices.ndim) if i not in order + manual]
-        devices = devices.transpose(order + copies + manual)
-        devices = devices.reshape(
-            *devices.shape[: len(order)], math.prod(tiles[i] for i in copies), -1
-        )
-
+        taken: list[int] = []
         shape: list[int] = []
-        for place, axis in enumerate(taken):
-            parts = _parts(axis, devices.shape[place], sizes)
-            if parts is None:  # what does not come out even stays whole
-                what = f"{sizes['kv_head']} KV heads of {sizes['group']} query heads each"
-                warnings.warn(
-                    f"{axis} is sharded over {devices.shape[place]} devices, among which "
-                    f"{what if 'kv_head' in _factors(axis) else sizes[axis]} cannot be divided "
-                    "evenly. XLA gathers it.",
-                    stacklevel=2,
-                )
-                devices = np.moveaxis(devices, place, -2)
-                devices = devices.reshape(*devices.shape[:-3], -1, devices.shape[-1])
-                devices = np.expand_dims(devices, place)
-                parts = (1,) * len(_factors(axis))
+        for place, axis in enumerate(axes):
+            if axis not in rule.divided:
+                continue
+            parts = _parts(axis, tiles[place], sizes)
+            if parts is None:
+                self.uneven.append(axis)
+                continue
+            taken.append(place)
             shape += parts
             self._factors += _factors(axis)
-        self._devices = devices.reshape(*shape, *devices.shape[-2:])
+        copies = [i for i in range(len(tiles)) if i not in taken + manual]
+        devices = np.array(sharding.tile_assignment_devices()).reshape(tiles)
+        devices = devices.transpose(taken + copies + manual)
+        self._devices = devices.reshape(*shape, math.prod(tiles[i] for i in copies), -1)
 
     @property
     def parts(self) -> int:
@@ -326,12 +342,11 @@ class _Layout:
         """That of an array."""
         if self._devices is None:
             return xla.HloSharding.replicate()
-        places = [
-            [self._factors.index(factor) for factor in _factors(axis)]
-            if axis in self._rule.divided
-            else []
-            for axis in axes
-        ]
+        places: list[list[int]] = []
+        for axis in axes:
+            factors = _factors(axis) if axis in self._rule.divided else ()
+            known = set(factors) <= set(self._factors)
+            places.append([self._factors.index(x) for x in factors] if known else [])
         count = len(self._factors)
         taken = list(itertools.chain(*places))
         copies = [i for i in range(count + 1) if i not in taken]
@@ -369,22 +384,27 @@ def _partition(
     config: bytes,
 ) -> tuple[bytes, list[Any], Any]:
     """The program for one device, and how its operands and results are to be divided."""
-    platform, params = ast.literal_eval(config.decode())
+    platform, params, *_ = ast.literal_eval(config.decode())
     rule = rule.over(params["mapped"])
     shapes = [x.dimensions() for x in operands]
     sizes = rule.sizes(shapes)
     several = result.is_tuple()
-    first = result_sharding.tuple_elements()[0] if several else result_sharding
+    wanted = result_sharding.tuple_elements() if several else [result_sharding]
     layouts = [
-        _Layout(rule, sizes, rule.results[0], first),
+        _Layout(rule, sizes, rule.results[0], wanted[0]),
         _Layout(rule, sizes, next(iter(rule.operands.values())), operand_shardings[0]),
     ]
     # Where results are to be whole and queries are not, results travel, and work is divided.
     layout = max(layouts, key=lambda x: x.parts)
     needed = [layout.sharding(axes) for axes in rule.operands.values()]
     given = [layout.sharding(axes) for axes in rule.results]
+    _explain_uneven(sizes, layouts)
     for name, before, after in zip(rule.operands, operand_shardings, needed, strict=True):
         _check(rule, name, before, after)
+    pool = rule.operands[rule.pool]
+    for axes, before, after in zip(rule.results, given, wanted, strict=True):
+        if axes == pool and (moved := _moved(before, after, len(axes))):
+            raise ValueError(_conflict(rule, moved[0]))
     local = tuple(
         (tuple(sharding.tile(x).dimensions()), np.dtype(x.numpy_dtype()))
         for sharding, x in zip(needed, operands, strict=True)
@@ -400,7 +420,7 @@ def _infer(
     rule: Rule, operands: list[Any], operand_shardings: list[Any], result: Any, config: bytes
 ) -> Any:
     """How results are divided where operands are; Shardy has its own rule for this."""
-    _, params = ast.literal_eval(config.decode())
+    _, params, *_ = ast.literal_eval(config.decode())
     rule = rule.over(params["mapped"])
     sizes = rule.sizes([x.dimensions() for x in operands])
     axes = next(iter(rule.operands.values()))
@@ -409,29 +429,71 @@ def _infer(
     return xla.HloSharding.tuple_sharding(result, given) if result.is_tuple() else given[0]
 
 
+def _explain_uneven(sizes: dict[str, int], layouts: list[_Layout]) -> None:
+    for axis in dict.fromkeys(itertools.chain(*(layout.uneven for layout in layouts))):
+        what = f"{axis} = {sizes[axis]}"
+        if "kv_head" in _factors(axis):
+            what += f", {sizes['kv_head']} KV heads of {sizes['group']} query heads each,"
+        warnings.warn(
+            f"{what} cannot be divided evenly as it is sharded. XLA gathers it.", stacklevel=2
+        )
+
+
 def _check(rule: Rule, operand: str, given: Any, needed: Any) -> None:
     """Says what it costs that an operand is divided otherwise than it is needed, or refuses it."""
     axes = rule.operands[operand]
-    for dimension, axis in enumerate(axes):
-        parts, wanted = (_parts_along(x, dimension) for x in (given, needed))
-        if operand == rule.pool and parts < wanted:
-            warnings.warn(
-                f"{operand} is not sharded along axis {dimension} ({axis}), of which each of "
-                f"{wanted} devices needs a part: XLA copies it at every call. Shard it like q.",
-                stacklevel=2,
-            )
-        if parts <= wanted:
-            continue
-        problem = f"{rule.problem(operand, dimension)}: over {parts} devices."
-        if operand == rule.pool:
-            raise ValueError(f"{problem} {rule.advice}")
-        # Sequences' own data is small, and about what does not come out even there is a warning.
-        if axis != "batch" and axis not in rule.divided:
-            warnings.warn(f"{problem} XLA gathers it.", stacklevel=2)
+    moved = _moved(given, needed, len(axes))
+    if operand == rule.pool:
+        for dimension in moved:
+            if axes[dimension] in rule.divided:
+                raise ValueError(_conflict(rule, dimension))
+            raise ValueError(f"{rule.problem(operand, dimension)}. {rule.advice}")
+        for dimension, axis in enumerate(axes):
+            parts, wanted = (_parts_along(x, dimension) for x in (given, needed))
+            if parts < wanted:
+                warnings.warn(
+                    f"{operand} is in {parts} parts along axis {dimension} ({axis}), and {wanted} "
+                    "are needed: XLA copies them at every call. Divide it like "
+                    f"{rule.leading}.",
+                    stacklevel=2,
+                )
+        return
+    for dimension in moved:
+        # Tables and lengths are small, and about what does not come out even there is a warning.
+        if axes[dimension] != "batch" and axes[dimension] not in rule.divided:
+            problem = rule.problem(operand, dimension)
+            warnings.warn(f"{problem}. XLA gathers it.", stacklevel=2)
+
+
+def _conflict(rule: Rule, dimension: int) -> str:
+    axis = rule.operands[rule.pool][dimension]
+    return (
+        f"{rule.pool} is divided along axis {dimension} ({axis}) otherwise than {rule.leading} or "
+        "the results are, so that XLA would move it between devices: divide them alike"
+    )
 
 
 def _parts_along(sharding: Any, dimension: int) -> int:
     return sharding.tile_assignment_dimensions()[dimension] if sharding.is_tiled() else 1
+
+
+def _moved(given: Any, needed: Any, ndim: int) -> list[int]:
+    """The axes along which some device needs what it has not."""
+
+    def parts(sharding: Any) -> tuple[list[int], np.ndarray]:
+        """How many there are along each axis, and which each device has: [devices, ndim]."""
+        tiles = sharding.tile_assignment_dimensions()
+        places = np.indices(tiles)[:ndim].reshape(ndim, -1).T
+        order = np.argsort(sharding.tile_assignment_devices())
+        return tiles[:ndim], places[order]
+
+    if not given.is_tiled():
+        return []
+    tiles, have = parts(given)
+    other, need = parts(needed) if needed.is_tiled() else ([1] * ndim, np.zeros_like(have))
+    counts, wanted = np.array(tiles), np.array(other)
+    inside = (have * wanted <= need * counts) & ((need + 1) * counts <= (have + 1) * wanted)
+    return np.flatnonzero(~inside.all(axis=0)).tolist()
 
 
 @functools.lru_cache(maxsize=256)  # a model's layers are alike

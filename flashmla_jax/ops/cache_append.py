@@ -30,7 +30,8 @@ def cache_append(
     negative position, beyond the table, or in a page outside the pool. The rest of the pool keeps
     its contents. Where two rows have the same place, what it holds afterwards is
     unspecified. Under `vmap` every element of the mapped axis has a pool of its own: a pool that
-    they share is copied for each.
+    they share is copied for each. Over several devices, new tokens that are sharded are gathered
+    on all that have their pages.
 
     The result is `k_cache`'s own buffer when that is donated to the jitted function (or is an
     intermediate value of it); otherwise XLA copies the pool first, as for any functional update.
@@ -103,8 +104,8 @@ SHARDING = _sharding.Rule(
     divided=("h_kv",),
     pool="k_cache",
     advice=(
-        "Divide nothing but h_kv (jax.sharding.reshard makes an array whole); or divide pages with "
-        "flashmla_jax.parallel, where each device has its own."
+        "Divide nothing but h_kv; or divide pages with flashmla_jax.parallel, where each device "
+        "has its own."
     ),
 )
 
@@ -143,12 +144,16 @@ def _reference(*operands: jax.Array, **_: Any) -> list[jax.Array]:
 
 _POOL, _TABLE = 0, 2  # which operands are the page pool and the block table
 _folded = functools.partial(_mapped.folded, pool=_POOL, table=_TABLE)
+# The kernels take pools with mapped axes in front: a reshape would stand between the argument and
+# its update in place.
+_in_place = functools.partial(_folded, fold_pool=False)
 
 _ffi.register_lowerings(
     cache_append_p,
-    kernels={_ffi.CPU: _folded(_call_cpu), _ffi.CUDA: _folded(_call_cuda)},
+    kernels={_ffi.CPU: _in_place(_call_cpu), _ffi.CUDA: _in_place(_call_cuda)},
     reference=_folded(_reference),
     sharding=SHARDING,
+    name="flashmla_cache_append",
 )
 
 

@@ -65,8 +65,8 @@ SHARDING = _sharding.Rule(
     divided=("batch", "h_kv", "h_q"),
     pool="k_cache",
     advice=(
-        "Divide batch or h_q, and of k_cache nothing but h_kv (jax.sharding.reshard makes an array "
-        "whole); or divide pages with flashmla_jax.parallel, where each device has its own."
+        "Divide batch or h_q, and of k_cache nothing but h_kv; or divide pages with "
+        "flashmla_jax.parallel, where each device has its own."
     ),
 )
 
@@ -177,6 +177,7 @@ _ffi.register_lowerings(
     kernels={_ffi.CPU: _folded(_call_cpu), _ffi.CUDA: _folded(_call_cuda)},
     reference=_folded(_reference),
     sharding=SHARDING,
+    name="flashmla_dense_decode",
 )
 
 
@@ -215,15 +216,21 @@ def _tangents(
         jnp.zeros_like(x) if tangent is None else tangent
         for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
     )
-    found = tangents.dense_decode(
-        _mapped.fold_operands(operands, pool=_POOL, table=_TABLE, mapped=mapped),
-        [_mapped.fold(x, len(mapped)) for x in results],
-        _mapped.fold(q, len(mapped)),
-        _mapped.fold(k_cache, sum(mapped)),
-        softmax_scale=softmax_scale,
-        causal=causal,
-    )
-    return [_mapped.unfold(x, results[0].shape[: len(mapped)]) for x in found]
+
+    def of_one(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, k_cache, table, lengths, out, lse, *tangents_of = arrays
+        return tangents.dense_decode(
+            (q, k_cache, table, lengths),
+            (out, lse),
+            *tangents_of,
+            softmax_scale=softmax_scale,
+            causal=causal,
+        )
+
+    for own in reversed(mapped):
+        pool = 0 if own else None
+        of_one = jax.vmap(of_one, (0, pool, 0, 0, 0, 0, 0, pool))
+    return list(of_one(*operands, *results, q, k_cache))
 
 
 _ffi.register_tangents(dense_decode_p, _tangents)
