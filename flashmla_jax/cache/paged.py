@@ -15,6 +15,7 @@ generation: sequences grow, end and give their pages back without recompilation.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jax.export import is_symbolic_dim, register_pytree_node_serialization
 
 from flashmla_jax._checks import fewer
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
+from flashmla_jax.ops import _sharding
 from flashmla_jax.ops.cache_append import cache_append
 
 _INT32_MAX = 2**31 - 1
@@ -37,8 +39,6 @@ class PagedKVCache:
     of every layer's pool. A cache is immutable: methods return the next one. Donate it to the
     jitted function that advances it (`jax.jit(step, donate_argnames="cache")`), and the pools are
     updated in place; without donation every step copies them.
-
-    Over a mesh with explicit axes the arrays of integers are whole on every device.
 
     Attributes:
       pages: per layer, [num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM]. A buffer per layer, because
@@ -189,29 +189,8 @@ class PagedKVCache:
             )
         if not jnp.issubdtype(num_tokens.dtype, jnp.integer):
             raise ValueError(f"num_tokens must be integers, got {num_tokens.dtype}")
-        # Compared before it is added: a length plus any int32 may overflow.
-        fits = (num_tokens >= 0) & (num_tokens <= self.max_seqlen - self.cache_seqlens)
-        num_new = jnp.where(fits, num_tokens, 0).astype(jnp.int32)
-        seqlens = self.cache_seqlens + num_new
-
-        owned, needed = _num_pages_of(self.cache_seqlens), _num_pages_of(seqlens)
-        taken = needed - owned
-        total = jnp.sum(taken, dtype=jnp.int32)
-        ok = jnp.all(fits) & (total <= self.num_free)
-
-        # The pages come off the top of the stack, the first sequence's first.
-        slot = jnp.arange(self.max_pages_per_seq, dtype=jnp.int32)
-        rank = (jnp.cumsum(taken, dtype=jnp.int32) - taken - owned)[:, None] + slot
-        page = self.free_pages.at[self.num_free - 1 - rank].get(mode="clip")
-        is_new = (slot >= owned[:, None]) & (slot < needed[:, None])
-        allocated = dataclasses.replace(
-            self,
-            block_table=jnp.where(ok & is_new, page, self.block_table),
-            cache_seqlens=jnp.where(ok, seqlens, self.cache_seqlens),
-            num_free=jnp.where(ok, self.num_free - total, self.num_free),
-            num_new=jnp.where(ok, num_new, 0),
-        )
-        return allocated, ok
+        *books, ok = self._on_books(_allocate, num_tokens, self.num_free)
+        return self._with(books), ok
 
     def append(self, layer: int, kv: jax.Array, *, cuda_graph: bool = True) -> PagedKVCache:
         """Writes one layer's new tokens into the room that the last `allocate` made.
@@ -255,20 +234,87 @@ class PagedKVCache:
                 f"mask must be bool[batch] = bool{list(self.cache_seqlens.shape)}, "
                 f"got {mask.dtype}{list(mask.shape)}"
             )
-        slot = jnp.arange(self.max_pages_per_seq, dtype=jnp.int32)
-        returned = mask[:, None] & (slot < _num_pages_of(self.cache_seqlens)[:, None])
-        returned = returned.ravel()
-        # The returned pages go on top of the stack, in table order; the others nowhere.
-        rank = self.num_free + jnp.cumsum(returned, dtype=jnp.int32) - 1
-        rank = jnp.where(returned, rank, self.num_pages)
-        return dataclasses.replace(
-            self,
-            block_table=jnp.where(mask[:, None], -1, self.block_table),
-            cache_seqlens=jnp.where(mask, 0, self.cache_seqlens),
-            free_pages=self.free_pages.at[rank].set(self.block_table.ravel(), mode="drop"),
-            num_free=self.num_free + jnp.sum(returned, dtype=jnp.int32),
-            num_new=jnp.where(mask, 0, self.num_new),
-        )
+        return self._with(self._on_books(_free, mask))
+
+    def _on_books(
+        self, function: Callable[..., list[jax.Array]], argument: jax.Array, *like: jax.Array
+    ) -> list[jax.Array]:
+        """Applies a function to the arrays of integers, which come back sharded as they were.
+
+        Pages are counted over all sequences: on explicit meshes the sums over sharded ones are
+        left to XLA. What else it returns is sharded as `like`.
+        """
+        books = [getattr(self, name) for name in _BOOKS]
+        return _sharding.auto(function, [*books, *like])(argument, *books)
+
+    def _with(self, books: Sequence[jax.Array]) -> PagedKVCache:
+        changes: dict[str, Any] = dict(zip(_BOOKS, books, strict=True))
+        return dataclasses.replace(self, **changes)
+
+
+# --- Bookkeeping -----------------------------------------------------------------------------
+
+_BOOKS = ("block_table", "cache_seqlens", "free_pages", "num_free", "num_new")
+
+
+def _allocate(
+    num_tokens: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    free_pages: jax.Array,
+    num_free: jax.Array,
+    num_new: jax.Array,
+) -> list[jax.Array]:
+    """The arrays after `PagedKVCache.allocate`, and ok."""
+    del num_new
+    max_pages = block_table.shape[1]
+    # Compared before it is added: a length plus any int32 may overflow.
+    fits = (num_tokens >= 0) & (num_tokens <= max_pages * PAGE_SIZE - cache_seqlens)
+    added = jnp.where(fits, num_tokens, 0).astype(jnp.int32)
+    seqlens = cache_seqlens + added
+
+    owned, needed = _num_pages_of(cache_seqlens), _num_pages_of(seqlens)
+    taken = needed - owned
+    total = jnp.sum(taken, dtype=jnp.int32)
+    ok = jnp.all(fits) & (total <= num_free)
+
+    # The pages come off the top of the stack, the first sequence's first.
+    slot = jnp.arange(max_pages, dtype=jnp.int32)
+    rank = (jnp.cumsum(taken, dtype=jnp.int32) - taken - owned)[:, None] + slot
+    page = free_pages.at[num_free - 1 - rank].get(mode="clip")
+    is_new = (slot >= owned[:, None]) & (slot < needed[:, None])
+    return [
+        jnp.where(ok & is_new, page, block_table),
+        jnp.where(ok, seqlens, cache_seqlens),
+        free_pages,
+        jnp.where(ok, num_free - total, num_free),
+        jnp.where(ok, added, 0),
+        ok,
+    ]
+
+
+def _free(
+    mask: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    free_pages: jax.Array,
+    num_free: jax.Array,
+    num_new: jax.Array,
+) -> list[jax.Array]:
+    """The arrays after `PagedKVCache.free`."""
+    slot = jnp.arange(block_table.shape[1], dtype=jnp.int32)
+    returned = mask[:, None] & (slot < _num_pages_of(cache_seqlens)[:, None])
+    returned = returned.ravel()
+    # The returned pages go on top of the stack, in table order; the others nowhere.
+    rank = num_free + jnp.cumsum(returned, dtype=jnp.int32) - 1
+    rank = jnp.where(returned, rank, free_pages.shape[0])
+    return [
+        jnp.where(mask[:, None], -1, block_table),
+        jnp.where(mask, 0, cache_seqlens),
+        free_pages.at[rank].set(block_table.ravel(), mode="drop"),
+        num_free + jnp.sum(returned, dtype=jnp.int32),
+        jnp.where(mask, 0, num_new),
+    ]
 
 
 # --- Exported programs -----------------------------------------------------------------------

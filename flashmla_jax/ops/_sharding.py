@@ -66,6 +66,8 @@ class Rule:
     """The axes that may be divided. All others are whole on every device."""
     pool: str
     """The operand that is too large to be gathered: its other axes must be whole beforehand."""
+    small: tuple[str, ...]
+    """The operands that may be gathered without a word."""
     advice: str
     """What to do about an axis that cannot be divided."""
 
@@ -212,6 +214,8 @@ def _explicit_axes(rule: Rule, operands: Sequence[Any]) -> dict[str, tuple[str, 
             if not names:
                 continue
             axis = axes[dimension]
+            if axis not in rule.divided and operand in rule.small:
+                continue
             if axis not in rule.divided:
                 raise ValueError(
                     f"{rule.problem(operand, dimension)}: over {names}. {rule.advice} "
@@ -459,8 +463,8 @@ def _check(rule: Rule, operand: str, given: Any, needed: Any) -> None:
                 )
         return
     for dimension in moved:
-        # Tables and lengths are small, and about what does not come out even there is a warning.
-        if axes[dimension] != "batch" and axes[dimension] not in rule.divided:
+        # About what does not come out even there is a warning.
+        if operand not in rule.small and axes[dimension] not in rule.divided:
             problem = rule.problem(operand, dimension)
             warnings.warn(f"{problem}. XLA gathers it.", stacklevel=2)
 

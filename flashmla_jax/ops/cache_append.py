@@ -103,6 +103,7 @@ SHARDING = _sharding.Rule(
     results=(("num_pages", "64", "h_kv", "576"),),
     divided=("h_kv",),
     pool="k_cache",
+    small=("block_table", "start", "count"),
     advice=(
         "Divide nothing but h_kv; or divide pages with flashmla_jax.parallel, where each device "
         "has its own."

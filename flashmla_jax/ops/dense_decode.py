@@ -64,6 +64,7 @@ SHARDING = _sharding.Rule(
     results=(("batch", "s_q", "h_q", "512"), ("batch", "h_q", "s_q")),
     divided=("batch", "h_kv", "h_q"),
     pool="k_cache",
+    small=("block_table", "cache_seqlens"),
     advice=(
         "Divide batch or h_q, and of k_cache nothing but h_kv; or divide pages with "
         "flashmla_jax.parallel, where each device has its own."
