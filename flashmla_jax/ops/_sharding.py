@@ -455,9 +455,10 @@ def _check(rule: Rule, operand: str, given: Any, needed: Any) -> None:
         for dimension, axis in enumerate(axes):
             parts, wanted = (_parts_along(x, dimension) for x in (given, needed))
             if parts < wanted:
+                state = f"divided by {parts}" if parts > 1 else "not divided"
                 warnings.warn(
-                    f"{operand} is in {parts} parts along axis {dimension} ({axis}), and {wanted} "
-                    "are needed: XLA copies them at every call. Divide it like "
+                    f"{operand} is {state} along axis {dimension} ({axis}), where {wanted} "
+                    "parts are needed: XLA copies them at every call. Divide it like "
                     f"{rule.leading}.",
                     stacklevel=2,
                 )
