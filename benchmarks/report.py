@@ -2,6 +2,7 @@
 
     python -m benchmarks.report benchmarks/results/nvidia_h200.json                  Markdown
     python -m benchmarks.report benchmarks/results/nvidia_h200.json --plots FOLDER   two SVG files
+    python -m benchmarks.report benchmarks/results/nvidia_h200.json --into README.md
 
 Plots need matplotlib (`pip install '.[bench]'`).
 """
@@ -86,6 +87,19 @@ def markdown(record: Record) -> str:
     return "\n".join(lines)
 
 
+def replace_table(document: str, record: Record) -> str:
+    """`document` with this record's table in place of an earlier one of the same device."""
+    table = markdown(record)
+    header = "\n".join(table.splitlines()[:2])
+    last = rf"{re.escape(record['device'])}, .*: median times of one call\."
+    replaced, count = re.subn(
+        rf"{re.escape(header)}\n(?:\|.*\n)*\n{last}", lambda _: table, document
+    )
+    if count != 1:
+        raise ValueError(f"the document has {count} tables of {record['device']}, not one")
+    return replaced
+
+
 def plot_roofline(record: Record, path: Path) -> None:
     """Every case: arithmetic intensity against what it reached, under the run's own ceilings."""
     plt = _pyplot()
@@ -155,9 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("record", type=Path)
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots there")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="replace the table there")
     arguments = parser.parse_args(argv)
     record = load(arguments.record)
     print(markdown(record))
+    if arguments.into is not None:
+        document = replace_table(arguments.into.read_text(), record)
+        arguments.into.write_text(document)
     if arguments.plots is not None:
         if importlib.util.find_spec("matplotlib") is None:
             print("no plots: they need matplotlib")

@@ -105,6 +105,22 @@ def test_compare_flags_what_became_slower(tmp_path: Path, capsys) -> None:
     assert compare.main([str(paths[0])] * 2) == 0
 
 
+def test_tables_are_replaced(tmp_path: Path) -> None:
+    """That of the device, and no other."""
+    old, new, other = (record(row("b1 s1 h16 1024 uniform", us)) for us in (100, 50, 70))
+    for each in (old, new, other):
+        each["results"]["dense_decode"][0] |= {"gather_einsum_us": 500, "speedup": 5}
+    other["device"] += " 2"
+    document = f"Before.\n\n{report.markdown(old)}\n\n{report.markdown(other)}\n\nAfter.\n"
+    path, file = tmp_path / "record.json", tmp_path / "document.md"
+    path.write_text(json.dumps(new))
+    file.write_text(document)
+    assert report.main([str(path), "--into", str(file)]) == 0
+    assert file.read_text() == document.replace(report.markdown(old), report.markdown(new))
+    with pytest.raises(ValueError, match="has 0 tables"):
+        report.replace_table("nothing", new)
+
+
 def test_compare_goes_by_the_share_of_each_runs_ceiling() -> None:
     """Twice the time on a device half as fast is no change."""
     old, new = record(row("x", 100)), record(row("x", 200), read=2000, matmul=300)
