@@ -140,8 +140,12 @@ def register_tangents(
     Args:
       primitive: an operation with several results.
       rule: a function of the operands, the results, the tangents of the operands (None for those
-        that do not vary, or are integers), and the parameters. It returns the results' tangents.
+        of integers), and the parameters. It returns the results' tangents.
     """
+
+    def zeros_of(operand: jax.Array) -> jax.Array | None:
+        floating = jnp.issubdtype(operand.dtype, jnp.floating)
+        return jnp.zeros_like(operand) if floating else None
 
     def jvp(
         operands: tuple[jax.Array, ...], tangents: tuple[Any, ...], **params: Any
@@ -151,7 +155,10 @@ def register_tangents(
                 f"differentiating {primitive} needs jax 0.10 or later, this is {jax.__version__}"
             )
         results = primitive.bind(*operands, **params)
-        given = [None if type(x) is ad.Zero else x for x in tangents]
+        given = [
+            x if type(x) is not ad.Zero else zeros_of(operand)
+            for operand, x in zip(operands, tangents, strict=True)
+        ]
         return results, _sharding.auto(rule, results, **params)(operands, results, given)
 
     ad.primitive_jvps[primitive] = jvp

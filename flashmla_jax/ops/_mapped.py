@@ -15,36 +15,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 
 Mapped = tuple[bool, ...]
 
 
 def batch(
+    primitive: Primitive,
     size: int,
     operands: Sequence[jax.Array],
     dims: Sequence[int | None],
     *,
     pool: int,
+    shares_pool: bool,
     mapped: Mapped,
-) -> tuple[list[jax.Array], Mapped]:
-    """The operands with one more mapped axis, and what `mapped` becomes.
+    **params: Any,
+) -> list[jax.Array]:
+    """The batching rule of both ops, for `_ffi.register_batching`.
 
     Args:
+      primitive: the op.
       size: of the mapped axis.
       operands: of the primitive.
       dims: the place of the mapped axis in each, or None.
       pool: which of them is the page pool.
+      shares_pool: whether the elements of the mapped axis may share one; else it is copied first.
       mapped: of the axes that are there already.
+      params: the primitive's others.
     """
     in_front = []
     for i, (x, dim) in enumerate(zip(operands, dims, strict=True)):
         if dim is not None:
             in_front.append(jnp.moveaxis(x, dim, 0))
-        elif i == pool:
+        elif i == pool and shares_pool:
             in_front.append(x)
         else:
             in_front.append(jnp.broadcast_to(x, (size, *x.shape)))
-    return in_front, (dims[pool] is not None, *mapped)
+    own = dims[pool] is not None or not shares_pool
+    return list(primitive.bind(*in_front, mapped=(own, *mapped), **params))
 
 
 def fold(x: jax.Array, axes: int) -> jax.Array:

@@ -160,24 +160,11 @@ _ffi.register_lowerings(
 
 # --- Batching --------------------------------------------------------------------------------
 
-
-def _batch(
-    size: int,
-    operands: tuple[jax.Array, ...],
-    dims: tuple[int | None, ...],
-    *,
-    mapped: _mapped.Mapped,
-    **params: Any,
-) -> list[jax.Array]:
-    """Each element of the mapped axis has its own pool; one that they share is copied first."""
-    if dims[_POOL] is None:
-        pool = jnp.broadcast_to(operands[_POOL], (size, *operands[_POOL].shape))
-        operands, dims = (pool, *operands[1:]), (0, *dims[1:])
-    in_front, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
-    return list(cache_append_p.bind(*in_front, mapped=mapped, **params))
-
-
-_ffi.register_batching(cache_append_p, _batch)
+# Each element of the mapped axis has its own pool; one that they share is copied first.
+_ffi.register_batching(
+    cache_append_p,
+    functools.partial(_mapped.batch, cache_append_p, pool=_POOL, shares_pool=False),
+)
 
 
 # --- Differentiation -------------------------------------------------------------------------
@@ -186,15 +173,12 @@ _ffi.register_batching(cache_append_p, _batch)
 def _tangents(
     operands: tuple[jax.Array, ...],
     results: list[jax.Array],
-    operand_tangents: list[jax.Array | None],
+    operand_tangents: list[Any],
     **params: Any,
 ) -> list[jax.Array]:
     """Linear in pool and tokens: their tangents are appended as they are."""
     del results
-    k_cache, new_kv = (
-        jnp.zeros_like(x) if tangent is None else tangent
-        for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
-    )
+    k_cache, new_kv = operand_tangents[:2]
     return list(cache_append_p.bind(k_cache, new_kv, *operands[2:], **params))
 
 

@@ -184,20 +184,10 @@ _ffi.register_lowerings(
 
 # --- Batching --------------------------------------------------------------------------------
 
-
-def _batch(
-    size: int,
-    operands: tuple[jax.Array, ...],
-    dims: tuple[int | None, ...],
-    *,
-    mapped: _mapped.Mapped,
-    **params: Any,
-) -> list[jax.Array]:
-    in_front, mapped = _mapped.batch(size, operands, dims, pool=_POOL, mapped=mapped)
-    return list(dense_decode_p.bind(*in_front, mapped=mapped, **params))
-
-
-_ffi.register_batching(dense_decode_p, _batch)
+_ffi.register_batching(
+    dense_decode_p,
+    functools.partial(_mapped.batch, dense_decode_p, pool=_POOL, shares_pool=True),
+)
 
 
 # --- Differentiation -------------------------------------------------------------------------
@@ -206,17 +196,14 @@ _ffi.register_batching(dense_decode_p, _batch)
 def _tangents(
     operands: tuple[jax.Array, ...],
     results: list[jax.Array],
-    operand_tangents: list[jax.Array | None],
+    operand_tangents: list[Any],
     *,
     softmax_scale: float,
     causal: bool,
     mapped: _mapped.Mapped,
     **_: Any,  # of the forward pass
 ) -> list[jax.Array]:
-    q, k_cache = (
-        jnp.zeros_like(x) if tangent is None else tangent
-        for x, tangent in zip(operands[:2], operand_tangents[:2], strict=True)
-    )
+    q, k_cache = operand_tangents[:2]
 
     def of_one(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, k_cache, table, lengths, out, lse, *tangents_of = arrays

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from devices import make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_multi_process import free_address
 from test_parallel import deal_out
 from test_sharding import LENGTHS, append_problem, assert_sharded, collectives, pool_copies, put
 
@@ -77,11 +77,8 @@ def test_parallel(scheme: str) -> None:
 
 @pytest.mark.parametrize("context", ["1", "2"])
 def test_a_process_for_each(context: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
     command = [sys.executable, str(ROOT / "examples" / "multi_process_decode.py")]
-    command += ["--context", context, "--coordinator", address, "--num-processes", "2"]
+    command += ["--context", context, "--coordinator", free_address(), "--num-processes", "2"]
     processes = [
         subprocess.Popen(
             [*command, "--process-id", str(i)],
