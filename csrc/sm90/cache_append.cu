@@ -1,10 +1,10 @@
-// Writes new tokens into their pages: one warp per token, 16 bytes per lane at a time.
+// Writes new tokens into their pages, each by a team of threads, 16 bytes per thread at a time.
 //
 // The kernel is one chain of loads, (start, count) -> block table -> store. A token is 1152 bytes
-// in bf16 with one KV head: all of it is loaded beside that chain, not after it, and the 40 warps
-// of an SM have 46 KB on the way, enough to hide the chain. A call of few tokens, a decoding step,
-// has one warp in a block, so that its tokens are spread over all SMs.
-#include <algorithm>
+// in bf16 with one KV head: all of it is loaded beside that chain, not after it. In a call of many
+// tokens a team is a warp, and the 64 warps of an SM have 72 KB on the way, which hides the chain.
+// In a call of few, a decoding step, a team is a block of 3 warps that load one vector per thread:
+// the least to do before and after the chain.
 #include <cstdint>
 
 #include "sm90/kernels.h"
@@ -13,61 +13,67 @@ namespace flashmla::sm90 {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 8 * kWarp;
 constexpr int64_t kFewTokens = 1024;
-constexpr int64_t kMaxBlocks = INT32_MAX;  // what gridDim.x can hold
 
-// A token's vectors that a lane has in registers: the 72 of bf16 with one KV head at once.
-constexpr int kVectors = 3;
-
+// 16-byte vectors of a token that one thread of a team has in registers.
+template <int kTeam, int kVectors>
 struct Vectors {
   uint4 values[kVectors];
 
-  __device__ void Load(const uint4* source, int64_t first, int64_t end) {
+  __device__ void Load(const uint4* source, int first, int end) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      const int64_t v = first + k * kWarp;
+      const int v = first + k * kTeam;
       if (v < end) values[k] = __ldcs(source + v);
     }
   }
 
-  __device__ void Store(uint4* target, int64_t first, int64_t end) const {
+  __device__ void Store(uint4* target, int first, int end) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      const int64_t v = first + k * kWarp;
+      const int v = first + k * kTeam;
       if (v < end) target[v] = values[k];
     }
   }
 };
 
-__global__ void __launch_bounds__(kMaxThreads) CacheAppendKernel(const CacheAppendParams p) {
-  const int64_t size = p.token_bytes / sizeof(uint4);
-  const int64_t tokens = p.batch * p.num_tokens;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  for (; token < tokens; token += warps) {
-    const auto* source = static_cast<const uint4*>(p.new_kv) + token * size;
-    Vectors vectors;
-    vectors.Load(source, lane, size);
+// A team of kTeam threads has kTeam * kVectors vectors in registers: the 72 of bf16 with one KV
+// head at once.
+template <int kTeams, int kTeam, int kVectors>
+__global__ void __launch_bounds__(kTeams* kTeam) CacheAppendKernel(const CacheAppendParams p) {
+  const auto size = static_cast<int>(p.token_bytes / sizeof(uint4));
+  const auto num_tokens = static_cast<uint32_t>(p.num_tokens);
+  const int rank = threadIdx.x % kTeam;
+  const uint32_t token = blockIdx.x * kTeams + threadIdx.x / kTeam;
+  const auto i = static_cast<int>(token / num_tokens);
+  const auto j = static_cast<int>(token % num_tokens);
+  if (i >= p.batch) return;
 
-    const int64_t i = token / p.num_tokens;
-    const int64_t j = token % p.num_tokens;
-    const int64_t position = static_cast<int64_t>(p.start[i]) + j;
-    if (j >= p.count[i] || position < 0) continue;
-    const int64_t slot = position / kPageSize;  // in the table
-    const int64_t row = position % kPageSize;   // in the page
-    if (slot >= p.max_pages_per_seq) continue;
-    const int64_t page = p.block_table[i * p.max_pages_per_seq + slot];
-    if (page < 0 || page >= p.num_pages) continue;
+  const auto* source = static_cast<const uint4*>(p.new_kv) + int64_t{token} * size;
+  Vectors<kTeam, kVectors> vectors;
+  vectors.Load(source, rank, size);
 
-    auto* target = static_cast<uint4*>(p.k_cache) + (page * kPageSize + row) * size;
-    vectors.Store(target, lane, size);
-    for (int64_t v = lane + kVectors * kWarp; v < size; v += kVectors * kWarp) {
-      vectors.Load(source, v, size);
-      vectors.Store(target, v, size);
-    }
+  const int64_t position = int64_t{p.start[i]} + j;
+  if (j >= p.count[i] || position < 0) return;
+  const int64_t slot = position / kPageSize;  // in the table
+  const int64_t row = position % kPageSize;   // in the page
+  if (slot >= p.max_pages_per_seq) return;
+  const int64_t page = p.block_table[i * p.max_pages_per_seq + slot];
+  if (page < 0 || page >= p.num_pages) return;
+
+  auto* target = static_cast<uint4*>(p.k_cache) + (page * kPageSize + row) * size;
+  vectors.Store(target, rank, size);
+  for (int v = rank + kTeam * kVectors; v < size; v += kTeam * kVectors) {
+    vectors.Load(source, v, size);
+    vectors.Store(target, v, size);
   }
+}
+
+template <int kTeams, int kTeam, int kVectors>
+void Launch(const CacheAppendParams& params, cudaStream_t stream) {
+  const auto tokens = static_cast<uint32_t>(params.batch * params.num_tokens);
+  CacheAppendKernel<kTeams, kTeam, kVectors>
+      <<<(tokens + kTeams - 1) / kTeams, kTeams * kTeam, 0, stream>>>(params);
 }
 
 bool IsAligned(const void* pointer) {
@@ -82,10 +88,15 @@ Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream) {
   if (!IsAligned(params.new_kv) || !IsAligned(params.k_cache)) {
     return {StatusCode::kInvalidArgument, "new_kv and k_cache must be aligned to 16 bytes"};
   }
-  const int threads = tokens <= kFewTokens ? kWarp : kMaxThreads;
-  const int64_t warps = threads / kWarp;
-  const auto blocks = static_cast<unsigned>(std::min((tokens + warps - 1) / warps, kMaxBlocks));
-  CacheAppendKernel<<<blocks, threads, 0, stream>>>(params);
+  if (tokens > INT32_MAX || params.token_bytes > INT32_MAX) {
+    return {StatusCode::kInvalidArgument,
+            "new_kv must be of fewer than 2^31 tokens, each of fewer bytes than that"};
+  }
+  if (tokens <= kFewTokens) {
+    Launch<1, 3 * kWarp, 1>(params, stream);
+  } else {
+    Launch<8, kWarp, 3>(params, stream);
+  }
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return {};
   return {StatusCode::kInternal, std::string("launch: ") + cudaGetErrorString(error)};

@@ -91,19 +91,19 @@ def run_cases() -> None:
         print(f"{name}: correct", flush=True)
 
     append = jax.jit(fm.cache_append, donate_argnums=0)
-    for h_kv in (1, 2):
-        problem = oracle.make_problem(rng, (200, 0, 100), h_kv=h_kv)
+    for h_kv, tokens in ((1, 7), (2, 7), (1, 350), (2, 350)):
+        problem = oracle.make_problem(rng, (450, 0, 400), h_kv=h_kv)
         table, num_pages = problem.block_table, len(problem.k_cache)
-        new_kv = rng.standard_normal((3, 7, h_kv, 576), np.float32).astype(problem.q.dtype)
-        start, count = np.array([62, 0, 90], np.int32), np.array([7, 7, 3], np.int32)
+        new_kv = rng.standard_normal((3, tokens, h_kv, 576), np.float32).astype(problem.q.dtype)
+        start, count = np.array([62, 0, 90], np.int32), np.array([tokens, 7, 3], np.int32)
         expected = problem.k_cache.copy()
-        for i, j in np.ndindex(3, 7):
+        for i, j in np.ndindex(3, tokens):
             slot, row = divmod(int(start[i]) + j, 64)
             if j < count[i] and 0 <= table[i, slot] < num_pages:
                 expected[table[i, slot], row] = new_kv[i, j]
         pool = append(jax.device_put(problem.k_cache), new_kv, table, start, count)
         assert np.asarray(pool).tobytes() == expected.tobytes()
-        print(f"cache_append, {h_kv} KV heads: correct", flush=True)
+        print(f"cache_append, {h_kv} KV heads, {tokens} tokens: correct", flush=True)
 
 
 def find_sanitizer() -> str:
