@@ -1,13 +1,15 @@
 """Hugging Face checkpoints of DeepSeek models: safetensors to parameters and back.
 
-A checkpoint may be far larger than the host's memory. Loading holds one parameter there at a time
-(the experts of a layer, which make up one, are gathered first): it goes to the device, and is
-transposed and converted there. Saving gathers the tensors of one file at a time.
+A checkpoint may be far larger than the host's memory. Loading holds one tensor of a file there at a
+time: its parts go to the devices that are to have them, and are transposed and converted there. The
+experts of a layer, which are tensors of their own in a file, are stacked on the devices. Saving
+gathers the tensors of one file at a time.
 
 DeepSeek's FP8 checkpoints have e4m3 tensors `X`, and beside each a float32 `X_scale_inv` with one
 number for each block of 128 x 128 (fewer at the ends), by which the block is multiplied.
 
-The `safetensors` package reads and writes the files; only loading and saving import it.
+The `safetensors` package checks and writes the files; only loading and saving import it. Their
+numbers are read here, for NumPy has no name for half of the dtypes.
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Sharding
 
 from flashmla_jax.models.deepseek import DeepSeekConfig
+
+Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
+"""Where parameters go, see `load_checkpoint`."""
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -40,6 +46,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _FP8 = "F8_E4M3"
+_READABLE = _DTYPES | {_FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
 _SCALE = "_scale_inv"
 _BLOCK = 128
 
@@ -48,8 +55,23 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     config: DeepSeekConfig | None = None,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    *,
+    shardings: Shardings | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DeepSeekConfig, dict[str, Any]]:
-    """Reads a checkpoint, one parameter at a time.
+    """Reads a checkpoint, one tensor at a time.
+
+    All names, shapes and dtypes are checked before the first number is read. To show a bar:
+
+        with tqdm(unit="B", unit_scale=True) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            config, params = load_checkpoint(path, progress=progress)
+
+    or, with rich, `progress=lambda done, total: bar.update(task, completed=done, total=total)`.
 
     Args:
       path: a folder with `config.json` and either `model.safetensors` or shards and
@@ -57,16 +79,22 @@ def load_checkpoint(
       config: used in place of `config.json`.
       dtype: of the parameters, whatever that of the file (float32, float16, bfloat16, or DeepSeek's
         FP8 with block scales, multiplied out in float32). The routers' stay float32.
+      shardings: where the parameters go, by default to the default device. A
+        `jax.sharding.Sharding` for all; or a function from a parameter's name, as in
+        "layers.3.mlp.experts.up_proj.kernel", and its shape in the model to one; or a tree like the
+        parameters, in which a sharding may also stand for all that would be below it. A process
+        reads the tensors of which its own devices get a part, and nothing goes through others.
+      progress: called after each tensor with the bytes read so far and the bytes to read.
 
     Returns:
-      The configuration and the parameters, laid out as `flashmla_jax.models.deepseek` describes, on
-      the default device. Layers past `num_hidden_layers`, where DeepSeek-V3 keeps its multi-token
-      prediction, are left out.
+      The configuration and the parameters, laid out as `flashmla_jax.models.deepseek` describes.
+      Layers past `num_hidden_layers`, where DeepSeek-V3 keeps its multi-token prediction, are left
+      out.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged; tensors are missing, have the wrong shape, or have no place in
-        the model.
+        the model; `shardings` lacks a parameter, or does not divide one.
       NotImplementedError: the model is none this library has code for, or its weights are
         quantised in another way.
       ImportError: the `safetensors` package is missing.
@@ -77,11 +105,22 @@ def load_checkpoint(
     parameters = list(_parameters(config))
     checkpoint = _Checkpoint(path)
     checkpoint.check_names([name for p in parameters for name in p.names], config)
+    for parameter in parameters:
+        checkpoint.check(parameter)
+    places = {p.path: _Placement.of(p, shardings) for p in parameters}
+    total = sum(checkpoint.nbytes(name) for place in places.values() for _, name in place.needed)
+    done = 0
 
     def read(parameter: _Parameter) -> jax.Array:
-        host = checkpoint.read(parameter)
-        value = _convert(*host, parameter.transposed, parameter.dtype(dtype))
-        return value.block_until_ready()  # then `host` can go
+        nonlocal done
+        place = places.pop(parameter.path)
+        place.allocate(parameter.dtype(dtype))
+        for expert, name in place.needed:
+            place.put(expert, *checkpoint.read(name))
+            done += checkpoint.nbytes(name)
+            if progress is not None:
+                progress(done, total)
+        return place.assemble()
 
     return config, _build(config, read)
 
@@ -313,18 +352,143 @@ def _build(config: DeepSeekConfig, make: Callable[[_Parameter], jax.Array]) -> d
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+_Index = tuple[slice, ...]
+"""A box of an array; the slices have a start and a stop."""
+
+
+class _Placement:
+    """One parameter, on the devices of this process that are to have a part of it."""
+
+    def __init__(
+        self,
+        parameter: _Parameter,
+        sharding: Sharding | None,
+        index_of: Mapping[jax.Device | None, _Index],
+    ) -> None:
+        self._parameter = parameter
+        self._sharding = sharding
+        self._index_of = index_of  # None is the default device
+        self._parts: dict[jax.Device | None, jax.Array] = {}
+        self._dtype = np.dtype(np.float32)
+
+    @classmethod
+    def of(cls, parameter: _Parameter, shardings: Shardings | None) -> _Placement:
+        shape = parameter.model_shape
+        if shardings is None:
+            return cls(parameter, None, {None: tuple(slice(0, size) for size in shape)})
+        sharding = _sharding_of(parameter, shardings)
+        try:
+            sharding.shard_shape(shape)
+            index_of = sharding.addressable_devices_indices_map(shape)
+        except (ValueError, IndexError) as error:  # the latter for a spec that is too long
+            raise ValueError(
+                f"{parameter.path} {shape} cannot be divided as shardings says: {error}"
+            ) from error
+        return cls(
+            parameter,
+            sharding,
+            {
+                device: tuple(
+                    slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)
+                )
+                for device, index in index_of.items()
+                if index is not None
+            },
+        )
+
+    @property
+    def needed(self) -> list[tuple[int, str]]:
+        """The tensors of which these devices have a part: the expert's number, or 0, and a name."""
+        names = list(enumerate(self._parameter.names))
+        if self._parameter.num_experts:
+            experts = {e for i in self._index_of.values() for e in range(i[0].start, i[0].stop)}
+            return [(e, name) for e, name in names if e in experts]
+        return names if self._index_of else []
+
+    def allocate(self, dtype: np.dtype[Any]) -> None:
+        """Makes room for the experts' tensors, which come one by one."""
+        self._dtype = dtype
+        if self._parameter.num_experts:
+            for device, index in self._index_of.items():
+                shape = tuple(part.stop - part.start for part in index)
+                self._parts[device] = jnp.zeros(shape, dtype, device=device)
+
+    def put(self, expert: int, x: np.ndarray, scales: np.ndarray | None) -> None:
+        """Sends each device its part of a tensor in the checkpoint's layout."""
+        for device, index in self._index_of.items():
+            if not self._parameter.num_experts:
+                self._parts[device] = self._convert(device, index, x, scales)
+            elif index[0].start <= expert < index[0].stop:
+                part = self._convert(device, index[1:], x, scales)
+                self._parts[device] = _store(self._parts[device], part, expert - index[0].start)
+
+    def _convert(
+        self, device: jax.Device | None, index: _Index, x: np.ndarray, scales: np.ndarray | None
+    ) -> jax.Array:
+        """The part `index`, in the model's layout, of a tensor, on `device`."""
+        transposed = self._parameter.transposed
+        index = index[::-1] if transposed else index
+        part = jax.device_put(np.ascontiguousarray(x[index]), device, may_alias=False)
+        part.block_until_ready()  # then the host's copy can go
+        if scales is None:
+            return _convert(part, None, (0, 0), transposed, self._dtype)
+        blocks = tuple(slice(i.start // _BLOCK, -(-i.stop // _BLOCK)) for i in index)
+        its_scales = jax.device_put(np.ascontiguousarray(scales[blocks]), device)
+        first = index[0].start % _BLOCK, index[1].start % _BLOCK
+        return _convert(part, its_scales, first, transposed, self._dtype)
+
+    def assemble(self) -> jax.Array:
+        """The parameter, once all tensors are there."""
+        if self._sharding is None:
+            return self._parts[None]
+        return jax.make_array_from_single_device_arrays(
+            self._parameter.model_shape, self._sharding, list(self._parts.values())
+        )
+
+
+def _sharding_of(parameter: _Parameter, shardings: Shardings) -> Sharding:
+    """What `shardings` says of a parameter."""
+    node: Any = shardings
+    if callable(shardings):
+        node = shardings(parameter.path, parameter.model_shape)
+    else:
+        for key in parameter.path.split("."):
+            if isinstance(node, Mapping) and key in node:
+                node = node[key]
+            elif isinstance(node, Sequence) and key.isdigit() and int(key) < len(node):
+                node = node[int(key)]
+            else:
+                break
+    if not isinstance(node, Sharding):
+        raise ValueError(
+            f"shardings must give a jax.sharding.Sharding for {parameter.path} "
+            f"{parameter.model_shape}, it gives {node!r}"
+        )
+    return node
+
+
+@functools.partial(jax.jit, static_argnames=("first", "transposed", "dtype"))
 def _convert(
-    x: jax.Array, scales: jax.Array | None, transposed: bool, dtype: np.dtype[Any]
+    x: jax.Array,
+    scales: jax.Array | None,
+    first: tuple[int, int],
+    transposed: bool,
+    dtype: np.dtype[Any],
 ) -> jax.Array:
-    """`x`, as the checkpoint has it, times its blocks' scales, in the model's layout."""
+    """`x`, as the checkpoint has it, times its blocks' scales, in the model's layout.
+
+    `first` is the place of `x[0, 0]` within its block.
+    """
     if scales is not None:
-        rows, columns = x.shape[-2:]
-        scales = jnp.repeat(scales, _BLOCK, axis=-2)[..., :rows, :]
-        scales = jnp.repeat(scales, _BLOCK, axis=-1)[..., :columns]
-        x = x.astype(jnp.float32) * scales
+        scales = jnp.repeat(jnp.repeat(scales, _BLOCK, axis=0), _BLOCK, axis=1)
+        x = x.astype(jnp.float32) * jax.lax.dynamic_slice(scales, first, x.shape)
     x = x.astype(dtype)
-    return jnp.swapaxes(x, -1, -2) if transposed else x
+    return x.T if transposed else x
+
+
+@functools.partial(jax.jit, donate_argnames="stack")
+def _store(stack: jax.Array, x: jax.Array, at: int) -> jax.Array:
+    return stack.at[at].set(x)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -334,14 +498,22 @@ def _normal(
     return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
 
 
+class _Entry(NamedTuple):
+    """Where a tensor is in a file, and what."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
 class _Checkpoint:
     """The tensors of a checkpoint folder, wherever in it they are."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._safetensors = _import_safetensors()
-        self._files: dict[str, Any] = {}  # `safetensors.safe_open` by name, once needed
-        self._layouts: dict[str, tuple[int, dict[str, int]]] = {}  # likewise
+        self._entries: dict[str, dict[str, _Entry]] = {}  # by file, once needed
         index = path / _INDEX
         if index.exists():
             self._file_of: dict[str, str] = _read_json_object(index).get("weight_map", {})
@@ -349,7 +521,7 @@ class _Checkpoint:
             if missing := sorted(file for file in files if not (path / file).is_file()):
                 raise FileNotFoundError(f"{_INDEX} names files that {path} lacks: {_some(missing)}")
         elif (path / _SINGLE).is_file():
-            self._file_of = dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
+            self._file_of = dict.fromkeys(self._entries_of(_SINGLE), _SINGLE)
         else:
             raise FileNotFoundError(f"{path} has neither {_SINGLE} nor {_INDEX}")
 
@@ -380,96 +552,78 @@ class _Checkpoint:
         if faults:
             raise ValueError(f"{self._path} {'; it '.join(faults)}")
 
-    def read(self, parameter: _Parameter) -> tuple[np.ndarray, np.ndarray | None]:
-        """The tensors of `parameter` and their scales, if they have any, in host memory."""
-        names, shape = parameter.names, parameter.shape
-        for name in names:
-            self._check(name, shape, [*_DTYPES, _FP8])
-        is_fp8 = {self._describe(name)[0] == _FP8 for name in names}
-        if len(is_fp8) > 1:
+    def check(self, parameter: _Parameter) -> None:
+        """Raises unless the tensors of `parameter` have its shape and can be read."""
+        for name in parameter.names:
+            dtype = self._check(name, parameter.shape, [*_READABLE])
+            scales = name + _SCALE
+            if dtype != _FP8:
+                if scales in self._file_of:
+                    raise ValueError(f"{self._path} has {scales} beside a tensor not of {_FP8}")
+                continue
+            if len(parameter.shape) != 2:
+                raise NotImplementedError(f"{name} is {_FP8}, which only matrices may be")
+            if scales not in self._file_of:
+                raise ValueError(f"{self._path} lacks {scales}, scales of an {_FP8} tensor")
+            self._check(scales, tuple(-(-size // _BLOCK) for size in parameter.shape), ["F32"])
+
+    def _check(self, name: str, shape: tuple[int, ...], dtypes: list[str]) -> str:
+        """The dtype of tensor `name`; raises unless it is one of these, and the shape is this."""
+        entry = self._entry(name)
+        if entry.dtype not in dtypes:
             raise NotImplementedError(
-                f"only some of {_some(names)} in {self._path} are {_FP8}: the experts of a layer "
-                "must be quantised alike"
+                f"{name} in {self._path / self._file_of[name]} is {entry.dtype}, which is not "
+                f"supported; only {', '.join(dtypes)} are"
             )
-        if not is_fp8.pop():
-            if scaled := [name + _SCALE for name in names if name + _SCALE in self._file_of]:
-                raise ValueError(f"{self._path} has {_some(scaled)} beside tensors not of {_FP8}")
-            return self._gather(parameter, names), None
-        if len(shape) != 2:
-            raise NotImplementedError(f"{names[0]} is {_FP8}, which only matrices may be")
-        scales = [name + _SCALE for name in names]
-        if missing := [name for name in scales if name not in self._file_of]:
-            raise ValueError(f"{self._path} lacks {_some(missing)}, scales of {_FP8} tensors")
-        for name in scales:
-            self._check(name, tuple(-(-size // _BLOCK) for size in shape), ["F32"])
-        return self._gather(parameter, names), self._gather(parameter, scales)
+        if entry.shape != shape:
+            raise ValueError(f"{name} has shape {entry.shape}, the configuration wants {shape}")
+        return entry.dtype
 
-    def _gather(self, parameter: _Parameter, names: list[str]) -> np.ndarray:
-        """The tensors `names`, which are alike: stacked if they are experts', else the only one."""
-        if not parameter.num_experts:
-            return self._get(names[0])
-        dtypes = {self._describe(name)[0] for name in names}
-        dtype = np.result_type(*(_DTYPES.get(d, ml_dtypes.float8_e4m3fn) for d in dtypes))
-        stacked = np.empty((len(names), *self._describe(names[0])[1]), dtype)
-        for e, name in enumerate(names):
-            stacked[e] = self._get(name)
-        return stacked
+    def nbytes(self, name: str) -> int:
+        """The bytes of tensor `name`, and of its scales if it has any."""
+        names = [name, name + _SCALE]
+        return sum(self._entry(name).nbytes for name in names if name in self._file_of)
 
-    def _check(self, name: str, shape: tuple[int, ...], dtypes: list[str]) -> None:
-        """Raises unless the tensor `name`, whose data stay unread, has that shape and a dtype."""
-        dtype, actual = self._describe(name)
-        if dtype not in dtypes:
-            raise NotImplementedError(
-                f"{name} in {self._path / self._file_of[name]} is {dtype}, which is not supported; "
-                f"only {', '.join(dtypes)} are"
-            )
-        if actual != shape:
-            raise ValueError(f"{name} has shape {actual}, the configuration wants {shape}")
-
-    def _describe(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """The dtype, in safetensors' words, and the shape of the tensor `name`."""
-        try:
-            tensor = self._open(self._file_of[name]).get_slice(name)
-        except self._safetensors.SafetensorError:
-            path = self._path / self._file_of[name]
-            raise ValueError(f"{path} lacks {name}, which the index says it has") from None
-        return tensor.get_dtype(), tuple(tensor.get_shape())
+    def read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """The tensor `name`, and its scales if it has any."""
+        scales = name + _SCALE
+        return self._get(name), self._get(scales) if scales in self._file_of else None
 
     def _get(self, name: str) -> np.ndarray:
-        dtype, shape = self._describe(name)
-        if dtype != _FP8:
-            array: np.ndarray = self._open(self._file_of[name]).get_tensor(name)
-            return array
-        # safetensors 0.8 looks for this dtype in NumPy, which has none.
-        numbers, offsets = self._layout(self._file_of[name])
-        with open(self._path / self._file_of[name], "rb") as file:
-            file.seek(numbers + offsets[name])
-            data = file.read(math.prod(shape))
-        return np.frombuffer(data, ml_dtypes.float8_e4m3fn).reshape(shape)
+        entry, path = self._entry(name), self._path / self._file_of[name]
+        data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+        return data.view(_READABLE[entry.dtype]).reshape(entry.shape)
 
-    def _layout(self, file: str) -> tuple[int, dict[str, int]]:
-        """Where the numbers begin in a file, and from there each tensor.
+    def _entry(self, name: str) -> _Entry:
+        file = self._file_of[name]
+        entry = self._entries_of(file).get(name)
+        if entry is None:
+            raise ValueError(f"{self._path / file} lacks {name}, which the index says it has")
+        return entry
 
-        A file, which safetensors has checked, has the length of its header, the header in JSON, and
-        the numbers.
-        """
-        if file not in self._layouts:
-            with open(self._path / file, "rb") as stream:
+    def _entries_of(self, file: str) -> dict[str, _Entry]:
+        """The tensors of a file, which has the length of its header, that in JSON, and numbers."""
+        if file not in self._entries:
+            path = self._path / file
+            try:
+                with self._safetensors.safe_open(path, framework="np"):
+                    pass  # it has checked the file's length and all of the header
+            except self._safetensors.SafetensorError as error:
+                raise ValueError(f"{path} is truncated or damaged: {error}") from error
+            with open(path, "rb") as stream:
                 header_size = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(header_size))
             header.pop("__metadata__", None)
-            offsets = {name: tensor["data_offsets"][0] for name, tensor in header.items()}
-            self._layouts[file] = 8 + header_size, offsets
-        return self._layouts[file]
-
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            path = self._path / file
-            try:
-                self._files[file] = self._safetensors.safe_open(path, framework="np")
-            except self._safetensors.SafetensorError as error:
-                raise ValueError(f"{path} is truncated or damaged: {error}") from error
-        return self._files[file]
+            self._entries[file] = {
+                name: _Entry(
+                    tensor["dtype"],
+                    tuple(tensor["shape"]),
+                    8 + header_size + tensor["data_offsets"][0],
+                    tensor["data_offsets"][1] - tensor["data_offsets"][0],
+                )
+                for name, tensor in header.items()
+            }
+        return self._entries[file]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -489,11 +489,14 @@ def _experts(
 ) -> jax.Array:
     """The weighted sum of each token's routed experts.
 
-    Every (token, expert) pair is a row. Rows are sorted by expert, every expert's rows are padded
-    to whole blocks, and a loop multiplies block after block with its expert's kernels: the work
-    follows the number of rows, not of experts. (`jax.lax.ragged_dot` would say the same in a line,
-    but outside the TPU it multiplies every row with every expert's kernel.) There are no capacity
-    limits: no token loses an expert to the others of its batch.
+    Every (token, expert) pair is a row. Rows are sorted by expert, go through a grouped matrix
+    product, and return to their tokens. There are no capacity limits: no token loses an expert to
+    the others of its batch.
+
+    `jax.lax.ragged_dot` is that product on the TPU. Elsewhere XLA (of jax 0.9.1 to 0.12) makes it
+    every expert for every row: it masks a copy of all rows for each expert and multiplies it with
+    that expert's kernel, so that a step of 8 rows reads all of 256 experts and costs 256 times the
+    work. There blocks of rows are multiplied instead, see `_blocked_mlp`.
 
     Args:
       params: the kernels [experts, in, out] of `gate_proj`, `up_proj` and `down_proj`.
@@ -504,11 +507,49 @@ def _experts(
     Returns:
       [tokens, hidden] in the dtype of `tokens`.
     """
-    gate, up, down = (params[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
-    num_experts, num_rows, k = gate.shape[0], experts.size, experts.shape[1]
-    if num_rows == 0:
+    kernels = tuple(params[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
+    if experts.size == 0:
         return jnp.zeros_like(tokens)
+    expert_of_row = experts.reshape(-1)
+    order = jnp.argsort(expert_of_row)
+    counts = jnp.bincount(expert_of_row, length=kernels[0].shape[0])
+    rows = tokens[order // experts.shape[1]]
+    out = jax.lax.platform_dependent(rows, counts, kernels, tpu=_ragged_mlp, default=_blocked_mlp)
+    out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+    out = out.reshape(*experts.shape, -1) * weights[..., None]
+    return out.sum(axis=1).astype(tokens.dtype)
 
+
+def _ragged_mlp(
+    rows: jax.Array, counts: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
+    """The gated MLP of each row's expert, as three grouped products.
+
+    Args:
+      rows: [rows, hidden], sorted by expert.
+      counts: int32[experts], how many rows each has.
+      kernels: of gate, up and down, each [experts, in, out].
+
+    Returns:
+      [rows, hidden].
+    """
+    gate, up, down = kernels
+    dot = functools.partial(
+        jax.lax.ragged_dot, group_sizes=counts, precision=_precision(rows.dtype)
+    )
+    return dot(jax.nn.silu(dot(rows, gate)) * dot(rows, up), down)
+
+
+def _blocked_mlp(
+    rows: jax.Array, counts: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
+    """What `_ragged_mlp` says, with work that follows the number of rows, not of experts.
+
+    Every expert's rows are padded to whole blocks, and a loop multiplies block after block with its
+    expert's kernels.
+    """
+    gate, up, down = kernels
+    num_experts, num_rows = gate.shape[0], rows.shape[0]
     # About as many rows as an expert gets, in powers of two: large enough to use the multiplier,
     # small enough that little is padding. At most `num_blocks` are filled, however rows are routed.
     if is_symbolic_dim(num_rows):  # exported for batches of any size
@@ -517,27 +558,20 @@ def _experts(
         block = min(128, max(8, 1 << (num_rows // num_experts).bit_length()))
     num_blocks = (num_rows + jax.core.min_dim(num_experts, num_rows) * (block - 1)) // block
 
-    expert_of_row = experts.reshape(-1)
-    order = jnp.argsort(expert_of_row)
-    counts = jnp.bincount(expert_of_row, length=num_experts)
-    first_row = jnp.cumsum(counts) - counts
-    blocks_end = jnp.cumsum(-(-counts // block))
-    first_block = blocks_end - -(-counts // block)
-    sorted_experts = expert_of_row[order]
-    rank = jnp.arange(num_rows) - first_row[sorted_experts]
-    slot = first_block[sorted_experts] * block + rank  # a sorted row's place among the blocks
-
-    rows = jnp.zeros((num_blocks * block, tokens.shape[1]), tokens.dtype)
-    rows = rows.at[slot].set(tokens[order // k], unique_indices=True)
-    block_expert = jnp.searchsorted(blocks_end, jnp.arange(num_blocks), side="right")
-    block_expert = jnp.minimum(block_expert, num_experts - 1)
-    dot = functools.partial(jnp.dot, precision=_precision(tokens.dtype))
+    blocks_of = -(-counts // block)
+    blocks_end = jnp.cumsum(blocks_of)
+    # How far padding moves an expert's rows: each goes from its place in `rows` to `slot`.
+    shift = (blocks_end - blocks_of) * block - (jnp.cumsum(counts) - counts)
+    slot = jnp.arange(num_rows) + jnp.repeat(shift, counts, total_repeat_length=num_rows)
+    blocks = jnp.zeros((num_blocks * block, rows.shape[1]), rows.dtype)
+    blocks = blocks.at[slot].set(rows, unique_indices=True).reshape(num_blocks, block, -1)
+    expert_of_block = jnp.searchsorted(blocks_end, jnp.arange(num_blocks), side="right")
+    expert_of_block = jnp.minimum(expert_of_block, num_experts - 1)
+    dot = functools.partial(jnp.dot, precision=_precision(rows.dtype))
 
     def apply_expert(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, expert = inputs
         return dot(jax.nn.silu(dot(x, gate[expert])) * dot(x, up[expert]), down[expert])
 
-    out = jax.lax.map(apply_expert, (rows.reshape(num_blocks, block, -1), block_expert))
-    out = out.reshape(num_blocks * block, -1)[jnp.zeros_like(slot).at[order].set(slot)]
-    out = out.reshape(*experts.shape, -1) * weights[..., None]
-    return out.sum(axis=1).astype(tokens.dtype)
+    out = jax.lax.map(apply_expert, (blocks, expert_of_block))
+    return out.reshape(num_blocks * block, -1)[slot]

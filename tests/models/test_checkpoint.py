@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -50,9 +52,21 @@ CONFIG = DeepSeekConfig(
 INDEX = "model.safetensors.index.json"
 
 
+def random_params(config: DeepSeekConfig, seed: int = 0, dtype=jnp.bfloat16) -> dict:
+    """Like `init_params`, which compiles something for every shape."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 1
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * scale, leaf.dtype)
+
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+    return jax.tree.map(draw, shapes)
+
+
 @pytest.fixture
 def params():
-    return init_params(CONFIG, jax.random.key(0), jnp.bfloat16)
+    return random_params(CONFIG)
 
 
 @pytest.fixture
@@ -187,7 +201,7 @@ def test_sharded_round_trip(sharded, params):
 
 
 def test_float32_round_trip(tmp_path):
-    params = init_params(CONFIG, jax.random.key(1), jnp.float32)
+    params = random_params(CONFIG, 1, jnp.float32)
     save_checkpoint(tmp_path / "deep" / "model", CONFIG, params)
     _, loaded = load_checkpoint(tmp_path / "deep" / "model", dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -286,7 +300,7 @@ def multiply_out(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def fp8(tmp_path) -> Path:
     """A checkpoint as DeepSeek publishes them: projections in FP8, the rest in bfloat16."""
-    params = init_params(FP8_CONFIG, jax.random.key(1), jnp.bfloat16)
+    params = random_params(FP8_CONFIG)
     save_checkpoint(tmp_path / "model", FP8_CONFIG, params)
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
@@ -338,10 +352,24 @@ def test_fp8_is_multiplied_out(fp8, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype), np.dtype("f4")}
 
 
+def test_fp8_beside_other_experts(fp8):
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    plain = {}
+
+    def change(tensors):
+        plain[name] = multiply_out(tensors[name], tensors.pop(f"{name}_scale_inv"))
+        tensors[name] = plain[name]
+
+    _, before = load_checkpoint(fp8, dtype=jnp.float32)
+    change_fp8(fp8, change)
+    _, params = load_checkpoint(fp8, dtype=jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
 def test_fp8_runs(fp8):
     config, params = load_checkpoint(fp8, dtype=jnp.float32)
     logits = deepseek.forward(params, config, np.arange(6, dtype=np.int32)[None])
-    original = init_params(FP8_CONFIG, jax.random.key(1), jnp.bfloat16)
+    original = random_params(FP8_CONFIG)
     original = jax.tree.map(lambda x: x.astype(jnp.float32), original)
     close = deepseek.forward(original, config, np.arange(6, dtype=np.int32)[None])
     assert np.corrcoef(np.ravel(logits), np.ravel(close))[0, 1] > 0.98
@@ -353,7 +381,7 @@ def test_fp8_runs(fp8):
         (
             lambda t: t.pop(f"{UP_PROJ}_scale_inv"),
             ValueError,
-            r"lacks model\.layers\.0\.mlp\.up_proj\.weight_scale_inv, scales of F8_E4M3",
+            r"lacks model\.layers\.0\.mlp\.up_proj\.weight_scale_inv, scales of an F8_E4M3",
         ),
         (
             lambda t: t.update({f"{UP_PROJ}_scale_inv": np.ones((3, 3), np.float32)}),
@@ -368,7 +396,7 @@ def test_fp8_runs(fp8):
         (
             lambda t: t.update({UP_PROJ: t[UP_PROJ].astype(np.float32)}),
             ValueError,
-            r"up_proj\.weight_scale_inv beside tensors not of F8_E4M3",
+            r"up_proj\.weight_scale_inv beside a tensor not of F8_E4M3",
         ),
         (
             lambda t: t.update(
@@ -377,20 +405,76 @@ def test_fp8_runs(fp8):
             NotImplementedError,
             r"model\.norm\.weight is F8_E4M3, which only matrices may be",
         ),
-        (
-            lambda t: (
-                name := "model.layers.1.mlp.experts.2.up_proj.weight",
-                t.update({name: t[name].astype(np.float32)}),
-            ),
-            NotImplementedError,
-            r"only some of model\.layers\.1\.mlp\.experts\.0\.up_proj\.weight, .* are F8_E4M3",
-        ),
     ],
 )
 def test_fp8_errors(fp8, change, error, message):
     change_fp8(fp8, change)
     with pytest.raises(error, match=message):
         load_checkpoint(fp8)
+
+
+# --- How it is read ------------------------------------------------------------------------------
+
+LARGE = dataclasses.replace(
+    CONFIG, vocab_size=4096, hidden_size=256, moe_intermediate_size=256, n_routed_experts=32
+)
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path):
+    """Not even all experts of a layer, which take twice as much as the largest tensor."""
+    save_checkpoint(tmp_path / "model", LARGE, random_params(LARGE))
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 8 * largest
+    stacked = random_params(LARGE)["layers"][1]["mlp"]["experts"]["up_proj"]
+    assert stacked["kernel"].nbytes >= 2 * largest
+    del tensors, stacked
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        load_checkpoint(tmp_path / "model", dtype=dtype)  # compiles, which takes memory too
+        gc.collect()
+        tracemalloc.start()
+        _, params = load_checkpoint(tmp_path / "model", dtype=dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert largest <= peak < 2 * largest
+        del params
+
+
+def test_progress(sharded):
+    calls = []
+    load_checkpoint(sharded, progress=lambda *call: calls.append(call))
+    tensors = {}
+    for file in sharded.glob("*.safetensors"):
+        tensors |= load_file(file)
+    sizes = sorted(tensor.nbytes for tensor in tensors.values())
+    done = [done for done, _ in calls]
+    assert sorted(np.diff([0, *done])) == sizes
+    assert {total for _, total in calls} == {sum(sizes)} == {done[-1]}
+
+
+def test_progress_counts_scales(fp8):
+    calls = []
+    load_checkpoint(fp8, progress=lambda *call: calls.append(call))
+    tensors = {}
+    change_fp8(fp8, tensors.update)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert calls[-1] == (total, total)
+
+
+def test_everything_is_checked_before_a_number_is_read(sharded, monkeypatch):
+    """The last tensor of the model has the wrong shape; its shards are far from the first."""
+    (file,) = {f for n, f in weight_map(sharded).items() if n == "lm_head.weight"}
+    tensors = load_file(sharded / file)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+    save_file(tensors, sharded / file)
+    monkeypatch.setattr(np, "fromfile", lambda *args, **kwargs: pytest.fail("numbers were read"))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(10, 6\), .* \(11, 6\)"):
+        load_checkpoint(sharded)
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
 # --- What is refused -----------------------------------------------------------------------------
