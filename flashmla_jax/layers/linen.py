@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flashmla_jax.cache.paged import PagedKVCache
-from flashmla_jax.layers import mla
+from flashmla_jax.layers import mha, mla
 
 try:
     from flax import linen as nn
@@ -23,10 +23,15 @@ class MultiHeadLatentAttention(nn.Module):
     """One MLA layer; its parameters carry the names of a DeepSeek checkpoint.
 
     Calling it attends causally over whole sequences, as in training. `prefill` does the same and
-    also returns what to cache; `decode` continues from a `PagedKVCache`, which is an argument and a
-    result, not a variable of the module:
+    also returns what to cache. `prefill_into_cache` and `decode` continue from a `PagedKVCache`, by
+    many tokens and by a few; it is an argument and a result, not a variable of the module:
 
         out, cache = layer.apply(variables, x, cache, method=layer.decode)
+
+    A layer that serves is made of a trained one with `absorb`, which prepares its weights once:
+
+        layer = layer.clone(absorbed=True)
+        variables = {"params": mla.absorb(nn.unbox(variables["params"]), layer.config)}
 
     Attributes:
       config: the shape of the layer.
@@ -36,6 +41,13 @@ class MultiHeadLatentAttention(nn.Module):
       kernel_init: initialises the kernels; may attach partitioning metadata.
       use_bias: whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have a bias
         (`attention_bias` in a Hugging Face config).
+      kernel_partitioning: axis names of kernels, by projection, for instance those of
+        `mla.head_partitioning`; such kernels are `nn.Partitioned`. By default none is.
+      implementation: of attention without or before the cache, see `mha.attention`.
+      absorbed: whether the parameters are those of `mla.absorb`.
+
+    Raises:
+      ValueError: `kernel_partitioning` names a projection that the layer does not have.
     """
 
     config: mla.MLAConfig
@@ -44,23 +56,32 @@ class MultiHeadLatentAttention(nn.Module):
     precision: jax.lax.PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     use_bias: bool = False
+    kernel_partitioning: mla.Partitioning | None = None
+    implementation: mha.Implementation | None = None
+    absorbed: bool = False
 
     def setup(self) -> None:
         """Declares the parameters."""
-        initializers = {
-            "kernel": self.kernel_init,
-            "bias": nn.initializers.zeros_init(),
-            "scale": nn.initializers.ones_init(),
-        }
-
-        def init(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-            return {
-                leaf: initializers[leaf](jax.random.fold_in(key, i), shape, self.param_dtype)
-                for i, (leaf, shape) in enumerate(shapes.items())
-            }
-
         shapes = mla.parameter_shapes(self.config, self.use_bias)
-        self.params = {name: self.param(name, init, leaves) for name, leaves in shapes.items()}
+        partitioning = self.kernel_partitioning or {}
+        mla.check_partitioning(partitioning, shapes)
+        initializers = {"bias": nn.initializers.zeros_init(), "scale": nn.initializers.ones_init()}
+
+        def init(key: jax.Array, name: str) -> dict[str, Any]:
+            kernel_init = self.kernel_init
+            if name in partitioning:
+                kernel_init = nn.with_partitioning(kernel_init, partitioning[name])
+            params = {
+                leaf: initializers.get(leaf, kernel_init)(
+                    jax.random.fold_in(key, i), shape, self.param_dtype
+                )
+                for i, (leaf, shape) in enumerate(shapes[name].items())
+            }
+            if self.absorbed and name == "kv_b_proj":
+                return mla.absorb({name: nn.unbox(params)}, self.config)[name]
+            return params
+
+        self.params = {name: self.param(name, init, name) for name in shapes}
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Causal attention over `x` [batch, s, hidden], sequences starting at position 0."""
@@ -72,10 +93,31 @@ class MultiHeadLatentAttention(nn.Module):
         See `mla.prefill`; the second result goes to `PagedKVCache.append` as `kv[:, :, None]`.
         """
         x, params = self._promote(x)
-        return mla.prefill(params, self.config, x, self.precision)
+        return mla.prefill(
+            params, self.config, x, self.precision, implementation=self.implementation
+        )
+
+    def prefill_into_cache(
+        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array = 0
+    ) -> tuple[jax.Array, PagedKVCache]:
+        """Appends the next tokens, many of them, to the cache and attends to all before.
+
+        `x` is [batch, s, hidden], of which the cache's `num_new` count. See
+        `mla.prefill_into_cache`: the cache has made room for the tokens with `allocate`.
+        """
+        x, params = self._promote(x)
+        return mla.prefill_into_cache(
+            params,
+            self.config,
+            x,
+            cache,
+            layer,
+            self.precision,
+            implementation=self.implementation,
+        )
 
     def decode(
-        self, x: jax.Array, cache: PagedKVCache, layer: int = 0
+        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array = 0
     ) -> tuple[jax.Array, PagedKVCache]:
         """Appends the newest tokens `x` [batch, s_q, hidden] to the cache and attends from them.
 

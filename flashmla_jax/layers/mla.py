@@ -4,9 +4,10 @@ A token leaves 576 numbers in the cache: a latent of 512, from which every head'
 be expanded, and 64 rotated numbers that all heads share as the positional part of their key.
 There are two ways to attend, equal in exact arithmetic:
 
-- `prefill`, the MHA form: expand the latent through `kv_b_proj` into a key and a value per head.
-  Cheap when many queries share one expansion.
-- `decode`, the MQA form: move `kv_b_proj` to the other side of the dot product ("absorb" it). The
+- The MHA form: expand the latent through `kv_b_proj` into a key and a value per head. Cheap when
+  many queries share one expansion: `prefill` for whole sequences without a cache, and
+  `prefill_into_cache` for the next tokens of sequences, many of them, that may have a past there.
+- The MQA form, `decode`: move `kv_b_proj` to the other side of the dot product ("absorb" it). The
   query enters the latent space through W_UK, attends the cache as it lies, and the result leaves
   through W_UV. Nothing is expanded, so a step reads 576 numbers per cached token for all heads.
 
@@ -24,7 +25,17 @@ Parameters are nested dicts with the checkpoint's names and Flax's leaves. A ker
     kv_b_proj.kernel           [512, heads * (nope + v)]
     o_proj.kernel              [heads * v, hidden]
 
-Any projection may also have a `bias`, `[out]`.
+Any projection but `kv_b_proj` may also have a `bias`, `[out]`. For serving, `absorb` replaces the
+kernel of `kv_b_proj` by its two halves, in the order in which they are multiplied with:
+
+    kv_b_proj.w_uk             [heads, nope, 512]
+    kv_b_proj.w_uv             [heads, v, 512]
+
+Every function takes either form.
+
+A cache has a pool of pages per layer; or one pool for all, of `num_layers * num_pages` pages, of
+which those from `layer * num_pages` on are layer `layer`'s. Then `layer` may be traced: a scan over
+layers carries the one pool, and updates it in place.
 
 Sources: DeepSeek-V2 (arXiv:2405.04434), section 2.1 and appendix C; YaRN (arXiv:2309.00071); the
 `inference/model.py` of DeepSeek-V3 and `modeling_deepseek_v3.py` of Hugging Face transformers.
@@ -33,6 +44,7 @@ Sources: DeepSeek-V2 (arXiv:2405.04434), section 2.1 and appendix C; YaRN (arXiv
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -41,16 +53,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashmla_jax.attention import flash_mla_with_kvcache
-from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V
+from flashmla_jax.attention import flash_mla_with_kvcache, merge_attention_states
+from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.layers import mha
 
 Params = Mapping[str, Any]
+Partitioning = Mapping[str, tuple[str | None, str | None]]
 
 _ROPE_DIM = HEAD_DIM - HEAD_DIM_V
 
-# Prefill holds the float32 scores of this many (query, key) pairs at a time: 256 MiB.
-_MAX_SCORES = 2**26
+# How many cached tokens of each sequence `prefill_into_cache` expands at a time, unless told.
+_PREFIX_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +181,37 @@ def parameter_shapes(
     }
 
 
+def head_partitioning(config: MLAConfig, axis: str) -> Partitioning:
+    """Which axis of which kernel to divide so that each device has some of the heads.
+
+    This is the tensor parallelism of DeepSeek: latents, and with them the cache, are the same on
+    all devices, and one all-reduce, after `o_proj`, makes the output of a layer whole.
+
+    Args:
+      config: the shape of the layer.
+      axis: of the mesh.
+
+    Returns:
+      The names of a kernel's two axes, by projection: `kernel_partitioning` of the modules. Weights
+      from `absorb` are divided over the first of their three axes.
+    """
+    query = "q_proj" if config.q_lora_rank is None else "q_b_proj"
+    return {query: (None, axis), "kv_b_proj": (None, axis), "o_proj": (axis, None)}
+
+
+def check_partitioning(
+    kernel_partitioning: Partitioning, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
+    """Raises a ValueError unless it gives two axes of kernels that are in `parameter_shapes`."""
+    kernels = {name for name, leaves in shapes.items() if "kernel" in leaves}
+    for name, axes in kernel_partitioning.items():
+        if name not in kernels or len(axes) != 2:
+            raise ValueError(
+                "kernel_partitioning must name two axes for kernels of "
+                f"{', '.join(sorted(kernels))}, got {name!r}: {axes!r}"
+            )
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Divides `x` [..., dim] by its root mean square over `dim`, and multiplies by `scale` [dim].
 
@@ -267,64 +312,51 @@ def compress_kv(
     return jnp.concatenate([latent, apply_rope(k_rope, cos, sin)], axis=-1)
 
 
+def absorb(params: Params, config: MLAConfig) -> dict[str, Any]:
+    """Prepares a layer's weights for serving, once, rather than in every step.
+
+    Args:
+      params: as in the module's docstring.
+      config: the shape of the layer.
+
+    Returns:
+      The same parameters, in which `kv_b_proj` is `w_uk` [heads, nope, 512] and `w_uv`
+      [heads, v, 512], arrays of their own. Being parameters in place of others, they cannot
+      disagree with them; after training, absorb again.
+    """
+    w_uk, w_uv = split_kv_b(params, config)
+    return {**params, "kv_b_proj": {"w_uk": w_uk, "w_uv": w_uv}}
+
+
 def split_kv_b(params: Params, config: MLAConfig) -> tuple[jax.Array, jax.Array]:
-    """Splits `kv_b_proj` per head into `w_uk` [512, heads, nope] and `w_uv` [512, heads, v].
+    """The halves of `kv_b_proj`: `w_uk` [heads, nope, 512] and `w_uv` [heads, v, 512].
 
     Each head's columns are its key's, then its value's; the split is not one of the whole matrix.
     """
-    kernel = params["kv_b_proj"]["kernel"].reshape(config.kv_lora_rank, config.num_heads, -1)
-    w_uk, w_uv = jnp.split(kernel, [config.qk_nope_head_dim], axis=-1)
+    kv_b = params["kv_b_proj"]
+    if "w_uk" in kv_b:
+        return kv_b["w_uk"], kv_b["w_uv"]
+    kernel = kv_b["kernel"].T.reshape(config.num_heads, -1, config.kv_lora_rank)
+    w_uk, w_uv = jnp.split(kernel, [config.qk_nope_head_dim], axis=1)
     return w_uk, w_uv
 
 
-def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    softmax_scale: float,
-    *,
+def expand_kv(
+    params: Params,
+    config: MLAConfig,
+    kv: jax.Array,
     precision: jax.lax.PrecisionLike = None,
-    max_scores: int = _MAX_SCORES,
-) -> jax.Array:
-    """Attention of every token to itself and those before it, a few queries at a time.
+) -> tuple[jax.Array, jax.Array]:
+    """The keys and values of all heads, from cached tokens `kv` [batch, s, 576].
 
-    Args:
-      q: [batch, s, heads, qk].
-      k: [batch, s, heads, qk].
-      v: [batch, s, heads, v].
-      softmax_scale: multiplies the scores.
-      precision: of the two products.
-      max_scores: how many float32 scores may exist at once; it bounds the memory of long prompts,
-        and one query per sequence is the least that is done at a time.
-
-    Returns:
-      [batch, s, heads, v] in `v`'s dtype. Scores and softmax are float32; the probabilities are
-      multiplied in `v`'s dtype with float32 accumulation, as in the paged op.
+    Returns `k` [batch, s, heads, nope + 64] and `v` [batch, s, heads, v].
     """
-    batch, s, heads, _ = q.shape
-    chunk = max(1, min(s, max_scores // max(1, batch * heads * s)))
-    starts = jnp.arange(0, s, chunk)
-    q = jnp.pad(q, ((0, 0), (0, -s % chunk), (0, 0), (0, 0)))
-    key_position = jnp.arange(s)
-
-    def attend(start: jax.Array) -> jax.Array:
-        queries = jax.lax.dynamic_slice_in_dim(q, start, chunk, axis=1)
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk", queries, k, precision=precision, preferred_element_type=jnp.float32
-        )
-        visible = key_position <= (start + jnp.arange(chunk))[:, None]
-        weights = jax.nn.softmax(jnp.where(visible, scores * softmax_scale, -jnp.inf), axis=-1)
-        out = jnp.einsum(
-            "bhqk,bkhd->bqhd",
-            weights.astype(v.dtype),
-            v,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        return out.astype(v.dtype)
-
-    out = jax.lax.map(attend, starts)  # [chunks, batch, chunk, heads, v]
-    return jnp.moveaxis(out, 0, 1).reshape(batch, q.shape[1], heads, v.shape[-1])[:, :s]
+    latent, k_rope = jnp.split(kv, [config.kv_lora_rank], axis=-1)
+    w_uk, w_uv = split_kv_b(params, config)
+    k_nope = jnp.einsum("bsc,hnc->bshn", latent, w_uk, precision=precision)
+    v = jnp.einsum("bsc,hvc->bshv", latent, w_uv, precision=precision)
+    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
+    return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
 
 def prefill(
@@ -332,15 +364,21 @@ def prefill(
     config: MLAConfig,
     x: jax.Array,
     precision: jax.lax.PrecisionLike = None,
+    *,
+    implementation: mha.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over whole sequences from their first token on, in MHA form.
+    """Attention over whole sequences from their first token on, in MHA form, without a cache.
+
+    Differentiable, in memory that grows with `s` and not with its square.
 
     Args:
       params: as in the module's docstring.
       config: the shape of the layer.
-      x: [batch, s, hidden]. Sequences shorter than `s` are padded at the end: being causal, no
-        token sees the padding after it, so its outputs are not to be used and need no mask.
+      x: [batch, s, hidden]. Sequences shorter than `s` are padded at the end, with anything finite:
+        being causal, no token sees the padding after it, so its outputs are not to be used and need
+        no mask.
       precision: of all products.
+      implementation: of attention, see `mha.attention`.
 
     Returns:
       The layer's output [batch, s, hidden] and what to cache, [batch, s, 576].
@@ -349,18 +387,100 @@ def prefill(
     cos, sin = rope_tables(config, positions)
     q = jnp.concatenate(project_q(params, config, x, cos, sin, precision), axis=-1)
     kv = compress_kv(params, config, x, cos, sin, precision)
-    latent, k_rope = jnp.split(kv, [config.kv_lora_rank], axis=-1)
+    k, v = expand_kv(params, config, kv, precision)
+    out, _ = mha.attention(
+        q,
+        k,
+        v,
+        config.softmax_scale,
+        causal=True,
+        precision=precision,
+        implementation=implementation,
+    )
+    return _project_out(params, out, precision), kv
 
-    w_uk, w_uv = split_kv_b(params, config)
-    k_nope = jnp.einsum("bsc,chn->bshn", latent, w_uk, precision=precision)
-    v = jnp.einsum("bsc,chv->bshv", latent, w_uv, precision=precision)
-    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
-    k = jnp.concatenate([k_nope, k_rope], axis=-1)
 
-    out = causal_attention(q, k, v, config.softmax_scale, precision=precision)
-    return linear(
-        out.reshape(*x.shape[:2], config.num_heads * config.v_head_dim), params["o_proj"], precision
-    ), kv
+def prefill_into_cache(
+    params: Params,
+    config: MLAConfig,
+    x: jax.Array,
+    cache: PagedKVCache,
+    layer: int | jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+    *,
+    prefix_chunk: int = _PREFIX_CHUNK,
+    implementation: mha.Implementation | None = None,
+) -> tuple[jax.Array, PagedKVCache]:
+    """Writes the next tokens to the cache and attends from them to all before, in MHA form.
+
+    What a sequence had in the cache before, its prefix (an earlier chunk of a long prompt, or pages
+    it shares with another sequence), is read from there, expanded and attended to `prefix_chunk`
+    tokens at a time, until the end of the batch's longest prefix: without one, nothing is read. The
+    parts are merged by their log-sum-exp, in float32. Not differentiable; `prefill` is.
+
+    Args:
+      params: as in the module's docstring.
+      config: the shape of the layer.
+      x: [batch, s, hidden], of which the first `cache.num_new[i]` are sequence `i`'s next tokens;
+        the rest is padding and may hold anything.
+      cache: has made room for them, once for all layers: `cache, ok = cache.allocate(...)` with at
+        most `s` tokens, and 0 for a sequence that is to be left alone.
+      layer: whose pages of the cache are meant, see the module's docstring.
+      precision: of all products.
+      prefix_chunk: cached tokens of a sequence that are expanded at a time, a multiple of the page
+        size, 64.
+      implementation: of attention, see `mha.attention`.
+
+    Returns:
+      The layer's output [batch, s, hidden], in which rows of padding mean nothing but are finite,
+      and the cache with the new tokens in it.
+
+    Raises:
+      ValueError: for `x` of another batch than the cache's, or a `prefix_chunk` that is no multiple
+        of 64.
+
+    Source: chunked prefill of vLLM's `mla_attention.py`.
+    """
+    if prefix_chunk < 1 or prefix_chunk % PAGE_SIZE:
+        raise ValueError(f"prefix_chunk must be a multiple of {PAGE_SIZE}, got {prefix_chunk}")
+    one_layer, index = _one_layer(cache, layer, x)
+    token = jnp.arange(x.shape[1], dtype=jnp.int32)
+    # What padding holds, NaN say, would pass the mask as 0 * NaN.
+    x = jnp.where((token < cache.num_new[:, None])[..., None], x, 0)
+
+    start = cache.cache_seqlens - cache.num_new
+    cos, sin = rope_tables(config, start[:, None] + token)
+    q = jnp.concatenate(project_q(params, config, x, cos, sin, precision), axis=-1)
+    kv = compress_kv(params, config, x, cos, sin, precision)
+    one_layer = one_layer.append(index, kv[:, :, None].astype(cache.dtype))
+    attend = functools.partial(
+        mha.attention,
+        softmax_scale=config.softmax_scale,
+        precision=precision,
+        implementation=implementation,
+    )
+    out, lse = attend(q, *expand_kv(params, config, kv, precision), causal=True)
+
+    prefix = jnp.where(cache.num_new > 0, start, 0)
+
+    def attend_to_chunk(
+        chunk: jax.Array, state: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        begin = chunk * prefix_chunk
+        lengths = jnp.clip(prefix - begin, 0, prefix_chunk)
+        cached = _gather(one_layer, index, begin // PAGE_SIZE, prefix_chunk // PAGE_SIZE)
+        cached = jnp.where((jnp.arange(prefix_chunk) < lengths[:, None])[..., None], cached, 0)
+        k, v = expand_kv(params, config, cached.astype(x.dtype), precision)
+        out, lse = attend(q, k, v, kv_lengths=lengths)
+        return merge_attention_states(
+            jnp.stack([state[0], out.astype(jnp.float32)]), jnp.stack([state[1], lse])
+        )
+
+    num_chunks = -(-jnp.max(prefix, initial=0) // prefix_chunk)
+    state = out.astype(jnp.float32), lse
+    out, _ = jax.lax.fori_loop(0, num_chunks, attend_to_chunk, state)
+    out = _project_out(params, out.astype(x.dtype), precision)
+    return out, dataclasses.replace(cache, pages=one_layer.pages)
 
 
 def decode(
@@ -368,44 +488,93 @@ def decode(
     config: MLAConfig,
     x: jax.Array,
     cache: PagedKVCache,
-    layer: int,
+    layer: int | jax.Array,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Writes the newest tokens to the cache and attends from them to all of it, in MQA form.
 
     Args:
-      params: as in the module's docstring.
+      params: as in the module's docstring; those of `absorb` save a step the preparation.
       config: the shape of the layer.
       x: [batch, s_q, hidden], the newest `s_q` tokens of every sequence.
       cache: has made room for them, once for all layers: `cache, ok = cache.allocate(...)` with
         `s_q` tokens, or 0 for a sequence that is to be left alone, whose output then means nothing.
-      layer: whose pages of the cache are meant.
+      layer: whose pages of the cache are meant, see the module's docstring.
       precision: of the projections and of W_UK and W_UV.
 
     Returns:
       The layer's output [batch, s_q, hidden], and the cache with the new tokens in it.
+
+    Raises:
+      ValueError: for `x` of another batch than the cache's.
     """
+    one_layer, index = _one_layer(cache, layer, x)
     s_q = x.shape[1]
     positions = cache.cache_seqlens[:, None] - s_q + jnp.arange(s_q, dtype=jnp.int32)
     cos, sin = rope_tables(config, positions)
     kv = compress_kv(params, config, x, cos, sin, precision)
-    cache = cache.append(layer, kv[:, :, None].astype(cache.pages[layer].dtype))
+    one_layer = one_layer.append(index, kv[:, :, None].astype(cache.dtype))
 
     q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
     w_uk, w_uv = split_kv_b(params, config)
-    q_latent = jnp.einsum("bshn,chn->bshc", q_nope, w_uk, precision=precision)
-    q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.pages[layer].dtype)
+    q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, w_uk, precision=precision)
+    q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.dtype)
 
     out, _ = flash_mla_with_kvcache(
         q,
-        cache.pages[layer],
-        cache.block_table,
-        cache.cache_seqlens,
+        one_layer.pages[index],
+        one_layer.block_table,
+        one_layer.cache_seqlens,
         head_dim_v=config.kv_lora_rank,
         softmax_scale=config.softmax_scale,
         causal=True,
     )
-    out = jnp.einsum("bshc,chv->bshv", out.astype(x.dtype), w_uv, precision=precision)
-    return linear(
-        out.reshape(*x.shape[:2], config.num_heads * config.v_head_dim), params["o_proj"], precision
-    ), cache
+    out = jnp.einsum("bshc,hvc->bshv", out.astype(x.dtype), w_uv, precision=precision)
+    out = _project_out(params, out, precision)
+    return out, dataclasses.replace(cache, pages=one_layer.pages)
+
+
+def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """The heads' results [batch, s, heads, v] to the layer's output [batch, s, hidden]."""
+    return linear(out.reshape(*out.shape[:2], -1), params["o_proj"], precision)
+
+
+def _one_layer(
+    cache: PagedKVCache, layer: int | jax.Array, x: jax.Array
+) -> tuple[PagedKVCache, int]:
+    """The cache as a layer sees it, and its pool's place there.
+
+    Where all layers share a pool, the block table points to this layer's share of it.
+    """
+    if x.ndim != 3 or x.shape[0] != cache.batch:
+        raise ValueError(
+            f"x must be [batch, s, hidden] with the cache's batch {cache.batch}, got {x.shape}"
+        )
+    if cache.num_kv_heads != 1:
+        raise ValueError(f"MLA caches one KV head per token, the cache has {cache.num_kv_heads}")
+    if len(cache.pages) > 1:
+        if isinstance(layer, jax.Array):
+            raise ValueError(
+                f"layer must be an int for a cache with a pool per layer, got {layer}: an array "
+                "needs one pool for all layers"
+            )
+        return cache, layer
+    num_layers = cache.pages[0].shape[0] // cache.num_pages
+    if not isinstance(layer, jax.Array) and not 0 <= layer < num_layers:
+        raise ValueError(f"layer must be in [0, {num_layers}), got {layer}")
+    if num_layers == 1:
+        return cache, 0
+    table = cache.block_table
+    table = jnp.where(table < 0, table, table + layer * cache.num_pages)
+    return dataclasses.replace(cache, block_table=table), 0
+
+
+def _gather(cache: PagedKVCache, layer: int, first: jax.Array, num_pages: int) -> jax.Array:
+    """The tokens of `num_pages` pages of each sequence from its page `first` on, [batch, s, 576].
+
+    Anything where a sequence has no such page.
+    """
+    slots = first + jnp.arange(num_pages, dtype=jnp.int32)
+    pages = cache.block_table.at[:, slots].get(mode="clip")
+    tokens = cache.pages[layer].at[pages].get(mode="clip")
+    return tokens.reshape(cache.batch, num_pages * PAGE_SIZE, HEAD_DIM)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flashmla_jax.cache.paged import PagedKVCache
-from flashmla_jax.layers import mla
+from flashmla_jax.layers import mha, mla
 
 try:
     from flax import nnx
@@ -25,7 +25,8 @@ class MultiHeadLatentAttention(nnx.Module):
     """One MLA layer; its parameters carry the names of a DeepSeek checkpoint.
 
     Calling it attends causally over whole sequences, as in training. `prefill` does the same and
-    also returns what to cache; `decode` continues from a `PagedKVCache`.
+    also returns what to cache. `prefill_into_cache` and `decode` continue from a `PagedKVCache`, by
+    many tokens and by a few. A layer that serves is made of a trained one with `absorb`.
 
     Args:
       config: the shape of the layer.
@@ -35,7 +36,14 @@ class MultiHeadLatentAttention(nnx.Module):
       kernel_init: initialises the kernels.
       use_bias: whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have a bias
         (`attention_bias` in a Hugging Face config).
+      kernel_partitioning: axis names of kernels, by projection, for instance those of
+        `mla.head_partitioning`. They become the `out_sharding` of the parameters, for which Flax
+        wants a mesh to be set (`jax.set_mesh`). By default parameters have no such metadata.
+      implementation: of attention without or before the cache, see `mha.attention`.
       rngs: the source of randomness for the initialisers.
+
+    Raises:
+      ValueError: `kernel_partitioning` names a projection that the layer does not have.
     """
 
     def __init__(
@@ -47,22 +55,31 @@ class MultiHeadLatentAttention(nnx.Module):
         precision: jax.lax.PrecisionLike = None,
         kernel_init: Initializer = _LECUN_NORMAL,
         use_bias: bool = False,
+        kernel_partitioning: mla.Partitioning | None = None,
+        implementation: mha.Implementation | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.precision = precision
+        self.implementation = implementation
 
-        for name, shapes in mla.parameter_shapes(config, use_bias).items():
+        all_shapes = mla.parameter_shapes(config, use_bias)
+        partitioning = kernel_partitioning or {}
+        mla.check_partitioning(partitioning, all_shapes)
+        for name, shapes in all_shapes.items():
             part: nnx.Module
             if "scale" in shapes:
                 part = nnx.RMSNorm(*shapes["scale"], param_dtype=param_dtype, rngs=rngs)
             else:
+                init = kernel_init
+                if name in partitioning:
+                    init = nnx.with_partitioning(init, partitioning[name])
                 part = nnx.Linear(
                     *shapes["kernel"],
                     use_bias="bias" in shapes,
                     param_dtype=param_dtype,
-                    kernel_init=kernel_init,
+                    kernel_init=init,
                     rngs=rngs,
                 )
             setattr(self, name, part)
@@ -77,10 +94,31 @@ class MultiHeadLatentAttention(nnx.Module):
         See `mla.prefill`; the second result goes to `PagedKVCache.append` as `kv[:, :, None]`.
         """
         x, params = self._promote(x)
-        return mla.prefill(params, self.config, x, self.precision)
+        return mla.prefill(
+            params, self.config, x, self.precision, implementation=self.implementation
+        )
+
+    def prefill_into_cache(
+        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array = 0
+    ) -> tuple[jax.Array, PagedKVCache]:
+        """Appends the next tokens, many of them, to the cache and attends to all before.
+
+        `x` is [batch, s, hidden], of which the cache's `num_new` count. See
+        `mla.prefill_into_cache`: the cache has made room for the tokens with `allocate`.
+        """
+        x, params = self._promote(x)
+        return mla.prefill_into_cache(
+            params,
+            self.config,
+            x,
+            cache,
+            layer,
+            self.precision,
+            implementation=self.implementation,
+        )
 
     def decode(
-        self, x: jax.Array, cache: PagedKVCache, layer: int = 0
+        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array = 0
     ) -> tuple[jax.Array, PagedKVCache]:
         """Appends the newest tokens `x` [batch, s_q, hidden] to the cache and attends from them.
 
@@ -89,8 +127,31 @@ class MultiHeadLatentAttention(nnx.Module):
         x, params = self._promote(x)
         return mla.decode(params, self.config, x, cache, layer, self.precision)
 
+    def absorb(self) -> MultiHeadLatentAttention:
+        """A layer with the same weights, `kv_b_proj` in the form that decoding multiplies with.
+
+        See `mla.absorb`. It is a layer of its own: whatever becomes of this one's parameters, in
+        training for instance, changes nothing there. The other arrays are shared, not copied.
+        """
+        layer = nnx.clone(self)
+        if not isinstance(self.kv_b_proj, _AbsorbedKVB):
+            layer.kv_b_proj = _AbsorbedKVB(self.kv_b_proj.kernel, self.config)
+        return layer
+
     def _promote(self, x: jax.Array) -> tuple[jax.Array, Any]:
         """`x` and the parameters, in one dtype."""
         params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         dtype = self.dtype or jnp.result_type(x, *jax.tree.leaves(params))
         return x.astype(dtype), jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+class _AbsorbedKVB(nnx.Module):
+    """`kv_b_proj` in two halves, with the metadata of its kernel."""
+
+    def __init__(self, kernel: nnx.Param, config: mla.MLAConfig) -> None:
+        metadata = {}
+        if axes := kernel.get_metadata().get("out_sharding"):
+            metadata["out_sharding"] = (axes[1], None, None)
+        w_uk, w_uv = mla.split_kv_b({"kv_b_proj": {"kernel": kernel[...]}}, config)
+        self.w_uk = kernel.replace(w_uk, **metadata)
+        self.w_uv = kernel.replace(w_uv, **metadata)

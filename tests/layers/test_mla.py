@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flashmla_jax.cache.paged import PagedKVCache
-from flashmla_jax.layers import mla
+from flashmla_jax.layers import mha, mla
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -140,6 +142,18 @@ def oracle_layer(params: dict, config: mla.MLAConfig, x: np.ndarray) -> tuple:
 
 # --- Tests ---------------------------------------------------------------------------------------
 
+prefill = jax.jit(mla.prefill, static_argnums=1)
+prefill_into_cache = jax.jit(
+    mla.prefill_into_cache, static_argnums=(1, 4), static_argnames="prefix_chunk"
+)
+decode = jax.jit(mla.decode, static_argnums=(1, 4))
+
+
+@jax.jit
+def allocate(cache: PagedKVCache, counts: jax.Array) -> tuple[PagedKVCache, jax.Array]:
+    cache, ok = cache.allocate(counts)
+    return cache, jnp.all(ok)
+
 
 def test_softmax_scale_is_that_of_the_published_models():
     v3 = mla.MLAConfig(hidden_size=7168, num_heads=128, q_lora_rank=1536, rope_scaling=V3_YARN)
@@ -191,7 +205,7 @@ def test_rms_norm_is_float32_inside():
 def test_prefill_matches_float64(config):
     params = make_params(config)
     x = np.random.default_rng(1).standard_normal((2, 21, config.hidden_size)).astype(np.float32)
-    out, kv = jax.jit(mla.prefill, static_argnums=1)(params, config, x)
+    out, kv = prefill(params, config, x)
     for i in range(len(x)):
         want_out, want_kv = oracle_layer(params, config, x[i])
         np.testing.assert_allclose(out[i], want_out, atol=5e-6)
@@ -209,17 +223,16 @@ def test_decode_matches_float64_across_a_page_border(config):
     cache = PagedKVCache.create(
         num_layers=2, num_pages=3, batch=2, max_pages_per_seq=2, dtype=jnp.float32
     )
-    cache, ok = cache.allocate(jnp.array(lengths))
-    assert ok
-    _, kv = jax.jit(mla.prefill, static_argnums=1)(params, config, x[:, : max(lengths)])
+    cache, ok = allocate(cache, jnp.array(lengths))
+    assert ok.all()
+    _, kv = prefill(params, config, x[:, : max(lengths)])
     cache = cache.append(1, kv[:, :, None])
 
-    decode = jax.jit(mla.decode, static_argnums=(1, 4))
     position = np.array(lengths)
     for step in steps:
         tokens = np.stack([x[i, p : p + step] for i, p in enumerate(position)])
-        cache, ok = cache.allocate(jnp.full(2, step))
-        assert ok
+        cache, ok = allocate(cache, jnp.full(2, step))
+        assert ok.all()
         out, cache = decode(params, config, tokens, cache, 1)
         for i, p in enumerate(position):
             np.testing.assert_allclose(out[i], want[i][0][p : p + step], atol=5e-6)
@@ -230,45 +243,265 @@ def test_decode_matches_float64_across_a_page_border(config):
     assert not cache.pages[0].any()  # the other layer's
 
 
-@pytest.mark.parametrize("max_scores", [1, 2 * 3 * 19 * 4, 2 * 3 * 19 * 19 * 10])
-def test_causal_attention_in_chunks(max_scores):
-    """One query at a time, four at a time with a remainder, and all at once."""
-    rng = np.random.default_rng(3)
-    q, k = rng.standard_normal((2, 2, 19, 3, 10)).astype(np.float32)
-    v = rng.standard_normal((2, 19, 3, 7)).astype(np.float32)
-    out = mla.causal_attention(q, k, v, 0.7, max_scores=max_scores)
-    scores = 0.7 * np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64)
-    scores = np.where(np.tri(19, dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(out, np.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-6)
-
-
-def test_memory_of_long_prompts_is_bounded():
-    shape = jax.ShapeDtypeStruct((1, 8192, 4, 32), jnp.float32)
-    attention = jax.jit(lambda q, k, v: mla.causal_attention(q, k, v, 1.0, max_scores=2**20))
-    memory = attention.lower(shape, shape, shape).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * 2**20 * 8  # all the scores would be 1 GiB
-
-
 def test_padding_does_not_reach_shorter_sequences():
     params = make_params(SMALL)
     x = np.random.default_rng(4).standard_normal((1, 9, SMALL.hidden_size)).astype(np.float32)
-    out, _ = mla.prefill(params, SMALL, x)
+    out, _ = prefill(params, SMALL, x)
     x[:, 6:] = 1e4
-    padded, _ = mla.prefill(params, SMALL, x)
+    padded, _ = prefill(params, SMALL, x)
     np.testing.assert_allclose(padded[:, :6], out[:, :6], atol=1e-6)
+
+
+# --- Into a cache, over what is there ------------------------------------------------------------
+
+# New tokens of each sequence, call by call. Prefixes end within a page, at the end of one, and
+# pages later; sequences begin late, rest, and are continued by one token and by more than a page.
+CALLS = [(130, 64, 0, 9), (20, 1, 70, 0), (0, 66, 3, 55)]
+
+
+def poison(cache: PagedKVCache) -> PagedKVCache:
+    """NaN wherever the pages hold no token, and garbage where the table holds no page."""
+    slot = np.arange(cache.max_pages_per_seq)
+    lengths = np.asarray(cache.cache_seqlens - cache.num_new)
+    table = np.array(cache.block_table)
+    owned = slot < -(-np.asarray(cache.cache_seqlens)[:, None] // 64)
+    pages = []
+    for pool in cache.pages:
+        kept = np.full(pool.shape, np.nan, np.float32)
+        for i, length in enumerate(lengths):
+            for t in range(length):
+                kept[table[i, t // 64], t % 64] = pool[table[i, t // 64], t % 64]
+        pages.append(jnp.asarray(kept, pool.dtype))
+    garbage = np.array([-(2**31), 2**31 - 1, 0, 10**6])[slot % 4]
+    table = jnp.asarray(np.where(owned, table, garbage), jnp.int32)
+    return dataclasses.replace(cache, pages=tuple(pages), block_table=table)
+
+
+@pytest.mark.parametrize(("prefix_chunk", "absorbed"), [(64, False), (128, True), (1024, False)])
+def test_prefill_into_cache_matches_float64(prefix_chunk, absorbed):
+    params = make_params(SMALL)
+    ends = np.cumsum(CALLS, axis=0)
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((4, ends.max(), SMALL.hidden_size)).astype(np.float32)
+    want = [oracle_layer(params, SMALL, x[i, : ends[-1, i]]) for i in range(4)]
+    if absorbed:
+        params = mla.absorb(params, SMALL)
+
+    cache = PagedKVCache.create(
+        num_layers=2, num_pages=11, batch=4, max_pages_per_seq=4, dtype=jnp.float32
+    )
+    for counts, end in zip(CALLS, ends, strict=True):
+        cache, ok = allocate(cache, jnp.array(counts))
+        assert ok
+        begin = end - np.array(counts)
+        tokens = np.full((4, 133, SMALL.hidden_size), np.nan, np.float32)
+        for i, count in enumerate(counts):
+            tokens[i, :count] = x[i, begin[i] : end[i]]
+        table = cache.block_table
+        out, cache = prefill_into_cache(
+            params, SMALL, tokens, poison(cache), 1, prefix_chunk=prefix_chunk
+        )
+        cache = dataclasses.replace(cache, block_table=table)
+        assert np.isfinite(out).all()
+        for i, count in enumerate(counts):
+            np.testing.assert_allclose(out[i, :count], want[i][0][begin[i] : end[i]], atol=5e-6)
+    for i, end in enumerate(ends[-1]):
+        rows = cache.pages[1][cache.block_table[i], :, 0].reshape(-1, 576)[:end]
+        np.testing.assert_allclose(rows, want[i][1], atol=1e-5)
+
+
+def test_prefill_into_cache_in_bfloat16():
+    """Parts merged by their log-sum-exp are as good as attention to all at once."""
+    params = make_params(SMALL)
+    x = jax.random.normal(jax.random.key(0), (1, 160, SMALL.hidden_size), jnp.bfloat16)
+    want, _ = oracle_layer(params, SMALL, np.asarray(x[0], np.float32))
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    cache = PagedKVCache.create(num_layers=1, num_pages=3, batch=1, max_pages_per_seq=3)
+    errors = []
+    for begin, end in ((0, 80), (80, 160)):
+        cache, _ = allocate(cache, jnp.array([end - begin]))
+        out, cache = prefill_into_cache(params, SMALL, x[:, begin:end], cache, 0, prefix_chunk=64)
+        assert out.dtype == jnp.bfloat16
+        errors.append(np.abs(np.asarray(out[0], np.float64) - want[begin:end]).max())
+    assert max(errors) < 0.06
+    assert errors[1] < 2 * errors[0]
+
+
+def test_only_the_prefix_is_read(monkeypatch):
+    """No prefix, no trip; else as many as the longest prefix of a sequence that goes on has."""
+    attention, trips = mha.attention, []
+
+    def counted(*args, kv_lengths=None, **kwargs):
+        if kv_lengths is not None:
+            jax.debug.callback(lambda: trips.append(1))
+        return attention(*args, kv_lengths=kv_lengths, **kwargs)
+
+    monkeypatch.setattr(mha, "attention", counted)
+    params, x = make_params(SMALL), jnp.ones((2, 9, SMALL.hidden_size))
+    step = jax.jit(
+        lambda cache: mla.prefill_into_cache(params, SMALL, x, cache, 0, prefix_chunk=64)
+    )
+    empty = PagedKVCache.create(
+        num_layers=1, num_pages=12, batch=2, max_pages_per_seq=6, dtype=jnp.float32
+    )
+    for lengths, counts, want in (
+        ([0, 0], [5, 9], 0),
+        ([64, 1], [5, 9], 1),
+        ([65, 300], [5, 0], 2),
+    ):
+        cache, _ = allocate(empty, jnp.array(lengths))
+        cache, ok = allocate(cache, jnp.array(counts))
+        assert ok
+        jax.block_until_ready(step(cache))
+        jax.effects_barrier()
+        assert len(trips) == want
+        trips.clear()
+
+
+def test_memory_of_a_long_prefix_is_bounded():
+    config = dataclasses.replace(SMALL, num_heads=2)
+    create = functools.partial(
+        PagedKVCache.create, num_layers=1, batch=1, max_pages_per_seq=2048, dtype=jnp.float32
+    )
+    cache = jax.eval_shape(functools.partial(create, num_pages=2048))
+    x = jax.ShapeDtypeStruct((1, 2048, config.hidden_size), jnp.float32)
+    step = jax.jit(
+        lambda x, cache: mla.prefill_into_cache(
+            make_params(config), config, x, cache, 0, prefix_chunk=256
+        ),
+        donate_argnums=1,
+    )
+    memory = step.lower(x, cache).compile().memory_analysis()
+    # Scores of the queries with themselves, and of few arrays of the chunk's size. With the whole
+    # prefix of 131072 tokens they would be 2 GiB, and its pages are 302 MB.
+    assert memory.temp_size_in_bytes < 2 * 2048**2 * 4 * 4
+    pool = cache.pages[0]
+    assert memory.alias_size_in_bytes >= pool.size * pool.dtype.itemsize
+
+
+def test_absorbed_weights():
+    params = make_params(SMALL)
+    absorbed = mla.absorb(params, SMALL)
+    w_uk, w_uv = absorbed["kv_b_proj"]["w_uk"], absorbed["kv_b_proj"]["w_uv"]
+    kernel = params["kv_b_proj"]["kernel"]
+    for head in range(3):
+        np.testing.assert_array_equal(w_uk[head], kernel[:, head * 48 : head * 48 + 12].T)
+        np.testing.assert_array_equal(w_uv[head], kernel[:, head * 48 + 12 : head * 48 + 48].T)
+    assert list(params["kv_b_proj"]) == ["kernel"]  # as before
+    again = mla.absorb(absorbed, SMALL)
+    assert again["kv_b_proj"]["w_uk"] is w_uk
+
+    x = jax.random.normal(jax.random.key(0), (2, 5, SMALL.hidden_size))
+    np.testing.assert_allclose(
+        prefill(absorbed, SMALL, x)[0], prefill(params, SMALL, x)[0], atol=2e-6
+    )
+
+
+def test_a_step_with_absorbed_weights_does_not_prepare_them():
+    """Nothing but the two products takes them."""
+    cache = PagedKVCache.create(
+        num_layers=1, num_pages=2, batch=2, max_pages_per_seq=1, dtype=jnp.float32
+    )
+    x = jnp.ones((2, 1, SMALL.hidden_size))
+
+    def uses(params):
+        jaxpr = jax.make_jaxpr(lambda p: mla.decode(p, SMALL, x, cache, 0)[0])(params).jaxpr
+        names = {
+            var: path
+            for var, (path, _) in zip(
+                jaxpr.invars, jax.tree_util.tree_leaves_with_path(params), strict=True
+            )
+        }
+        kv_b = {var for var, path in names.items() if path[0].key == "kv_b_proj"}
+        return [eqn.primitive.name for eqn in jaxpr.eqns if kv_b & {*map(_hashable, eqn.invars)}]
+
+    def _hashable(atom):
+        return atom if isinstance(atom, jax.extend.core.Var) else None
+
+    params = make_params(SMALL)
+    assert uses(mla.absorb(params, SMALL)) == ["dot_general", "dot_general"]
+    assert uses(params) == ["transpose"]
+
+
+def test_decode_with_absorbed_weights_matches_float64():
+    params = make_params(SMALL)
+    x = np.random.default_rng(6).standard_normal((1, 70, SMALL.hidden_size)).astype(np.float32)
+    want, _ = oracle_layer(params, SMALL, x[0])
+    params = mla.absorb(params, SMALL)
+    cache = PagedKVCache.create(
+        num_layers=1, num_pages=2, batch=1, max_pages_per_seq=2, dtype=jnp.float32
+    )
+    cache, _ = allocate(cache, jnp.array([63]))
+    out, cache = prefill_into_cache(params, SMALL, x[:, :63], cache, 0)
+    np.testing.assert_allclose(out[0], want[:63], atol=5e-6)
+    for begin, end in ((63, 64), (64, 69), (69, 70)):
+        cache, _ = allocate(cache, jnp.array([end - begin]))
+        out, cache = decode(params, SMALL, x[:, begin:end], cache, 0)
+        np.testing.assert_allclose(out[0], want[begin:end], atol=5e-6)
+
+
+def test_derivative_is_that_of_the_definition():
+    """In float64 differences of the oracle, in a random direction of each parameter."""
+    params = make_params(SMALL)
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((11, SMALL.hidden_size)).astype(np.float32)
+    ct = rng.standard_normal(x.shape)
+
+    def loss(params, x):
+        return jnp.sum(mla.prefill(params, SMALL, x[None])[0][0] * ct)
+
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+    leaves, treedef = jax.tree.flatten((params, x))
+    for i, grad in enumerate(jax.tree.leaves(grads)):
+        direction = rng.standard_normal(grad.shape)
+        ends = []
+        for eps in (1e-5, -1e-5):
+            moved = [leaf.astype(np.float64) for leaf in leaves]
+            moved[i] = moved[i] + eps * direction
+            moved_params, moved_x = jax.tree.unflatten(treedef, moved)
+            ends.append(np.sum(oracle_layer(moved_params, SMALL, moved_x)[0] * ct))
+        want = (ends[0] - ends[1]) / 2e-5
+        assert np.sum(grad * direction) == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prefix_chunk": 100}, "prefix_chunk must be a multiple of 64, got 100"),
+        ({"prefix_chunk": 0}, "prefix_chunk must be a multiple of 64, got 0"),
+        ({"x": jnp.ones((3, 1, 20))}, r"x must be .* batch 2, got \(3, 1, 20\)"),
+        ({"layer": 2}, r"layer must be in \[0, 2\), got 2"),
+        ({"layer": jnp.int32(0)}, "layer must be an int for a cache with a pool per layer"),
+    ],
+)
+def test_prefill_into_cache_errors(call, message):
+    cache = PagedKVCache.create(
+        num_layers=2, num_pages=2, batch=2, max_pages_per_seq=1, dtype=jnp.float32
+    )
+    call = {"x": jnp.ones((2, 1, 20)), "layer": 0} | call
+    with pytest.raises(ValueError, match=message):
+        mla.prefill_into_cache(make_params(SMALL), SMALL, cache=cache, **call)
+
+
+def test_partitioning_gives_devices_whole_heads():
+    for config, query in ((SMALL, "q_b_proj"), (WITHOUT_Q_LORA, "q_proj")):
+        names = mla.head_partitioning(config, "x")
+        assert names == {query: (None, "x"), "kv_b_proj": (None, "x"), "o_proj": ("x", None)}
+        mla.check_partitioning(names, mla.parameter_shapes(config))
+    for wrong in ({"q_proj": (None, "x")}, {"o_proj": ("x",)}, {"kv_a_layernorm": (None, None)}):
+        with pytest.raises(ValueError, match=f"kernels of .*o_proj.*got '{next(iter(wrong))}'"):
+            mla.check_partitioning(wrong, mla.parameter_shapes(SMALL))
 
 
 def test_bfloat16_prefill_and_decode_agree():
     config = SMALL
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), make_params(config))
     x = jax.random.normal(jax.random.key(0), (1, 12, config.hidden_size), jnp.bfloat16)
-    out, kv = mla.prefill(params, config, x)
+    out, kv = prefill(params, config, x)
     assert out.dtype == kv.dtype == jnp.bfloat16
     cache = PagedKVCache.create(num_layers=1, num_pages=1, batch=1, max_pages_per_seq=1)
-    cache, _ = cache.allocate(jnp.array([12]))
-    decoded, _ = mla.decode(params, config, x, cache, 0)
+    cache, _ = allocate(cache, jnp.array([12]))
+    decoded, _ = decode(params, config, x, cache, 0)
     assert decoded.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         decoded.astype(np.float32), out.astype(np.float32), atol=0.05, rtol=0.05
