@@ -165,10 +165,14 @@ class Tokenizer:
         environment.globals["strftime_now"] = _strftime_now
         try:
             return environment.from_string(self._template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **self._special,
-                **variables,
+                {
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": None,  # transformers defines these two always
+                    "documents": None,
+                    **self._special,
+                    **variables,
+                }
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(

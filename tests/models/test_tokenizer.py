@@ -31,7 +31,7 @@ TEMPLATE = """\
         {{- raise_exception('no role ' + message['role']) }}
     {%- endif %}
 {%- endfor %}
-{%- if tools is defined %}{{ tools | tojson }}{% endif %}
+{%- if tools is not none %}{{ tools | tojson }}{% endif %}
 {%- if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}
 """
 MESSAGES = [
@@ -140,9 +140,7 @@ def test_no_template(folder):
 
 @pytest.mark.parametrize("messages", ["hello", [{"content": "hello"}], ["hello"]])
 def test_messages_that_are_none(folder, messages):
-    with pytest.raises(
-        ValueError, match=r"messages must be mappings with a role each, got .*hello"
-    ):
+    with pytest.raises(ValueError, match=r"messages must be mappings with a role each, .*hello"):
         load_tokenizer(folder).apply_chat_template(messages)
 
 
