@@ -234,12 +234,14 @@ class _Parameter:
       shape: of its tensor in the checkpoint, where a kernel is `[out, in]`.
       num_experts: if not 0, it is this many such tensors, stacked along a new first axis.
       float32: whether it is float32 whatever the model's dtype.
+      stored_path: what the checkpoint has in place of `path`, if not the same.
     """
 
     path: str
     shape: tuple[int, ...]
     num_experts: int = 0
     float32: bool = False
+    stored_path: str = ""
 
     @property
     def leaf(self) -> str:
@@ -260,7 +262,7 @@ class _Parameter:
     @property
     def names(self) -> list[str]:
         """The names of its tensors in the checkpoint."""
-        module, _, leaf = self.path.rpartition(".")
+        module, _, leaf = (self.stored_path or self.path).rpartition(".")
         name = f"{module}.{'weight' if leaf in ('kernel', 'scale', 'embedding') else leaf}"
         if not name.startswith("lm_head."):
             name = f"model.{name}"
@@ -285,6 +287,26 @@ class _Parameter:
 
 def _parameters(config: DeepSeekConfig) -> Iterator[_Parameter]:
     """All parameters of a model: the one list that loading, saving and initialising go by."""
+    for parameter in _model(config):
+        yield _as_longcat(parameter) if config.is_longcat else parameter
+
+
+def _as_longcat(parameter: _Parameter) -> _Parameter:
+    """The parameter with the name that LongCat's checkpoints have, where two layers are one."""
+    layer = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(.*)", parameter.path)
+    if layer is None:
+        return parameter
+    pair, one = divmod(int(layer[1]), 2)
+    module, rest = f"{layer[2]}.{one}", layer[3]
+    if layer[2] == "mlp":
+        module = f"mlps.{one}"
+    elif layer[2] == "shortcut":
+        module = "mlp"
+        rest = rest.replace("gate.kernel", "router.classifier.kernel").replace("gate.", "router.")
+    return dataclasses.replace(parameter, stored_path=f"layers.{pair}.{module}.{rest}")
+
+
+def _model(config: DeepSeekConfig) -> Iterator[_Parameter]:
     hidden = config.hidden_size
     yield _Parameter("embed_tokens.embedding", (config.vocab_size, hidden))
     for layer in range(config.num_hidden_layers):
@@ -296,6 +318,8 @@ def _parameters(config: DeepSeekConfig) -> Iterator[_Parameter]:
             yield from _moe(f"{at}.mlp", config)
         else:
             yield from _mlp(f"{at}.mlp", hidden, config.intermediate_size)
+        if config.has_shortcut(layer):
+            yield from _moe(f"{at}.shortcut", config)
     yield _Parameter("norm.scale", (hidden,))
     if not config.tie_word_embeddings:
         yield _Parameter("lm_head.kernel", (config.vocab_size, hidden))
@@ -332,9 +356,10 @@ def _mlp(at: str, hidden: int, size: int, num_experts: int = 0) -> Iterator[_Par
 def _moe(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:
     hidden, size = config.hidden_size, config.moe_intermediate_size
     experts = config.n_routed_experts
-    yield _Parameter(f"{at}.gate.kernel", (experts, hidden), float32=True)
+    places = experts + config.zero_expert_num
+    yield _Parameter(f"{at}.gate.kernel", (places, hidden), float32=True)
     if config.topk_method == "noaux_tc":
-        yield _Parameter(f"{at}.gate.e_score_correction_bias", (experts,), float32=True)
+        yield _Parameter(f"{at}.gate.e_score_correction_bias", (places,), float32=True)
     yield from _mlp(f"{at}.experts", hidden, size, experts)
     if config.n_shared_experts:
         yield from _mlp(f"{at}.shared_experts", hidden, size * config.n_shared_experts)
@@ -533,6 +558,7 @@ class _Checkpoint:
         for name in self._file_of:
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             is_mtp = layer is not None and int(layer[1]) >= config.num_hidden_layers
+            is_mtp |= name.startswith("model.mtp.")  # LongCat's
             if name not in known and not is_mtp and not name.endswith(".rotary_emb.inv_freq"):
                 unexpected.append(name)
         quantised = r"(weight_scale|weight_packed|qweight|qzeros|scales|g_idx)$"

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and DeepSeek-V3: the configuration, and the model as pure functions.
+"""DeepSeek-V2, DeepSeek-V3 and their kin: the configuration, and the model as pure functions.
 
 Three functions run the same network:
 
@@ -23,13 +23,22 @@ Parameters are nested dicts with the checkpoint's names and Flax's leaves, kerne
     layers[i].mlp.experts.{gate,up}_proj.kernel [experts, hidden, moe_intermediate]
     layers[i].mlp.experts.down_proj.kernel      [experts, moe_intermediate, hidden]
     layers[i].mlp.shared_experts                a dense mlp, as wide as n_shared_experts of them
+    layers[i].shortcut                          LongCat only, see below: gate and experts
     norm.scale                                  [hidden]
     lm_head.kernel                              [hidden, vocab]     unless tied to the embedding
 
 Activations have the dtype of the embedding. Routing and logits are float32.
 
+Kimi-K2 is DeepSeek-V3 in other sizes, and so is GLM-4.7-Flash (`glm4_moe_lite`). LongCat-Flash has
+pairs of dense layers, which here are layers like others. Experts run beside each pair: they read
+what the first one's MLP reads, and their output is added after the second one's. Some experts are
+the identity, which have no parameters but places in the router; and queries and latents are
+multiplied by `sqrt(hidden / rank)`.
+
 Sources: DeepSeek-V2 (arXiv:2405.04434), DeepSeek-V3 (arXiv:2412.19437), and the
-`modeling_deepseek.py` that DeepSeek publishes beside each model's weights.
+`modeling_deepseek.py` that DeepSeek publishes beside each model's weights; Kimi-K2
+(arXiv:2507.20534); LongCat-Flash (arXiv:2509.01322); `modeling_glm4_moe_lite.py` and
+`modeling_longcat_flash.py` of Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -38,7 +47,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -51,7 +60,39 @@ from flashmla_jax.layers.mla import MLAConfig, Params, YarnScaling
 
 _State = TypeVar("_State")
 
-_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+# The architecture that Hugging Face has for each model type.
+_ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "kimi_k2": "DeepseekV3",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "longcat_flash": "LongcatFlash",
+}
+# Fields that ask for what the layers here do not compute, and what that is.
+_BEYOND = {
+    "index_topk": "its layers attend to the keys that an indexer chooses (DeepSeek sparse attention"
+    ", as in DeepSeek-V3.2 and GLM-5), and without it they would compute something else",
+    "linear_attn_config": "some of its layers are not MLA but Kimi Delta Attention",
+    "ngram_vocab_size_ratio": "its embedding also looks up n-grams of tokens",
+}
+# Fields that must have one value, if they are there.
+_FIXED = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "partial_rotary_factor": 1.0,
+    "attention_method": "MLA",
+    "zero_expert_type": "identity",
+    "router_bias": False,
+}
+# LongCat's names for other models' fields.
+_LONGCAT_NAMES = {
+    "num_hidden_layers": "num_layers",  # which are pairs
+    "intermediate_size": "ffn_hidden_size",
+    "moe_intermediate_size": "expert_ffn_hidden_size",
+    "num_experts_per_tok": "moe_topk",
+}
 # Without these a model with experts would silently be another one.
 _MOE_FIELDS = [
     "moe_intermediate_size",
@@ -61,6 +102,7 @@ _MOE_FIELDS = [
 ]
 _V3_MOE_FIELDS = ["n_group", "topk_group", "norm_topk_prob"]
 _ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc"))
+_LONGCAT_ROUTER = ("softmax", "noaux_tc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,33 +146,40 @@ class DeepSeekConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    zero_expert_num: int = 0
+    mla_scale_q_lora: bool = False
+    mla_scale_kv_lora: bool = False
 
     def __post_init__(self) -> None:
-        _check_model_type(self.model_type)
+        _check_model_type({"model_type": self.model_type})
         for name in ("vocab_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         _ = self.mla  # checks the attention's fields
+        if self.mla_scale_q_lora and self.q_lora_rank is None:
+            raise ValueError(f"{self.mla_scale_q_lora=} needs a q_lora_rank, it is None")
+        if self.is_longcat and self.num_hidden_layers % 2:
+            raise ValueError(f"layers come in pairs, got {self.num_hidden_layers=}")
         if self.n_routed_experts:
             self._check_experts()
 
     def _check_experts(self) -> None:
         router = (self.scoring_func, self.topk_method)
-        if router not in _ROUTERS:
+        if router not in _ROUTERS and not (self.is_longcat and router == _LONGCAT_ROUTER):
             raise NotImplementedError(
                 f"no router with {self.scoring_func=} and {self.topk_method=}; "
                 f"there are {', '.join('/'.join(r) for r in _ROUTERS)}"
             )
         if self.moe_intermediate_size <= 0:
             raise ValueError(f"{self.moe_intermediate_size=} must be positive with experts")
-        if self.n_group <= 0 or self.n_routed_experts % self.n_group:
+        choice = self.n_routed_experts + self.zero_expert_num
+        if self.n_group <= 0 or choice % self.n_group:
             raise ValueError(f"{self.n_routed_experts=} do not divide into {self.n_group=} groups")
-        group_size = self.n_routed_experts // self.n_group
+        group_size = choice // self.n_group
         if self.topk_method == "noaux_tc" and self.n_group > 1 and group_size < 2:
             raise ValueError(f"a group is scored by its best two experts, it has {group_size}")
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"{self.topk_group=} is not between 1 and {self.n_group=}")
-        choice = self.n_routed_experts
         if self.topk_method != "greedy":
             choice = self.topk_group * group_size
         if not 1 <= self.num_experts_per_tok <= choice:
@@ -154,9 +203,19 @@ class DeepSeekConfig:
             rope_scaling=self.rope_scaling,
         )
 
+    @property
+    def is_longcat(self) -> bool:
+        """Whether experts run beside pairs of dense layers."""
+        return self.model_type == "longcat_flash"
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` has routed experts rather than one dense MLP."""
-        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+        is_sparse = self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+        return is_sparse and not self.is_longcat
+
+    def has_shortcut(self, layer: int) -> bool:
+        """Whether routed experts start beside layer `layer`, to be added after the next one."""
+        return self.n_routed_experts > 0 and self.is_longcat and layer % 2 == 0
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> DeepSeekConfig:
@@ -180,18 +239,17 @@ class DeepSeekConfig:
             DeepSeek's own are known: FP8 (e4m3) with a scale for each block of 128 x 128, which
             `load_checkpoint` multiplies out.
         """
-        _check_model_type(config.get("model_type"))
+        _check_model_type(config)
         _check_quantization(config.get("quantization_config") or {})
-        for name, supported in (
-            ("hidden_act", "silu"),
-            ("mlp_bias", False),
-            ("moe_layer_freq", 1),
-            ("rope_interleave", True),
-        ):
+        for name, supported in _FIXED.items():
             if config.get(name) not in (None, supported):
                 raise NotImplementedError(
                     f"{name}={config[name]!r} is not supported, only {supported!r}"
                 )
+        if config["model_type"] == "longcat_flash":
+            config = _from_longcat(config)
+        elif (layers := config.get("mlp_layer_types")) is not None:
+            config = {**config, "first_k_dense_replace": _count_dense(layers)}
 
         is_v2 = config["model_type"] == "deepseek_v2"
         fields = dataclasses.fields(cls)
@@ -200,6 +258,8 @@ class DeepSeekConfig:
         if config.get("n_routed_experts"):
             required += _MOE_FIELDS if is_v2 else _MOE_FIELDS + _V3_MOE_FIELDS
         if missing := [name for name in required if config.get(name) is None]:
+            if config["model_type"] == "longcat_flash":
+                missing = [_LONGCAT_NAMES.get(name, name) for name in missing]
             raise ValueError(f"the configuration lacks {', '.join(missing)}")
         names = {field.name for field in fields} - {"rope_theta", "rope_scaling"}
         values = {name: config[name] for name in names if config.get(name) is not None}
@@ -221,15 +281,50 @@ class DeepSeekConfig:
         config["n_shared_experts"] = self.n_shared_experts or None
         if self.rope_scaling is not None:
             config["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
-        architecture = "DeepseekV2" if self.model_type == "deepseek_v2" else "DeepseekV3"
-        return {"architectures": [f"{architecture}ForCausalLM"], "hidden_act": "silu", **config}
+        if self.is_longcat:
+            for name, theirs in _LONGCAT_NAMES.items():
+                config[theirs] = config.pop(name)
+            config["num_layers"] //= 2
+        architecture = f"{_ARCHITECTURES[self.model_type]}ForCausalLM"
+        return {"architectures": [architecture], "hidden_act": "silu", **config}
 
 
-def _check_model_type(model_type: str | None) -> None:
-    if model_type not in _MODEL_TYPES:
+def _check_model_type(config: Mapping[str, Any]) -> None:
+    model_type = config.get("model_type")
+    for name, reason in _BEYOND.items():
+        if config.get(name) is not None:
+            raise NotImplementedError(
+                f"model_type {model_type!r} with {name}={config[name]!r} is not supported: {reason}"
+            )
+    if model_type not in _ARCHITECTURES:
         raise NotImplementedError(
-            f"model_type {model_type!r} is not supported, only {', '.join(_MODEL_TYPES)}"
+            f"model_type {model_type!r} is not supported, only {', '.join(_ARCHITECTURES)}"
         )
+
+
+def _from_longcat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LongCat's fields under the names of the others, with the defaults of its code."""
+    renamed = {name: config.get(theirs) for name, theirs in _LONGCAT_NAMES.items()}
+    if renamed["num_hidden_layers"] is not None:
+        renamed["num_hidden_layers"] *= 2
+    defaults = {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "rope_theta": 1e7}
+    # Its code has one router, whatever these fields say.
+    router = {
+        **dict(zip(("scoring_func", "topk_method"), _LONGCAT_ROUTER, strict=True)),
+        **{"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0},
+    }
+    return {**defaults, **config, **renamed, **router}
+
+
+def _count_dense(mlp_layer_types: Sequence[str]) -> int:
+    """How many layers come before those with experts, which newer files tell one by one."""
+    dense = list(mlp_layer_types).count("dense")
+    if list(mlp_layer_types) != ["dense"] * dense + ["sparse"] * (len(mlp_layer_types) - dense):
+        raise NotImplementedError(
+            f"mlp_layer_types={mlp_layer_types!r} is not supported, only dense layers and then "
+            "sparse ones"
+        )
+    return dense
 
 
 def _check_quantization(quantization: Mapping[str, Any]) -> None:
@@ -246,6 +341,10 @@ def _check_quantization(quantization: Mapping[str, Any]) -> None:
 def _parse_rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     """Theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise NotImplementedError(
+            f"partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported, only 1.0"
+        )
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
@@ -355,6 +454,7 @@ def decode_step(
     precision = _precision(hidden.dtype)
 
     for layer, layer_params in enumerate(params["layers"]):
+    shortcut = None
         attend = functools.partial(mla.decode, cache=cache, layer=layer, precision=precision)
         hidden, cache = _layer(layer_params, config, hidden, attend)
     return jnp.where(ok, _logits(params, config, hidden), jnp.nan), cache, ok
@@ -403,7 +503,8 @@ def _run_sequences(
     attend = functools.partial(mla.prefill, precision=precision)
     latents = []
     for layer_params in params["layers"]:
-        hidden, kv = _layer(layer_params, config, hidden, attend)
+    shortcut = None
+        hidden, shortcut, kv = _layer(layer_params, config, hidden, shortcut, attend)
         latents.append(kv)
     return hidden, latents
 
@@ -413,17 +514,32 @@ def _layer(
     config: DeepSeekConfig,
     hidden: jax.Array,
     attend: Callable[[Params, MLAConfig, jax.Array], tuple[jax.Array, _State]],
-) -> tuple[jax.Array, _State]:
+    shortcut: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None, _State]:
     """One decoder layer on `hidden` [batch, s, hidden].
 
-    `attend` is its attention; what it returns beside its output is passed on.
+    `attend` is its attention; what it returns beside its output is passed on. `shortcut` is the
+    output of experts beside the layer before, which is added here; the next one's is returned.
     """
     x = mla.rms_norm(hidden, params["input_layernorm"]["scale"], config.rms_norm_eps)
-    out, state = attend(params["self_attn"], config.mla, x)
+    out, state = attend(_attention(params["self_attn"], config), config.mla, x)
     hidden = hidden + out
     x = mla.rms_norm(hidden, params["post_attention_layernorm"]["scale"], config.rms_norm_eps)
     out = _moe(params["mlp"], config, x) if "experts" in params["mlp"] else _mlp(params["mlp"], x)
-    return hidden + out, state
+    hidden = hidden + out
+    if shortcut is not None:
+        hidden = hidden + shortcut
+    return hidden, _moe(params["shortcut"], config, x) if "shortcut" in params else None, state
+
+
+def _attention(params: Params, config: DeepSeekConfig) -> Params:
+    """The attention's parameters; LongCat's factors of query and latent join the norms' scales."""
+    ranks = {
+        "q_a_layernorm": config.q_lora_rank if config.mla_scale_q_lora else None,
+        "kv_a_layernorm": config.kv_lora_rank if config.mla_scale_kv_lora else None,
+    }
+    factors = {name: (config.hidden_size / rank) ** 0.5 for name, rank in ranks.items() if rank}
+    return {**params, **{n: {"scale": params[n]["scale"] * f} for n, f in factors.items()}}
 
 
 def _mlp(params: Params, x: jax.Array) -> jax.Array:
@@ -438,7 +554,14 @@ def _moe(params: Params, config: DeepSeekConfig, x: jax.Array) -> jax.Array:
     """The mixture of experts on `x` [batch, s, hidden]."""
     tokens = x.reshape(-1, x.shape[-1])
     experts, weights = _route(params["gate"], config, tokens)
-    out = _experts(params["experts"], tokens, experts, weights).reshape(x.shape)
+    if config.zero_expert_num:
+        is_identity = experts >= config.n_routed_experts
+        identity = jnp.where(is_identity, weights, 0).sum(axis=-1, keepdims=True)
+        weights = jnp.where(is_identity, 0, weights)
+    out = _experts(params["experts"], tokens, experts, weights)
+    if config.zero_expert_num:
+        out = out + (identity * tokens).astype(out.dtype)
+    out = out.reshape(x.shape)
     if "shared_experts" in params:
         out = out + _mlp(params["shared_experts"], x)
     return out
@@ -451,11 +574,12 @@ def _route(
 
     V3 scores with a sigmoid; a correction bias takes part in the choice but not in the weights, and
     a group of experts is worth the sum of its best two. V2 scores with a softmax, and a group is
-    worth its best. V3 always scales the weights; V2 only if it has not normalised them.
+    worth its best. V3 always scales the weights; V2 only if it has not normalised them. LongCat is
+    V3 with a softmax.
 
     Args:
       params: `kernel` float32[hidden, experts], and V3's `e_score_correction_bias`
-        float32[experts].
+        float32[experts]; identities count among the experts.
       config: which router, and its numbers.
       tokens: [tokens, hidden].
 
@@ -464,12 +588,13 @@ def _route(
     """
     highest = jax.lax.Precision.HIGHEST
     logits = jnp.dot(tokens.astype(jnp.float32), params["kernel"], precision=highest)
-    is_v3 = config.scoring_func == "sigmoid"
-    scores = jax.nn.sigmoid(logits) if is_v3 else jax.nn.softmax(logits, axis=-1)
+    is_v3 = config.topk_method == "noaux_tc"
+    is_sigmoid = config.scoring_func == "sigmoid"
+    scores = jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
     choice = scores + params["e_score_correction_bias"] if is_v3 else scores
 
     if config.topk_method != "greedy" and config.n_group > 1:
-        groups = choice.reshape(-1, config.n_group, config.n_routed_experts // config.n_group)
+        groups = choice.reshape(-1, config.n_group, choice.shape[-1] // config.n_group)
         worth = jax.lax.top_k(groups, 2 if is_v3 else 1)[0].sum(axis=-1)
         _, best = jax.lax.top_k(worth, config.topk_group)
         allowed = jax.nn.one_hot(best, config.n_group, dtype=jnp.bool_).any(axis=1)
@@ -501,7 +626,8 @@ def _experts(
     Args:
       params: the kernels [experts, in, out] of `gate_proj`, `up_proj` and `down_proj`.
       tokens: [tokens, hidden].
-      experts: int32[tokens, k], each token's different experts.
+      experts: int32[tokens, k], each token's different experts. Numbers past the last one are
+        nobody's, and their weights 0.
       weights: float32[tokens, k].
 
     Returns:
@@ -526,12 +652,12 @@ def _ragged_mlp(
     """The gated MLP of each row's expert, as three grouped products.
 
     Args:
-      rows: [rows, hidden], sorted by expert.
+      rows: [rows, hidden], sorted by expert; those of no expert, if any, are the last.
       counts: int32[experts], how many rows each has.
       kernels: of gate, up and down, each [experts, in, out].
 
     Returns:
-      [rows, hidden].
+      [rows, hidden]; of rows of no expert something finite.
     """
     gate, up, down = kernels
     dot = functools.partial(

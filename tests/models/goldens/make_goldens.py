@@ -1,10 +1,10 @@
 """Makes the golden files beside it, with Hugging Face transformers.
 
     pip install torch==2.13.0 transformers==5.24.0 safetensors
-    python tests/models/goldens/make_goldens.py
+    python tests/models/goldens/make_goldens.py [MODEL ...]
 
-For each model below, a folder with a checkpoint (config.json, model.safetensors in bfloat16) and
-`goldens.npz`:
+For each model below, or for those named, a folder with a checkpoint (config.json, model.safetensors
+in bfloat16) and `goldens.npz`:
 
     prompts   int32[2, 40]     two prompts, padded with 0
     lengths   int32[2]         40 and 23
@@ -34,6 +34,7 @@ Where transformers 5.24 departs from the `modeling_deepseek.py` that DeepSeek pu
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DynamicCache,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
 )
 
 HERE = Path(__file__).parent
@@ -110,11 +115,98 @@ MODELS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     },
+    "deepseek_v2": {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "num_hidden_layers": 2,
+        "q_lora_rank": 48,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 4.0,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "kimi_k2": {
+        "model_type": "kimi_k2",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "q_lora_rank": 48,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.827,
+        "num_nextn_predict_layers": 0,
+        "rope_theta": 50000.0,
+        "rope_scaling": {
+            **YARN,
+            "factor": 32.0,
+            "beta_fast": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    "glm4_moe_lite": {
+        "model_type": "glm4_moe_lite",
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "num_hidden_layers": 2,
+        "q_lora_rank": 48,
+        "qk_nope_head_dim": 40,
+        "v_head_dim": 56,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 1.0,
+        "rope_theta": 1000000.0,
+        "rope_scaling": None,
+    },
+    "longcat_flash": {
+        "model_type": "longcat_flash",
+        "architectures": ["LongcatFlashForCausalLM"],
+        "num_layers": 2,
+        "ffn_hidden_size": 80,
+        "expert_ffn_hidden_size": 24,
+        "moe_topk": 3,
+        "q_lora_rank": 48,
+        "zero_expert_num": 4,
+        "zero_expert_type": "identity",
+        "attention_method": "MLA",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "router_bias": False,
+        "routed_scaling_factor": 6.0,
+        "rope_theta": 10000000.0,
+    },
 }
+CLASSES = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "kimi_k2": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
+    "longcat_flash": (LongcatFlashConfig, LongcatFlashForCausalLM),
+}
+# Fields of COMMON under other names.
+LONGCAT_DROPS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "first_k_dense_replace",
+    "num_key_value_heads",
+)
 
 
 def randomise(model: torch.nn.Module) -> None:
     """Draws every weight, in numbers that bfloat16 has."""
+    is_sigmoid = model.config.model_type != "longcat_flash"
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -123,7 +215,7 @@ def randomise(model: torch.nn.Module) -> None:
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("e_score_correction_bias"):
-                value = 0.2 * noise
+                value = 0.2 * noise if is_sigmoid else 0.03 * noise
             elif tensor.ndim == 1:  # norms
                 value = 1 + 0.3 * noise
             elif "embed_tokens" in name:
@@ -141,7 +233,7 @@ def checkpoint_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
             stem = name.removesuffix(".gate_up_proj")
-            for expert, gate_up in enumerate(tensor):
+            for expert, gate_up in enumerate(tensor[: model.config.n_routed_experts]):
                 gate, up = gate_up.chunk(2)
                 tensors[f"{stem}.{expert}.gate_proj.weight"] = gate
                 tensors[f"{stem}.{expert}.up_proj.weight"] = up
@@ -167,9 +259,10 @@ def cached_latents(cache: DynamicCache, deinterleaved: bool) -> np.ndarray:
 
 def make(name: str, config: dict[str, Any]) -> None:
     config = {**COMMON, **config}
-    is_v3 = config["model_type"] == "deepseek_v3"
-    config_class = DeepseekV3Config if is_v3 else DeepseekV2Config
-    model_class = DeepseekV3ForCausalLM if is_v3 else DeepseekV2ForCausalLM
+    model_type = config["model_type"]
+    if model_type == "longcat_flash":
+        config = {name: value for name, value in config.items() if name not in LONGCAT_DROPS}
+    config_class, model_class = CLASSES[model_type]
     hf_config = config_class.from_dict(json.loads(json.dumps(config)))
     hf_config._attn_implementation = "eager"
     model = model_class(hf_config).float().eval()
@@ -191,7 +284,7 @@ def make(name: str, config: dict[str, Any]) -> None:
                 ids = torch.from_numpy(next_ids[i : i + 1, step : step + 1]).long()
                 decode[i, step] = model(ids, cache=cache).logits[0, 0]
             if i == 0:
-                latents = cached_latents(cache, deinterleaved=is_v3)
+                latents = cached_latents(cache, deinterleaved=model_type != "deepseek_v2")
     assert latents is not None
     print(f"{name}: logits have a standard deviation of {prefill[0].std():.2f}")
 
@@ -212,5 +305,5 @@ def make(name: str, config: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for model_name, model_config in MODELS.items():
-        make(model_name, model_config)
+    for model_name in sys.argv[1:] or MODELS:
+        make(model_name, MODELS[model_name])
