@@ -456,7 +456,7 @@ def decode_step(
     for layer, layer_params in enumerate(params["layers"]):
     shortcut = None
         attend = functools.partial(mla.decode, cache=cache, layer=layer, precision=precision)
-        hidden, cache = _layer(layer_params, config, hidden, attend)
+        hidden, shortcut, cache = _layer(layer_params, config, hidden, shortcut, attend)
     return jnp.where(ok, _logits(params, config, hidden), jnp.nan), cache, ok
 
 
