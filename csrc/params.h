@@ -91,6 +91,7 @@ struct CacheAppendParams {
   const int32_t* block_table;  // [batch, max_pages_per_seq]
   const int32_t* start;        // [batch]: position of a sequence's first new token
   const int32_t* count;        // [batch]: how many of its rows are written
+  const int32_t* copy_from;    // [batch]: page whose rows before start's come first, or -1
   void* k_cache;               // [num_pages, kPageSize, token_bytes], updated in place
 };
 

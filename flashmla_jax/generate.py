@@ -158,7 +158,7 @@ class Generation:
             if count < self.max_new_tokens:
                 tokens, logits, self.cache, ok = self._continue(tokens, count)
             now, fits = jax.device_get((step[0], step[2]))
-            if not fits:  # __init__ has made sure of it
+            if not fits.all():  # __init__ has made sure of it
                 raise RuntimeError(f"the cache of {self.cache.num_pages} pages is full")
             yield Step(tuple(int(t) if t >= 0 else None for t in now), step[1])
             if all(t < 0 or int(t) in self._stop_tokens for t in now):
@@ -336,7 +336,7 @@ def _begin(
     """Reads prompts int32[batch, s] of `lengths` int32[batch], 0 for one that stays out.
 
     Returns the first tokens int32[batch], -1 for those that stay out; the logits float32[batch,
-    vocab] they come from; the cache; and ok bool[].
+    vocab] they come from; the cache; and ok bool[batch].
     """
     logits, cache, ok = deepseek.prefill(params, config, ids, lengths, cache)
     return jnp.where(lengths > 0, rules.choose(logits, 0), -1), logits, cache, ok

@@ -109,6 +109,7 @@ def cache_append(
     block_table: jax.Array,
     start: jax.Array,
     count: jax.Array,
+    copy_from: jax.Array | None = None,
 ) -> jax.Array:
     """Writes new tokens into their pages; `flashmla_jax.ops.cache_append` says what it means.
 
@@ -118,29 +119,51 @@ def cache_append(
       block_table: int32[batch, max_pages_per_seq].
       start: int32[batch], the position of each sequence's first new token.
       count: int32[batch], how many of its rows are written.
+      copy_from: int32[batch], the page whose rows come before the first new token's; -1, or None
+        for all, where there is none.
 
     Returns:
       The pool [num_pages, page_size, h_kv, head_dim] with the tokens in it.
     """
     page, row = _places(k_cache, block_table, start, count, new_kv.shape[1])
+    if copy_from is not None:
+        source, target = _heads(k_cache, page, row, copy_from)
+        k_cache = k_cache.at[target].set(k_cache.at[source].get(mode="clip"), mode="drop")
     return k_cache.at[page, row].set(new_kv, mode="drop")
 
 
-def cache_take(
-    k_cache: jax.Array,
+def cache_append_transpose(
+    cotangent: jax.Array,
     block_table: jax.Array,
     start: jax.Array,
     count: jax.Array,
+    copy_from: jax.Array,
     *,
     num_tokens: int,
-) -> jax.Array:
-    """Reads back what `cache_append` writes with the same places; zeros where it writes nothing.
+) -> tuple[jax.Array, jax.Array]:
+    """The cotangents of `cache_append`'s pool and new tokens, from that of its result."""
+    page, row = _places(cotangent, block_table, start, count, num_tokens)
+    new_kv = cotangent.at[page, row].get(mode="fill", fill_value=0)
+    pool = cotangent.at[page, row].set(0, mode="drop")
+    source, target = _heads(pool, page, row, copy_from)
+    copied = pool.at[target].get(mode="fill", fill_value=0)
+    return pool.at[target].set(0, mode="drop").at[source].add(copied, mode="drop"), new_kv
 
-    Returns:
-      [batch, num_tokens, h_kv, head_dim]
+
+def _heads(
+    k_cache: jax.Array, page: jax.Array, row: jax.Array, copy_from: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """(page, row) of all that is copied before the first new token, and where it goes.
+
+    Both [batch, page_size] each; the pages are num_pages where nothing is copied.
     """
-    page, row = _places(k_cache, block_table, start, count, num_tokens)
-    return k_cache.at[page, row].get(mode="fill", fill_value=0)
+    num_pages, page_size = k_cache.shape[:2]
+    copies = (copy_from >= 0) & (copy_from < num_pages) & (page[:, 0] < num_pages)
+    rows = jnp.arange(page_size, dtype=jnp.int32)
+    copied = copies[:, None] & (rows < row[:, :1])
+    rows = jnp.broadcast_to(rows, copied.shape)
+    source = jnp.where(copied, copy_from[:, None], num_pages)
+    return (source, rows), (jnp.where(copied, page[:, :1], num_pages), rows)
 
 
 def _places(

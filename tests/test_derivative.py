@@ -141,7 +141,10 @@ def test_backward_pass_does_not_hold_all_probabilities(rng) -> None:
 @recent
 @pytest.mark.parametrize("arguments", [(0,), (1,), (0, 1)])
 def test_appended_tokens(rng, arguments) -> None:
-    """Through the pool: tokens that were written get what reads them, those before do not."""
+    """Through the pool: tokens that were written get what reads them, those before do not.
+
+    What was copied passes it on to the page that it came from.
+    """
     before, count = np.array([60, 3, 0, 126], np.int32), np.array([10, 0, 5, 4], np.int32)
     problem = oracle.make_problem(
         rng, tuple(before + count), s_q=1, h_q=4, dtype=DTYPE, spare_entries=0
@@ -150,9 +153,11 @@ def test_appended_tokens(rng, arguments) -> None:
     k_cache = jnp.nan_to_num(jnp.asarray(problem.k_cache))
     new_kv = jnp.asarray(rng.standard_normal((4, 12, 1, 576), np.float32)).astype(DTYPE)
     cotangent = random_like(rng, k_cache)
+    shared = problem.block_table[1, 0]  # nothing is written there
+    copy_from = np.array([shared, shared, -1, shared], np.int32)
 
     def weighted(append: Any, k_cache: jax.Array, new_kv: jax.Array) -> jax.Array:
-        pool = append(k_cache, new_kv, problem.block_table, before, count)
+        pool = append(k_cache, new_kv, problem.block_table, before, count, copy_from)
         return (pool * cotangent).astype(jnp.float32).sum()
 
     actual, expected = (

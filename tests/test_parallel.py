@@ -270,16 +270,16 @@ def test_caches_of_the_devices(name: str) -> None:
             dtype=jnp.float32,
         )
         cache = jax.lax.pcast(cache, tuple(scheme), to="varying")
-        return dataclasses.replace(cache, num_free=cache.num_free[None])
+        return dataclasses.replace(cache, high_water=cache.high_water[None])
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
         in_specs=(devices, each, each, each, each),
-        out_specs=(devices, each, devices),
+        out_specs=(devices, each, each),
     )
     def step(cache, kv, q, before, count):
-        cache = dataclasses.replace(cache, num_free=cache.num_free[0])
+        cache = dataclasses.replace(cache, high_water=cache.high_water[0])
         if context is None:
             cache, ok = cache.allocate(count)
             pool = cache_append(cache.pages[0], kv, cache.block_table, before, count)
@@ -292,8 +292,8 @@ def test_caches_of_the_devices(name: str) -> None:
             out, _ = parallel.context_attention(
                 q, pool, cache.block_table, before + count, axis_name=context
             )
-        cache = dataclasses.replace(cache, pages=(pool,), num_free=cache.num_free[None])
-        return cache, out, ok[None]
+        cache = dataclasses.replace(cache, pages=(pool,), high_water=cache.high_water[None])
+        return cache, out, ok
 
     cache, before = jax.jit(create)(), np.zeros(8, np.int32)
     step = jax.jit(step, donate_argnums=0)

@@ -481,13 +481,24 @@ def test_a_cache_of_divided_sequences(kind: AxisType) -> None:
     q = rng.standard_normal((batch, 1, 16, 576), np.float32)
     count = rng.integers(0, 71, (steps, batch)).astype(np.int32)
     mask = rng.random((steps, batch)) < 0.3
+    sources = rng.integers(-1, batch, (steps, batch)).astype(np.int32)
+    seqlens = rng.integers(0, 256, (steps, batch)).astype(np.int32)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(cache: PagedKVCache, kv: Any, q: Any, count: Any, mask: Any) -> Any:
-        cache, ok = cache.free(mask).allocate(count)
+    def step(
+        cache: PagedKVCache, kv: Any, q: Any, count: Any, mask: Any, sources: Any, seqlens: Any
+    ) -> Any:
+        cache = cache.free(mask).fork(sources).truncate(seqlens)
+        cache = cache.retain(jnp.arange(2)).release(jnp.arange(2))
+        cache, _ = cache.adopt(mask, cache.block_table[:, :1], count % 64)
+        cache, _ = cache.reserve(count)
+        cache, ok = cache.allocate(count)
         cache = cache.append(0, kv)
         out, _ = flash_mla_with_kvcache(q, cache.pages[0], cache.block_table, cache.cache_seqlens)
         return cache, (out, ok)
+
+    def gather(cache: PagedKVCache) -> jax.Array:
+        return cache.gather(0, 100)
 
     mesh = make_mesh(kind, b=4, h=2)
     along, whole = P("b"), P()
@@ -495,23 +506,27 @@ def test_a_cache_of_divided_sequences(kind: AxisType) -> None:
         pages=(whole,),
         block_table=along,
         cache_seqlens=along,
-        free_pages=whole,
-        num_free=whole,
+        page_refs=whole,
+        retained=whole,
         num_new=along,
+        copy_from=along,
+        high_water=whole,
     )
     cache, one = create(), create()
     cache = jax.tree.map(lambda x, p: jax.device_put(x, NamedSharding(mesh, p)), cache, places)
     for i in range(steps):
-        operands = kv[i], q, count[i], mask[i]
-        specs = whole, P("b", None, "h"), along, along
+        operands = kv[i], q, count[i], mask[i], sources[i], seqlens[i]
+        specs = whole, P("b", None, "h"), along, along, along, along
         cache, (out, ok) = step(cache, *put(mesh, operands, specs))
         one, (wanted, wanted_ok) = step(one, *operands)
-        assert ok == wanted_ok
+        np.testing.assert_array_equal(ok, wanted_ok)
         np.testing.assert_allclose(out, wanted, rtol=1e-6, atol=1e-6)
         assert_sharded(out, mesh, P("b", None, "h"))
         assert_sharded(cache.block_table, mesh, along)
         for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(one), strict=True):
             np.testing.assert_array_equal(a, b)
+        cache.check()
+        np.testing.assert_array_equal(jax.jit(gather)(cache), gather(one))
 
 
 # --- What cannot be divided -----------------------------------------------------------------------

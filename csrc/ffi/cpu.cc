@@ -26,9 +26,10 @@ xffi::Error DenseDecode(xffi::ThreadPool pool, xffi::AnyBuffer q, xffi::AnyBuffe
 
 xffi::Error CacheAppend(xffi::ThreadPool pool, xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
                         xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> start,
-                        xffi::Buffer<xffi::S32> count, xffi::Result<xffi::AnyBuffer> result) {
+                        xffi::Buffer<xffi::S32> count, xffi::Buffer<xffi::S32> copy_from,
+                        xffi::Result<xffi::AnyBuffer> result) {
   CacheAppendParams params{};
-  auto error = Unpack(k_cache, new_kv, block_table, start, count, *result, &params);
+  auto error = Unpack(k_cache, new_kv, block_table, start, count, copy_from, *result, &params);
   if (error.failure()) return error;
   cpu::CacheAppend(params, Wrap(pool));
   return xffi::Error::Success();
@@ -53,6 +54,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCpu, CacheAppend,
                                   .Ctx<xffi::ThreadPool>()
                                   .Arg<xffi::AnyBuffer>()
                                   .Arg<xffi::AnyBuffer>()
+                                  .Arg<xffi::Buffer<xffi::S32>>()
                                   .Arg<xffi::Buffer<xffi::S32>>()
                                   .Arg<xffi::Buffer<xffi::S32>>()
                                   .Arg<xffi::Buffer<xffi::S32>>()

@@ -58,9 +58,10 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
 
 xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
                         xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> start,
-                        xffi::Buffer<xffi::S32> count, xffi::Result<xffi::AnyBuffer> result) {
+                        xffi::Buffer<xffi::S32> count, xffi::Buffer<xffi::S32> copy_from,
+                        xffi::Result<xffi::AnyBuffer> result) {
   CacheAppendParams params{};
-  auto error = Unpack(k_cache, new_kv, block_table, start, count, *result, &params);
+  auto error = Unpack(k_cache, new_kv, block_table, start, count, copy_from, *result, &params);
   if (error.failure()) return error;
   return ToError(kCacheAppendTarget, sm90::CacheAppend(params, stream));
 }
@@ -87,6 +88,7 @@ auto CacheAppendBinding() {
       .Ctx<xffi::PlatformStream<cudaStream_t>>()
       .Arg<xffi::AnyBuffer>()
       .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::S32>>()
       .Arg<xffi::Buffer<xffi::S32>>()
       .Arg<xffi::Buffer<xffi::S32>>()
       .Arg<xffi::Buffer<xffi::S32>>()

@@ -10,10 +10,10 @@ namespace flashmla::ffi {
 // before then finds no such target, and is never misread. The same names stand in
 // flashmla_jax/ops/_ffi.py; a test compares them.
 inline constexpr char kDenseDecodeTarget[] = "flashmla_dense_decode_v1";
-inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v1";
+inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v2";
 // The same on a GPU, but never recorded in CUDA graphs.
 inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
-inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v1";
+inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";
 
 extern "C" {
 XLA_FFI_Error* DenseDecodeCpu(XLA_FFI_CallFrame* call_frame);

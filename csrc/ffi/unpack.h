@@ -104,8 +104,8 @@ inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
 
 inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
                           xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> start,
-                          xffi::Buffer<xffi::S32> count, xffi::AnyBuffer result,
-                          CacheAppendParams* p) {
+                          xffi::Buffer<xffi::S32> count, xffi::Buffer<xffi::S32> copy_from,
+                          xffi::AnyBuffer result, CacheAppendParams* p) {
   const auto bad = [](const std::string& what) {
     return xffi::Error::InvalidArgument(std::string(kCacheAppendTarget) + ": " + what);
   };
@@ -133,14 +133,16 @@ inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
   p->token_bytes = h_kv * kHeadDim * Bytes(*dtype);
   if (block_table.dimensions().size() != 2 || block_table.dimensions()[0] != p->batch ||
       start.dimensions().size() != 1 || start.dimensions()[0] != p->batch ||
-      count.dimensions().size() != 1 || count.dimensions()[0] != p->batch) {
-    return bad("block_table, start and count must have new_kv's batch size");
+      count.dimensions().size() != 1 || count.dimensions()[0] != p->batch ||
+      copy_from.dimensions().size() != 1 || copy_from.dimensions()[0] != p->batch) {
+    return bad("block_table, start, count and copy_from must have new_kv's batch size");
   }
   p->max_pages_per_seq = block_table.dimensions()[1];
   p->new_kv = new_kv.untyped_data();
   p->block_table = block_table.typed_data();
   p->start = start.typed_data();
   p->count = count.typed_data();
+  p->copy_from = copy_from.typed_data();
   p->k_cache = result.untyped_data();
   // The result is the operand's own buffer: XLA makes the copy, where one is needed, before us.
   if (result.untyped_data() != k_cache.untyped_data()) {

@@ -2,7 +2,7 @@
 //
 // The kernel is one chain of loads, (start, count) -> block table -> store. A token is 1152 bytes
 // in bf16 with one KV head: all of it is loaded beside that chain, not after it. In a call of many
-// tokens a team is a warp, and the 64 warps of an SM have 72 KB on the way, which hides the chain.
+// tokens a team is a warp, and the 48 warps of an SM have 54 KB on the way, which hides the chain.
 // In a call of few, a decoding step, a team is a block of 3 warps that load one vector per thread:
 // the least to do before and after the chain.
 #include <cstdint>
@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int64_t kFewTokens = 1024;
+constexpr int kCopyVectors = 3;
 
 // 16-byte vectors of a token that one thread of a team has in registers.
 template <int kTeam, int kVectors>
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(kTeams* kTeam) CacheAppendKernel(const CacheAp
   Vectors<kTeam, kVectors> vectors;
   vectors.Load(source, rank, size);
 
+  const int64_t from = j == 0 ? p.copy_from[i] : -1;
   const int64_t position = int64_t{p.start[i]} + j;
   if (j >= p.count[i] || position < 0) return;
   const int64_t slot = position / kPageSize;  // in the table
@@ -66,6 +68,17 @@ __global__ void __launch_bounds__(kTeams* kTeam) CacheAppendKernel(const CacheAp
   for (int v = rank + kTeam * kVectors; v < size; v += kTeam * kVectors) {
     vectors.Load(source, v, size);
     vectors.Store(target, v, size);
+  }
+  if (from < 0 || from >= p.num_pages || from == page) return;
+
+  // Copy on write: what precedes the first token in its page. Rare, so by one team alone.
+  const auto* shared = static_cast<const uint4*>(p.k_cache) + from * kPageSize * size;
+  const int end = static_cast<int>(row) * size;
+  target -= end;
+  for (int v = rank; v < end; v += kTeam * kCopyVectors) {
+    Vectors<kTeam, kCopyVectors> copied;
+    copied.Load(shared, v, end);
+    copied.Store(target, v, end);
   }
 }
 

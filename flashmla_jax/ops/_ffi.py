@@ -39,10 +39,10 @@ HOPPER: Final = "9.0"
 # what they mean change: a program of before then finds no such target, and is never misread. The
 # same names stand in csrc/ffi/handlers.h; a test compares them.
 DENSE_DECODE: Final = "flashmla_dense_decode_v1"
-CACHE_APPEND: Final = "flashmla_cache_append_v1"
+CACHE_APPEND: Final = "flashmla_cache_append_v2"
 # The same on a GPU, but never recorded in CUDA graphs.
 DENSE_DECODE_NO_GRAPH: Final = "flashmla_dense_decode_no_graph_v1"
-CACHE_APPEND_NO_GRAPH: Final = "flashmla_cache_append_no_graph_v1"
+CACHE_APPEND_NO_GRAPH: Final = "flashmla_cache_append_no_graph_v2"
 TARGETS: Final = (DENSE_DECODE, CACHE_APPEND, DENSE_DECODE_NO_GRAPH, CACHE_APPEND_NO_GRAPH)
 
 

@@ -69,34 +69,38 @@ def fold_operands(
     operands: Sequence[jax.Array],
     *,
     pool: int,
-    table: int,
+    tables: Sequence[int],
     mapped: Mapped,
     fold_pool: bool = True,
 ) -> list[jax.Array]:
-    """All operands without mapped axes: one pool, and a table that points into it.
+    """All operands without mapped axes: one pool, and tables that point into it.
 
     An entry outside its own pool must not reach a neighbour's: it becomes -1.
     """
     pages = operands[pool]
-    tables = operands[table]
-    num_pages = pages.shape[sum(mapped)]
-    if any(mapped):
-        number: Any = jnp.int32(0)  # of the pool that a sequence has
-        for i, own in enumerate(mapped):
-            if own:
-                size = tables.shape[i]
-                places = jnp.arange(size, dtype=jnp.int32)
-                number = number * size + jnp.expand_dims(places, range(1, tables.ndim - i))
-        valid = (tables >= 0) & (tables < num_pages)
-        tables = jnp.where(valid, tables + number * num_pages, -1)
     folded = [fold(x, len(mapped)) for x in operands]
     folded[pool] = fold(pages, sum(mapped)) if fold_pool else pages
-    folded[table] = fold(tables, len(mapped))
+    if any(mapped):
+        for i in tables:
+            table = _in_one_pool(operands[i], pages.shape[sum(mapped)], mapped)
+            folded[i] = fold(table, len(mapped))
     return folded
 
 
+def _in_one_pool(table: jax.Array, num_pages: int, mapped: Mapped) -> jax.Array:
+    """Page numbers of pools of `num_pages`, as those of all pools after one another."""
+    number: Any = jnp.int32(0)  # of the pool that a sequence has
+    for i, own in enumerate(mapped):
+        if own:
+            size = table.shape[i]
+            places = jnp.arange(size, dtype=jnp.int32)
+            number = number * size + jnp.expand_dims(places, range(1, table.ndim - i))
+    valid = (table >= 0) & (table < num_pages)
+    return jnp.where(valid, table + number * num_pages, -1)
+
+
 def folded(
-    function: Callable[..., Any], *, pool: int, table: int, fold_pool: bool = True
+    function: Callable[..., Any], *, pool: int, tables: Sequence[int], fold_pool: bool = True
 ) -> Callable[..., Any]:
     """`function`, which knows no mapped axes, as one that does.
 
@@ -107,8 +111,8 @@ def folded(
     def of_mapped(*operands: jax.Array, mapped: Mapped, **params: Any) -> list[jax.Array]:
         if not mapped:
             return list(function(*operands, **params))
-        sizes = operands[table].shape[: len(mapped)]
-        flat = fold_operands(operands, pool=pool, table=table, mapped=mapped, fold_pool=fold_pool)
+        sizes = operands[tables[0]].shape[: len(mapped)]
+        flat = fold_operands(operands, pool=pool, tables=tables, mapped=mapped, fold_pool=fold_pool)
         results = function(*flat, **params)
         return [unfold(x, sizes) for x in results] if fold_pool else list(results)
 

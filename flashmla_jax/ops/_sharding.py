@@ -242,19 +242,30 @@ def _explicit_axes(rule: Rule, operands: Sequence[Any]) -> dict[str, tuple[str, 
     return over
 
 
-def auto(
-    function: Callable[..., list[jax.Array]], results: Sequence[jax.Array], **params: Any
-) -> Callable[..., list[jax.Array]]:
+def auto(function: Callable[..., Any], results: Any, **params: Any) -> Callable[..., Any]:
     """`function` with XLA's choice of shardings inside, where a mesh is explicit.
 
-    It gives arrays that are divided as `results` are.
+    It gives arrays, in a tree like that of `results`, that are divided as those are.
     """
     function = functools.partial(function, **params)
-    shardings = [jax.typeof(x).sharding for x in results]
-    mesh = shardings[0].mesh
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, results)
+    mesh = jax.tree.leaves(shardings)[0].mesh
     if not mesh.explicit_axes:
         return function
     return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+
+
+def of_axes(*axes: tuple[jax.Array, int] | None) -> jax.sharding.NamedSharding | None:
+    """The sharding of an array with such axes of others, on an explicit mesh; else None.
+
+    None stands for an axis that is whole.
+    """
+    types = {i: jax.typeof(axis[0]).sharding for i, axis in enumerate(axes) if axis}
+    mesh = next(iter(types.values())).mesh
+    if not mesh.explicit_axes:
+        return None
+    spec = [axis and types[i].spec[axis[1]] for i, axis in enumerate(axes)]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 
 # --- Shardy -----------------------------------------------------------------------------------

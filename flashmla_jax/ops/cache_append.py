@@ -20,6 +20,7 @@ def cache_append(
     block_table: jax.Array,
     start: jax.Array,
     count: jax.Array,
+    copy_from: jax.Array | None = None,
     *,
     cuda_graph: bool = True,
 ) -> jax.Array:
@@ -42,6 +43,10 @@ def cache_append(
       block_table: int32[batch, max_pages_per_seq], the pages of each sequence.
       start: int32[batch], the position of each sequence's first new token.
       count: int32[batch], how many of its rows are written; 0 or less writes none.
+      copy_from: int32[batch], for copy on write: a page of which all rows before `start[i] % 64`
+        are copied into the page of sequence i's first new token, provided that this has a place.
+        The call must not write these rows of that page. None, or a page outside the pool (-1),
+        copies none.
       cuda_graph: see `flash_mla_with_kvcache`.
 
     Returns:
@@ -55,6 +60,9 @@ def cache_append(
     block_table = array("block_table", block_table, "[batch, max_pages_per_seq]", jnp.int32)
     start = array("start", start, "[batch]", jnp.int32)
     count = array("count", count, "[batch]", jnp.int32)
+    if copy_from is None:
+        copy_from = jnp.full_like(count, -1)
+    copy_from = array("copy_from", copy_from, "[batch]", jnp.int32)
     num_pages, page_size, h_kv, head_dim = k_cache.shape
     batch, num_tokens = new_kv.shape[:2]
 
@@ -78,13 +86,13 @@ def cache_append(
             f"block_table must be [batch, max_pages_per_seq] with {batch=} and at least one page, "
             f"got shape {block_table.shape}"
         )
-    for name, value in {"start": start, "count": count}.items():
+    for name, value in {"start": start, "count": count, "copy_from": copy_from}.items():
         if value.shape != (batch,):
             raise ValueError(f"{name} must be [batch] with {batch=}, got shape {value.shape}")
 
     if batch == 0 or num_tokens == 0:
         return k_cache
-    operands = k_cache, new_kv, block_table, start, count
+    operands = k_cache, new_kv, block_table, start, count, copy_from
     (pool,) = cache_append_p.bind(*operands, cuda_graph=bool(cuda_graph), mapped=())
     return pool
 
@@ -99,11 +107,12 @@ SHARDING = _sharding.Rule(
         "block_table": ("batch", "max_pages_per_seq"),
         "start": ("batch",),
         "count": ("batch",),
+        "copy_from": ("batch",),
     },
     results=(("num_pages", "64", "h_kv", "576"),),
     divided=("h_kv",),
     pool="k_cache",
-    small=("block_table", "start", "count"),
+    small=("block_table", "start", "count", "copy_from"),
     advice=(
         "Divide nothing but h_kv; or divide pages with flashmla_jax.parallel, where each device "
         "has its own."
@@ -143,8 +152,8 @@ def _reference(*operands: jax.Array, **_: Any) -> list[jax.Array]:
     return [reference.cache_append(*operands)]
 
 
-_POOL, _TABLE = 0, 2  # which operands are the page pool and the block table
-_folded = functools.partial(_mapped.folded, pool=_POOL, table=_TABLE)
+_POOL, _TABLES = 0, (2, 5)  # which operands are the page pool, and pages of it
+_folded = functools.partial(_mapped.folded, pool=_POOL, tables=_TABLES)
 # The kernels take pools with mapped axes in front: a reshape would stand between the argument and
 # its update in place.
 _in_place = functools.partial(_folded, fold_pool=False)
@@ -183,19 +192,17 @@ def _tangents(
 
 
 def _transpose(
-    cotangent: jax.Array, k_cache: Any, new_kv: Any, *integers: jax.Array, **params: Any
+    cotangent: jax.Array, k_cache: Any, new_kv: Any, *integers: jax.Array, mapped: Any, **_: Any
 ) -> list[jax.Array | None]:
     """What was written came from the tokens, the rest from the pool."""
-    pool = tokens = None
-    if isinstance(k_cache, jax.ShapeDtypeStruct):
-        nothing = jnp.zeros(new_kv.shape, new_kv.dtype)
-        (pool,) = cache_append_p.bind(cotangent, nothing, *integers, **params)
-    if isinstance(new_kv, jax.ShapeDtypeStruct):
-        take = functools.partial(reference.cache_take, num_tokens=new_kv.shape[-3])
-        for _ in params["mapped"]:
-            take = jax.vmap(take)
-        tokens = take(cotangent, *integers)
-    return [pool, tokens, None, None, None]
+    transpose = functools.partial(reference.cache_append_transpose, num_tokens=new_kv.shape[-3])
+    for _axis in mapped:
+        transpose = jax.vmap(transpose)
+    cotangents = transpose(cotangent, *integers)
+    return [
+        x if isinstance(operand, jax.ShapeDtypeStruct) else None
+        for x, operand in zip(cotangents, (k_cache, new_kv), strict=True)
+    ] + [None] * len(integers)
 
 
 _ffi.register_tangents(cache_append_p, _tangents)

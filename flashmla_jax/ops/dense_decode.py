@@ -170,8 +170,8 @@ def _reference(
     )
 
 
-_POOL, _TABLE = 1, 2  # which operands are the page pool and the block table
-_folded = functools.partial(_mapped.folded, pool=_POOL, table=_TABLE)
+_POOL, _TABLES = 1, (2,)  # which operands are the page pool, and pages of it
+_folded = functools.partial(_mapped.folded, pool=_POOL, tables=_TABLES)
 
 _ffi.register_lowerings(
     dense_decode_p,

@@ -12,28 +12,40 @@ from flashmla_jax.ops.cache_append import DTYPES, cache_append
 INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
-def expected(k_cache, new_kv, block_table, start, count):
+def expected(k_cache, new_kv, block_table, start, count, copy_from=None):
     """What the docstring says, one row at a time."""
-    k_cache = np.array(k_cache)
+    before, k_cache = k_cache, np.array(k_cache)
     for i, (first, rows) in enumerate(zip(start, count, strict=True)):
         for j in range(min(int(rows), new_kv.shape[1])):
             slot, row = divmod(int(first) + j, PAGE_SIZE)
             if int(first) + j < 0 or slot >= block_table.shape[1]:
                 continue
-            if 0 <= block_table[i, slot] < k_cache.shape[0]:
-                k_cache[block_table[i, slot], row] = new_kv[i, j]
+            page = block_table[i, slot]
+            if not 0 <= page < k_cache.shape[0]:
+                continue
+            k_cache[page, row] = new_kv[i, j]
+            if j == 0 and copy_from is not None and 0 <= copy_from[i] < k_cache.shape[0]:
+                k_cache[page, :row] = before[copy_from[i], :row]
     return k_cache
 
 
-def problem(seed, *, dtype=jnp.float32, num_pages=9, batch=3, num_tokens=70, pages=3, h_kv=1):
-    """Distinct random pages, a pool of NaN, and positions that stay inside the table."""
+def problem(seed, *, dtype=jnp.float32, num_pages=12, batch=3, num_tokens=70, pages=3, h_kv=1):
+    """Distinct random pages, a pool of NaN, and positions that stay inside the table.
+
+    Sequences copy from pages that none of them has, one from no page.
+    """
     rng = np.random.default_rng(seed)
     k_cache = np.full((num_pages, PAGE_SIZE, h_kv, HEAD_DIM), np.nan, dtype)
     new_kv = rng.standard_normal((batch, num_tokens, h_kv, HEAD_DIM)).astype(dtype)
     block_table = rng.permutation(num_pages)[: batch * pages].reshape(batch, pages)
     start = rng.integers(0, pages * PAGE_SIZE - num_tokens + 1, batch)
     count = rng.integers(0, num_tokens + 1, batch)
-    return k_cache, new_kv, *(x.astype(np.int32) for x in (block_table, start, count))
+    spare = np.setdiff1d(np.arange(num_pages), block_table)
+    k_cache[spare] = rng.standard_normal((len(spare), PAGE_SIZE, h_kv, HEAD_DIM)).astype(dtype)
+    copy_from = rng.choice(spare, batch)
+    copy_from[: batch // 3] = -1
+    integers = block_table, start, count, copy_from
+    return k_cache, new_kv, *(x.astype(np.int32) for x in integers)
 
 
 def assert_same_bits(actual, wanted):
@@ -47,7 +59,7 @@ def assert_same_bits(actual, wanted):
 @pytest.mark.parametrize("h_kv", [1, 2, 3])
 @pytest.mark.parametrize("num_tokens", [1, 3, 70, 150, 391])  # 391: many in all, for the kernel
 def test_matches_numpy(dtype, h_kv, num_tokens):
-    sizes = {"num_pages": 25, "pages": 8} if num_tokens > 150 else {}
+    sizes = {"num_pages": 27, "pages": 8} if num_tokens > 150 else {}
     args = problem(num_tokens, dtype=dtype, h_kv=h_kv, num_tokens=num_tokens, **sizes)
     assert_same_bits(jax.jit(cache_append)(*args), expected(*args))
     assert_same_bits(jax.jit(reference.cache_append)(*args), expected(*args))
@@ -66,22 +78,43 @@ def test_matches_numpy(dtype, h_kv, num_tokens):
     ],
 )
 def test_drops_rows_without_a_place(append, start, count):
-    k_cache, new_kv, block_table, _, _ = problem(0)
-    args = (k_cache, new_kv, block_table, np.int32(start), np.int32(count))
+    k_cache, new_kv, block_table, _, _, copy_from = problem(0)
+    args = (k_cache, new_kv, block_table, np.int32(start), np.int32(count), copy_from[::-1])
     assert_same_bits(jax.jit(append)(*args), expected(*args))
 
 
 @pytest.mark.parametrize("append", [cache_append, reference.cache_append])
 def test_drops_rows_of_pages_outside_the_pool(append):
-    k_cache, new_kv, block_table, _, _ = problem(1)
-    block_table[:, 1] = (-1, 9, INT32_MAX)
+    k_cache, new_kv, block_table, _, _, copy_from = problem(1)
+    block_table[:, 1] = (-1, 12, INT32_MAX)
     block_table[0, 0] = INT32_MIN
-    args = (k_cache, new_kv, block_table, np.int32((30, 60, 64)), np.int32((70, 70, 70)))
+    start, count = np.int32((30, 60, 64)), np.int32((70, 70, 70))
+    args = (k_cache, new_kv, block_table, start, count, copy_from)
     assert_same_bits(jax.jit(append)(*args), expected(*args))
 
 
+@pytest.mark.parametrize("append", [cache_append, reference.cache_append])
+@pytest.mark.parametrize(
+    ("start", "count"), [((63, 64, 100), (1, 1, 5)), ((10, 1, 190), (0, -1, 1))]
+)
+@pytest.mark.parametrize("copy_from", [(9, 9, 9), (-1, 12, 11), (INT32_MIN, INT32_MAX, 9)])
+def test_copies_what_precedes_the_first_token(append, start, count, copy_from):
+    k_cache, new_kv, _, *_ = problem(11)
+    k_cache[9:] = np.random.default_rng(0).standard_normal(k_cache[9:].shape)
+    block_table = np.arange(9, dtype=np.int32).reshape(3, 3)
+    args = (k_cache, new_kv, block_table, *map(np.int32, (start, count, copy_from)))
+    assert_same_bits(jax.jit(append)(*args), expected(*args))
+
+
+def test_copies_a_page_onto_itself():
+    k_cache, new_kv, block_table, _, count, _ = problem(12)
+    start, count = np.int32((5, 5, 5)), np.maximum(count, 1)
+    args = (k_cache, new_kv, block_table, start, count, block_table[:, 0].copy())
+    assert_same_bits(jax.jit(cache_append)(*args), expected(*args))
+
+
 def test_keeps_nan_and_the_rest_of_the_pool():
-    k_cache, new_kv, block_table, start, count = problem(2, dtype=jnp.bfloat16)
+    k_cache, new_kv, block_table, start, count, _ = problem(2, dtype=jnp.bfloat16)
     new_kv[1, :, :, ::7] = np.nan
     k_cache[::2] = 3
     args = (k_cache, new_kv, block_table, start, np.full_like(count, 5))
@@ -96,25 +129,26 @@ def test_empty(batch, num_tokens):
 
 def test_is_our_custom_call():
     hlo = jax.jit(cache_append).lower(*problem(4)).compile().as_text()
-    assert 'custom_call_target="flashmla_cache_append_v1"' in hlo
+    assert 'custom_call_target="flashmla_cache_append_v2"' in hlo
 
 
 @pytest.mark.parametrize(
     "in_axes",
     [
-        (0, 0, 0, 0, 0),
-        (1, 2, 1, 1, 1),
-        (None, 0, 0, 0, 0),
-        (None, None, None, 0, None),
-        (0, None, None, None, None),
-        (3, 0, None, None, 1),
+        (0, 0, 0, 0, 0, 0),
+        (1, 2, 1, 1, 1, 1),
+        (None, 0, 0, 0, 0, 0),
+        (None, None, None, 0, None, None),
+        (0, None, None, None, None, 0),
+        (3, 0, None, None, 1, None),
     ],
 )
 def test_vmap(in_axes):
     """Each element of a mapped axis has a pool of its own, also with entries outside of it."""
     problems = [problem(seed) for seed in (5, 6)]
-    for _, _, block_table, _, _ in problems:
-        block_table[0] = (9, -1, 17)
+    for _, _, block_table, _, _, copy_from in problems:
+        block_table[0] = (12, -1, 17)
+        copy_from[1] = 12
     args = [
         first if axis is None else np.stack([first, second], axis)
         for first, second, axis in zip(*problems, in_axes, strict=True)
@@ -140,7 +174,7 @@ def test_vmap_over_nothing():
     k_cache, *rest = (np.stack([x] * 2)[:0] for x in problem(10))
     assert jax.vmap(cache_append)(k_cache, *rest).shape == k_cache.shape
     shared = problem(10)[0]
-    pools = jax.vmap(cache_append, (None, 0, 0, 0, 0))(shared, *rest)
+    pools = jax.vmap(cache_append, (None, 0, 0, 0, 0, 0))(shared, *rest)
     assert pools.shape == (0, *shared.shape)
 
 
@@ -162,10 +196,12 @@ def test_vmap_over_nothing():
         ("start", np.zeros((4,), np.int32), r"start must be \[batch\] with batch=3"),
         ("count", np.zeros((3,), np.float32), "count must be int32, got float32"),
         ("count", np.zeros((3, 1), np.int32), r"count must be \[batch\]"),
+        ("copy_from", np.zeros((2,), np.int32), r"copy_from must be \[batch\] with batch=3"),
+        ("copy_from", np.zeros((3,), np.int64), "copy_from must be int32, got int64"),
     ],
 )
 def test_bad_input(name, value, message):
-    names = ("k_cache", "new_kv", "block_table", "start", "count")
+    names = ("k_cache", "new_kv", "block_table", "start", "count", "copy_from")
     args = dict(zip(names, problem(10), strict=True)) | {name: value}
     with pytest.raises(ValueError, match=message):
         cache_append(**args)
