@@ -404,8 +404,8 @@ def prefill(
       logits: float32[batch, vocab], after each prompt's last token (meaningless for length 0); with
         `all_positions`, float32[batch, s, vocab], meaningless in the padding.
       cache: with the prompts in it.
-      ok: bool[]. False if the cache had too few free pages, a prompt went to a sequence that is not
-        empty, or a length is out of range: then the cache holds what it held before, and the logits
+      ok: bool[batch]. False if the cache had too few free pages, a prompt went to a sequence that
+        is not empty, or a length is out of range: then the sequence is as before, and its logits
         are NaN.
     """
     _check_ids(ids, lengths)
@@ -417,7 +417,8 @@ def prefill(
     if not all_positions:
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return jnp.where(ok, _logits(params, config, hidden), jnp.nan), cache, ok
+    logits = _logits(params, config, hidden)
+    return jnp.where(jnp.expand_dims(ok, range(1, logits.ndim)), logits, jnp.nan), cache, ok
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -441,8 +442,8 @@ def decode_step(
     Returns:
       logits: float32[batch, s_q, vocab].
       cache: with the tokens in it.
-      ok: bool[]. False if the cache had too few free pages: then it holds what it held before, and
-        the logits are NaN.
+      ok: bool[batch]. False if the cache had too few free pages: then the sequence is as before,
+        and its logits are NaN.
     """
     _check_ids(ids, active)
     batch, s_q = ids.shape
@@ -457,7 +458,7 @@ def decode_step(
     for layer, layer_params in enumerate(params["layers"]):
         attend = functools.partial(mla.decode, cache=cache, layer=layer, precision=precision)
         hidden, shortcut, cache = _layer(layer_params, config, hidden, shortcut, attend)
-    return jnp.where(ok, _logits(params, config, hidden), jnp.nan), cache, ok
+    return jnp.where(ok[:, None, None], _logits(params, config, hidden), jnp.nan), cache, ok
 
 
 def _check_ids(ids: jax.Array, per_sequence: jax.Array | None = None) -> None:
