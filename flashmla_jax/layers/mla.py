@@ -52,6 +52,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from flashmla_jax.attention import flash_mla_with_kvcache, merge_attention_states
 from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
@@ -443,6 +444,8 @@ def prefill_into_cache(
     """
     if prefix_chunk < 1 or prefix_chunk % PAGE_SIZE:
         raise ValueError(f"prefix_chunk must be a multiple of {PAGE_SIZE}, got {prefix_chunk}")
+    if not is_symbolic_dim(cache.max_pages_per_seq):
+        prefix_chunk = min(prefix_chunk, cache.max_seqlen)
     one_layer, index = _one_layer(cache, layer, x)
     token = jnp.arange(x.shape[1], dtype=jnp.int32)
     # What padding holds, NaN say, would pass the mask as 0 * NaN.
@@ -544,7 +547,7 @@ def _one_layer(
 ) -> tuple[PagedKVCache, int]:
     """The cache as a layer sees it, and its pool's place there.
 
-    Where all layers share a pool, the block table points to this layer's share of it.
+    Where all layers share a pool, page numbers become those of this layer's share of it.
     """
     if x.ndim != 3 or x.shape[0] != cache.batch:
         raise ValueError(
@@ -564,9 +567,12 @@ def _one_layer(
         raise ValueError(f"layer must be in [0, {num_layers}), got {layer}")
     if num_layers == 1:
         return cache, 0
-    table = cache.block_table
-    table = jnp.where(table < 0, table, table + layer * cache.num_pages)
-    return dataclasses.replace(cache, block_table=table), 0
+
+    def shift(page: jax.Array) -> jax.Array:
+        return jnp.where(page < 0, page, page + layer * cache.num_pages)
+
+    table, copy_from = shift(cache.block_table), shift(cache.copy_from)
+    return dataclasses.replace(cache, block_table=table, copy_from=copy_from), 0
 
 
 def _gather(cache: PagedKVCache, layer: int, first: jax.Array, num_pages: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("flax")
 from flax import linen as nn
 from flax import nnx as flax_nnx
+from jax.sharding import PartitionSpec as P
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import MLAConfig, YarnScaling, mla, nnx
@@ -36,22 +38,29 @@ X = jax.random.normal(jax.random.key(1), (2, 70, 20))
 def test_parameters_are_those_of_the_nnx_module(use_bias, q_lora_rank):
     config = MLAConfig(hidden_size=20, num_heads=2, q_lora_rank=q_lora_rank)
     layer = MultiHeadLatentAttention(config, use_bias=use_bias)
-    shapes = jax.tree.map(jnp.shape, layer.init(jax.random.key(0), X)["params"])
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), X)["params"]
+    shapes = jax.tree.map(jnp.shape, shapes)
     other = nnx.MultiHeadLatentAttention(config, use_bias=use_bias, rngs=flax_nnx.Rngs(0))
     assert shapes == jax.tree.map(
         jnp.shape, flax_nnx.to_pure_dict(flax_nnx.state(other, flax_nnx.Param))
     )
 
 
-def test_computes_what_mla_defines():
+@pytest.fixture(scope="module")
+def trained():
+    """A layer, its variables, and what it makes of X without a cache."""
     layer = MultiHeadLatentAttention(CONFIG, use_bias=True)
-    variables = layer.init(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     variables["params"]["q_a_layernorm"]["scale"] = jnp.linspace(0.5, 1.5, 12)
-    want = mla.prefill(variables["params"], CONFIG, X)
-    out, kv = layer.apply(variables, X, method=layer.prefill)
+    return layer, variables, jax.jit(layer.apply)(variables, X)
+
+
+def test_computes_what_mla_defines(trained):
+    layer, variables, out = trained
+    want = jax.jit(mla.prefill, static_argnums=1)(variables["params"], CONFIG, X)
     np.testing.assert_array_equal(out, want[0])
-    np.testing.assert_array_equal(kv, want[1])
-    np.testing.assert_array_equal(layer.apply(variables, X), out)
+    both = jax.jit(functools.partial(layer.apply, method="prefill"))(variables, X)
+    jax.tree.map(np.testing.assert_array_equal, both, want)
 
 
 def test_attributes():
@@ -62,49 +71,76 @@ def test_attributes():
         precision=jax.lax.Precision.HIGHEST,
         kernel_init=nn.with_partitioning(nn.initializers.zeros_init(), (None, "heads")),
     )
-    variables = layer.init(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     kernel = variables["params"]["kv_b_proj"]["kernel"]
     assert kernel.names == (None, "heads")
     assert not kernel.value.any()
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float16)}
-    assert layer.apply(variables, X).dtype == jnp.bfloat16
+    assert jax.eval_shape(layer.apply, variables, X).dtype == jnp.bfloat16
+
+
+def is_boxed(x):
+    return isinstance(x, nn.Partitioned)
+
+
+def test_partitioning_is_metadata_on_request():
+    partitioning = mla.head_partitioning(CONFIG, "heads")
+    layer = MultiHeadLatentAttention(CONFIG, kernel_partitioning=partitioning)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), X)
+    for name, leaves in variables["params"].items():
+        axes = partitioning.get(name)
+        assert (getattr(leaves.get("kernel"), "names", None)) == axes
+    specs = nn.get_partition_spec(variables)["params"]
+    assert specs["o_proj"]["kernel"] == P("heads", None)
+
+    plain = jax.eval_shape(MultiHeadLatentAttention(CONFIG).init, jax.random.key(0), X)
+    assert {type(leaf) for leaf in jax.tree.leaves(plain, is_leaf=is_boxed)} == {
+        jax.ShapeDtypeStruct
+    }
+    wrong = MultiHeadLatentAttention(CONFIG, kernel_partitioning={"q_proj": (None, "heads")})
+    with pytest.raises(ValueError, match=r"kernel_partitioning must .* got 'q_proj'"):
+        jax.eval_shape(wrong.init, jax.random.key(0), X)
 
 
 def test_kernels_differ():
-    params = MultiHeadLatentAttention(CONFIG).init(jax.random.key(0), X)["params"]
+    params = jax.jit(MultiHeadLatentAttention(CONFIG).init)(jax.random.key(0), X)["params"]
     kernels = [leaves["kernel"] for leaves in params.values() if "kernel" in leaves]
     firsts = {float(kernel[0, 0]) for kernel in kernels}
     assert len(firsts) == len(kernels)
     assert float(params["kv_b_proj"]["kernel"].std()) == pytest.approx(512**-0.5, rel=0.1)
 
 
-def test_decode_continues_prefill_inside_jit():
-    layer = MultiHeadLatentAttention(CONFIG)
-    variables = layer.init(jax.random.key(0), X)
-    want = layer.apply(variables, X)
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_prefill_in_chunks_and_decode_inside_jit(trained, absorbed):
+    layer, variables, want = trained
+    if absorbed:
+        layer = layer.clone(absorbed=True)
+        variables = {"params": mla.absorb(variables["params"], CONFIG)}
+        shapes = jax.tree.map(jnp.shape, variables)
+        assert jax.tree.map(jnp.shape, jax.eval_shape(layer.init, jax.random.key(0), X)) == shapes
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+    def step(method, variables, x, cache):
+        cache, ok = cache.allocate(jnp.full(2, x.shape[1]))
+        out, cache = layer.apply(variables, x, cache, method=method)
+        return out, cache, ok
+
+    begin = 0
     cache = PagedKVCache.create(
         num_layers=1, num_pages=4, batch=2, max_pages_per_seq=2, dtype=jnp.float32
     )
-    cache, ok = cache.allocate(jnp.full(2, 62))
-    assert ok.all()
-    cache = cache.append(0, layer.apply(variables, X[:, :62], method=layer.prefill)[1][:, :, None])
-
-    @jax.jit
-    def step(variables, x, cache):
-        cache, ok = cache.allocate(jnp.full(2, x.shape[1]))
-        out, cache = layer.apply(variables, x, cache, method=layer.decode)
-        return out, cache, ok
-
-    for t in range(62, 70):
-        out, cache, ok = step(variables, X[:, t : t + 1], cache)
+    for method, count in [("prefill_into_cache", 31)] * 2 + [("decode", 1)] * 8:
+        end, before = begin + count, cache
+        out, cache, ok = step(method, variables, X[:, begin:end], cache)
         assert ok.all()
-        np.testing.assert_allclose(out[:, 0], want[:, t], atol=2e-6)
+        assert before.pages[0].is_deleted()  # being donated
+        np.testing.assert_allclose(out, want[:, begin:end], atol=3e-6)
+        begin = end
 
 
-def test_whole_sequences_are_differentiable():
-    layer = MultiHeadLatentAttention(CONFIG)
-    variables = layer.init(jax.random.key(0), X)
-    grads = jax.grad(lambda v: jnp.sum(layer.apply(v, X[:1, :5]) ** 2))(variables)
+def test_whole_sequences_are_differentiable(trained):
+    layer, variables, _ = trained
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(layer.apply(v, X[:1, :5]) ** 2)))(variables)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
