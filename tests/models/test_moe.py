@@ -1,0 +1,320 @@
+"""The mixture of experts against NumPy in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.models import deepseek, init_params
+from flashmla_jax.models.deepseek import DeepSeekConfig
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+GOLDENS = Path(__file__).parent / "goldens"
+V3_JSON = json.loads((GOLDENS / "deepseek_v3" / "config.json").read_text())
+V2_JSON = json.loads((GOLDENS / "deepseek_v2_lite" / "config.json").read_text())
+LONGCAT_JSON = json.loads((GOLDENS / "longcat_flash" / "config.json").read_text())
+
+
+# --- The routers ---------------------------------------------------------------------------------
+
+
+def oracle_route(config: DeepSeekConfig, logits: np.ndarray, bias: np.ndarray) -> dict[int, float]:
+    """The weights of the chosen experts of one token, in float64."""
+    is_v3 = config.topk_method == "noaux_tc"
+    if config.scoring_func == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+    else:
+        scores = np.exp(logits - logits.max())
+        scores /= scores.sum()
+    choice = scores + bias if is_v3 else scores
+    candidates = range(len(logits))
+    if config.topk_method != "greedy":
+        size = len(logits) // config.n_group
+        groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
+        best = 2 if is_v3 else 1
+        groups.sort(key=lambda g: -sum(sorted(choice[e] for e in g)[-best:]))
+        candidates = [e for g in groups[: config.topk_group] for e in g]
+    chosen = sorted(candidates, key=lambda e: -choice[e])[: config.num_experts_per_tok]
+    weights = {e: scores[e] for e in chosen}
+    total = sum(weights.values())
+    if config.norm_topk_prob:
+        weights = {e: w / total for e, w in weights.items()}
+    if is_v3 or not config.norm_topk_prob:
+        weights = {e: w * config.routed_scaling_factor for e, w in weights.items()}
+    return weights
+
+
+def routed(config: DeepSeekConfig, num_experts: int, bias: np.ndarray, num_tokens: int = 50):
+    """What the router chose for random tokens, beside the oracle's choice."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((num_tokens, 60)).astype(np.float32)
+    kernel = rng.standard_normal((60, num_experts)).astype(np.float32) * 60**-0.5
+    params = {"kernel": kernel, "e_score_correction_bias": bias}
+    experts, weights = deepseek._route(params, config, tokens)
+    assert weights.dtype == jnp.float32
+    logits = tokens.astype(np.float64) @ kernel
+    for t in range(num_tokens):
+        got = dict(zip(experts[t].tolist(), weights[t].tolist(), strict=True))
+        yield got, oracle_route(config, logits[t], bias)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("lift", [0.0, -3.0], ids=["", "negative"])
+@pytest.mark.parametrize(
+    ("json_config", "topk_method", "n_group"),
+    [
+        (V3_JSON, "noaux_tc", 4),
+        (V3_JSON, "noaux_tc", 1),
+        (V2_JSON, "greedy", 4),
+        (V2_JSON, "group_limited_greedy", 4),
+    ],
+)
+def test_routers_match_float64(json_config, topk_method, n_group, norm, lift):
+    """Where all biased scores are negative, 0 for experts of other groups would win."""
+    changes = {
+        "topk_method": topk_method,
+        "n_group": n_group,
+        "topk_group": min(n_group, 2),
+        "n_routed_experts": 16,
+        "norm_topk_prob": norm,
+    }
+    config = DeepSeekConfig.from_dict({**json_config, **changes})
+    bias = lift + 0.3 * np.random.default_rng(1).standard_normal(16).astype(np.float32)
+    for got, expected in routed(config, 16, bias):
+        assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_router_of_longcat_matches_float64():
+    config = DeepSeekConfig.from_dict(LONGCAT_JSON)
+    bias = 0.05 * np.random.default_rng(1).standard_normal(12).astype(np.float32)
+    for got, expected in routed(config, 12, bias):
+        assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    config = DeepSeekConfig.from_dict({**V3_JSON, "n_group": 1, "topk_group": 1})
+    bias = np.zeros(8, np.float32)
+    plain = [got for got, _ in routed(config, 8, bias)]
+    bias[3] = 10
+    for before, (got, _) in zip(plain, routed(config, 8, bias), strict=True):
+        assert 3 in got
+        assert sum(got.values()) == pytest.approx(config.routed_scaling_factor)
+        if 3 in before:
+            assert got == pytest.approx(before)
+
+
+def test_a_group_of_v3_is_worth_its_two_best_and_one_of_v2_its_best():
+    """The first group has the best expert, the second the best two."""
+    scores = np.array([0.9, 0.1, 0.1, 0.1, 0.7, 0.6, 0.1, 0.1])
+    changes = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 1}
+    v3 = DeepSeekConfig.from_dict({**V3_JSON, **changes})
+    v2 = {**V2_JSON, **changes, "topk_method": "group_limited_greedy"}
+    logits = np.log(scores / (1 - scores)).astype(np.float32)[None]
+    params = {"kernel": np.eye(8, dtype=np.float32), "e_score_correction_bias": np.zeros(8)}
+    assert deepseek._route(params, v3, logits)[0].item() == 4
+    assert deepseek._route(params, DeepSeekConfig.from_dict(v2), logits)[0].item() == 0
+
+
+def test_weights_that_vanish_are_divided_safely():
+    config = DeepSeekConfig.from_dict({**V3_JSON, "n_group": 1, "topk_group": 1})
+    params = {"kernel": np.full((1, 8), -200, np.float32), "e_score_correction_bias": np.zeros(8)}
+    _, weights = deepseek._route(params, config, np.ones((3, 1), np.float32))
+    np.testing.assert_array_equal(weights, 0)
+
+
+# --- The experts ---------------------------------------------------------------------------------
+
+
+def make_experts(num_experts: int, num_tokens: int, k: int, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    gate, up = rng.standard_normal((2, num_experts, 12, 20)).astype(np.float32)
+    return {
+        "kernels": (gate, up, rng.standard_normal((num_experts, 20, 12)).astype(np.float32) * 0.1),
+        "tokens": rng.standard_normal((num_tokens, 12)).astype(np.float32) * 0.3,
+        "experts": np.stack([rng.permutation(num_experts)[:k] for _ in range(num_tokens)]),
+        "weights": rng.random((num_tokens, k)).astype(np.float32),
+    }
+
+
+def oracle_experts(kernels, tokens, experts, weights) -> np.ndarray:
+    """Token by token and expert by expert, in float64; experts past the last give nothing."""
+    gate, up, down = (kernel.astype(np.float64) for kernel in kernels)
+    out = np.zeros(tokens.shape)
+    for t, x in enumerate(tokens.astype(np.float64)):
+        for e, weight in zip(experts[t], weights[t].astype(np.float64), strict=True):
+            if e < len(gate):
+                g = x @ gate[e]
+                out[t] += weight * ((g / (1 + np.exp(-g)) * (x @ up[e])) @ down[e])
+    return out
+
+
+def run(kernels, tokens, experts, weights) -> jax.Array:
+    params = dict(zip(("gate_proj", "up_proj", "down_proj"), kernels, strict=True))
+    params = {name: {"kernel": jnp.asarray(kernel)} for name, kernel in params.items()}
+    return deepseek._experts(params, *map(jnp.asarray, (tokens, experts, weights)))
+
+
+@pytest.fixture(params=["blocks", "ragged_dot"])
+def product(request, monkeypatch) -> None:
+    """Both grouped products, on whatever this runs."""
+    if request.param == "ragged_dot":
+        monkeypatch.setattr(deepseek, "_blocked_mlp", deepseek._ragged_mlp)
+
+
+@pytest.mark.usefixtures("product")
+@pytest.mark.parametrize("routing", ["random", "all to the same", "few tokens", "nobody's"])
+def test_experts_match_float64(routing):
+    num_tokens, k, num_experts = (3, 2, 40) if routing == "few tokens" else (150, 3, 7)
+    case = make_experts(num_experts, num_tokens, k)
+    if routing == "all to the same":
+        case["experts"][:] = [4, 1, 6]
+    if routing == "nobody's":
+        case["experts"][::2, 1] = 7 + np.arange(75)  # past the last
+        case["weights"][::2, 1] = 0
+    out = jax.jit(lambda case: run(**case))(case)
+    np.testing.assert_allclose(out, oracle_experts(**case), atol=1e-5)
+
+
+@pytest.mark.usefixtures("product")
+@pytest.mark.parametrize("what", ["kernels", "tokens", "weights"])
+def test_the_derivative_is_that_of_the_definition(what):
+    """Along a random direction, against differences of the float64 sum."""
+    case = make_experts(5, 9, 2)
+    rng = np.random.default_rng(7)
+    upwards = rng.standard_normal((9, 12))
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), case[what])
+
+    def loss(x):
+        return (run(**{**case, what: x}) * upwards).sum()
+
+    gradient = jax.jit(jax.grad(loss))(case[what])
+    slope = sum(
+        np.vdot(g, d)
+        for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    )
+
+    def moved(step: float) -> float:
+        x = jax.tree.map(lambda x, d: x + step * d.astype(np.float64), case[what], direction)
+        return float((oracle_experts(**{**case, what: x}) * upwards).sum())
+
+    assert slope == pytest.approx((moved(1e-4) - moved(-1e-4)) / 2e-4, rel=1e-4)
+
+
+def test_experts_have_no_capacity():
+    """A token's output does not depend on those beside it, however many want its experts."""
+    case = make_experts(4, 60, 2)
+    case["experts"][:] = [1, 2]
+    alone = {name: case[name][:1] for name in ("tokens", "experts", "weights")}
+    np.testing.assert_allclose(
+        run(**case)[:1], run(kernels=case["kernels"], **alone), rtol=1e-5, atol=1e-6
+    )
+
+
+def shapes_of(num_experts: int) -> dict:
+    """Six tokens of a decode step, which choose four experts each."""
+    return {
+        "kernels": (jax.ShapeDtypeStruct((num_experts, 8, 8), jnp.float32),) * 3,
+        "tokens": jax.ShapeDtypeStruct((6, 8), jnp.float32),
+        "experts": jax.ShapeDtypeStruct((6, 4), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((6, 4), jnp.float32),
+    }
+
+
+def test_experts_do_not_multiply_every_token_with_every_expert():
+    """The loop runs over blocks of rows, whose number does not follow that of the experts."""
+
+    def num_blocks(num_experts: int) -> int:
+        rows = jax.ShapeDtypeStruct((24, 8), jnp.float32)
+        counts = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+        kernels = shapes_of(num_experts)["kernels"]
+        jaxpr = jax.make_jaxpr(deepseek._blocked_mlp)(rows, counts, kernels).jaxpr
+        (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+        return scan.params["length"]
+
+    assert num_blocks(256) == num_blocks(64) == 24  # one for each of 6 x 4 rows at most
+
+
+@pytest.mark.parametrize(
+    ("platform", "is_ragged"), [("tpu", True), ("cpu", False), ("cuda", False)]
+)
+def test_ragged_dot_is_used_where_it_is_a_grouped_product(platform, is_ragged):
+    traced = jax.jit(run).trace(**shapes_of(256))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("ragged_dot" in text) == is_ragged
+    # No array has a row for every token and every expert.
+    assert "256x24x" not in text
+
+
+def test_on_the_cpu_a_step_does_not_read_every_expert():
+    """Temporary memory would hold masked rows for each of them."""
+    compiled = jax.jit(run).lower(**shapes_of(256)).compile()
+    kernel = 256 * 8 * 8 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < kernel / 2
+
+
+# --- Float32 is exact ----------------------------------------------------------------------------
+
+
+def products(jaxpr) -> list:
+    """The products of a program, those of its inner programs included."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
+            found.append(eqn)
+        for inner in jax.tree.leaves(list(eqn.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += products(inner)
+    return found
+
+
+def test_a_float32_model_asks_for_float32_products():
+    """Without being told, a GPU would round the factors to TF32."""
+    config = DeepSeekConfig.from_dict({**V3_JSON, "num_hidden_layers": 2})
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.float32))
+    cache = jax.eval_shape(
+        functools.partial(
+            PagedKVCache.create,
+            num_layers=2,
+            num_pages=2,
+            batch=1,
+            max_pages_per_seq=2,
+            dtype=jnp.float32,
+        )
+    )
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    decode_step = functools.partial(deepseek.decode_step, config=config)
+    forward = functools.partial(deepseek.forward, config=config)
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    for jaxpr, least in (
+        (jax.make_jaxpr(lambda p, i: forward(p, ids=i))(params, ids), 20),
+        (jax.make_jaxpr(lambda p, i, c: decode_step(p, ids=i, cache=c))(params, ids, cache), 20),
+    ):
+        eqns = products(jaxpr.jaxpr)
+        assert len(eqns) >= least
+        for eqn in eqns:
+            if eqn.invars[0].aval.dtype == jnp.float32:
+                assert eqn.params["precision"] in (highest, highest[0]), eqn
+
+
+def test_float32_routing_of_a_bfloat16_model():
+    """Logits that bfloat16 could not tell apart decide."""
+    config = dataclasses.replace(
+        DeepSeekConfig.from_dict({**V3_JSON, "n_group": 1, "topk_group": 1}),
+        num_experts_per_tok=1,
+    )
+    kernel = np.full((1, 8), 1, np.float32)
+    kernel[0, 5] += 1e-4
+    params = {"kernel": kernel, "e_score_correction_bias": np.zeros(8, np.float32)}
+    experts, weights = deepseek._route(params, config, jnp.ones((4, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(experts, 5)
+    assert weights.dtype == jnp.float32
