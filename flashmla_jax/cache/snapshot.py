@@ -1,0 +1,200 @@
+"""Sequences of a `PagedKVCache` outside of it: in host memory, or in a file.
+
+    saved = snapshot(cache, [3, 5])
+    saved.save("sessions.npz")
+    ...
+    cache, ok = restore(cache, Snapshot.load("sessions.npz"), [0, 1])
+
+The tokens come back bit for bit, in whatever pages are free then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
+from flashmla_jax.cache.paged import PagedKVCache
+
+_FORMAT = "flashmla_jax.cache.Snapshot 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The tokens of some sequences, on the host.
+
+    Attributes:
+      tokens: per sequence, [num_layers, seqlen, num_kv_heads, HEAD_DIM] in the cache's dtype.
+    """
+
+    tokens: tuple[np.ndarray, ...]
+
+    @property
+    def seqlens(self) -> tuple[int, ...]:
+        """Tokens in each sequence."""
+        return tuple(x.shape[1] for x in self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tokens."""
+        return sum(x.nbytes for x in self.tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file, which is there in whole or not at all: NumPy's `.npz`, of plain bytes."""
+        path = Path(path)
+        # NumPy's files know no bfloat16: the bytes are written, and beside them what they mean.
+        arrays = {f"tokens_{i}": _bytes_of(x) for i, x in enumerate(self.tokens)}
+        dtype = self.tokens[0].dtype.name if self.tokens else ""
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                np.savez(file, format=np.array(_FORMAT), dtype=np.array(dtype), **arrays)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                file.close()
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """Reads a file that `save` has written.
+
+        Raises:
+          ValueError: it is no such file, or damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if str(file["format"]) != _FORMAT:
+                    raise ValueError(f"{path} is of another format: {file['format']}")
+                dtype = next((x for x in map(jnp.dtype, DTYPES) if x.name == file["dtype"]), None)
+                tokens = [file[f"tokens_{i}"] for i in range(len(file.files) - 2)]
+        except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is not a snapshot of a cache: {error}") from error
+        if tokens and dtype is None:
+            raise ValueError(f"{path} is not a snapshot of a cache: its dtype is unknown")
+        return cls(tuple(x.view(dtype) for x in tokens))
+
+
+def snapshot(cache: PagedKVCache, sequences: Sequence[int]) -> Snapshot:
+    """Copies sequences to host memory; the cache stays as it is.
+
+    Args:
+      cache: outside `jit`.
+      sequences: their numbers, in the batch.
+
+    Raises:
+      ValueError: a number is not one of the batch.
+    """
+    sequences = _checked(cache, sequences)
+    seqlens = np.asarray(cache.cache_seqlens)
+    table = np.asarray(cache.block_table)
+    tokens = []
+    for i in sequences:
+        length = int(seqlens[i])
+        pages = table[i, : -(-length // PAGE_SIZE)]
+        own = np.empty((cache.num_layers, length, cache.num_kv_heads, HEAD_DIM), cache.dtype)
+        for layer, pool in enumerate(cache.pages):
+            rows = np.asarray(_read(pool, _padded(pages, fill=0)))
+            own[layer] = rows.reshape(-1, *own.shape[2:])[:length]
+        tokens.append(own)
+    return Snapshot(tuple(tokens))
+
+
+def restore(
+    cache: PagedKVCache, saved: Snapshot, sequences: Sequence[int]
+) -> tuple[PagedKVCache, np.ndarray]:
+    """Puts the sequences of a snapshot into a cache.
+
+    Args:
+      cache: outside `jit`; donated, so that its pools are written in place.
+      saved: of a cache with as many layers and KV heads, and of its dtype.
+      sequences: which sequence of the batch each becomes; they must be empty.
+
+    Returns:
+      The cache; and ok bool[len(sequences)], False for those that the cache has too few pages for.
+      Those stay empty.
+
+    Raises:
+      ValueError: the snapshot does not fit the cache, or a number is not that of an empty sequence,
+        or comes twice. The cache is as before then.
+    """
+    sequences = _checked(cache, sequences)
+    if len(sequences) != len(saved.tokens):
+        raise ValueError(
+            f"sequences must be as many as the snapshot's {len(saved.tokens)}, got {len(sequences)}"
+        )
+    if len(set(sequences)) != len(sequences):
+        raise ValueError(f"sequences must be different, got {sequences}")
+    for x in saved.tokens:
+        wanted = (cache.num_layers, x.shape[1], cache.num_kv_heads, HEAD_DIM)
+        if x.shape != wanted or x.dtype != cache.dtype:
+            raise ValueError(
+                f"the cache holds {cache.dtype.name}{list(wanted)}, and the snapshot has "
+                f"{x.dtype.name}{list(x.shape)} [num_layers, seqlen, num_kv_heads, {HEAD_DIM}]"
+            )
+    lengths = np.asarray(cache.cache_seqlens)
+    taken = [i for i in sequences if lengths[i] > 0]
+    if taken:
+        raise ValueError(f"sequences must be empty, and of {sequences} there are tokens in {taken}")
+
+    num_tokens = np.zeros(cache.batch, np.int32)
+    num_tokens[sequences] = saved.seqlens
+    cache, granted = _make_room(cache, num_tokens)
+    ok, table = np.asarray(granted)[sequences], np.asarray(cache.block_table)
+    pools = list(cache.pages)
+    for i, x, has_room in zip(sequences, saved.tokens, ok, strict=True):
+        if not has_room:
+            continue
+        count = -(-x.shape[1] // PAGE_SIZE)
+        pages = _padded(table[i, :count], fill=cache.num_pages)
+        for layer in range(cache.num_layers):
+            rows = np.zeros((len(pages), *pools[layer].shape[1:]), x.dtype)
+            rows.reshape(-1, *x.shape[2:])[: x.shape[1]] = x[layer]
+            pools[layer] = _write(pools[layer], pages, rows)
+    return dataclasses.replace(cache, pages=tuple(pools)), ok
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _make_room(cache: PagedKVCache, num_tokens: jax.Array) -> tuple[PagedKVCache, jax.Array]:
+    cache, ok = cache.allocate(num_tokens)
+    # The tokens are not appended: nothing is new.
+    return dataclasses.replace(cache, num_new=jnp.zeros_like(cache.num_new)), ok
+
+
+@jax.jit
+def _read(pool: jax.Array, pages: jax.Array) -> jax.Array:
+    return pool[pages]
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def _write(pool: jax.Array, pages: jax.Array, rows: jax.Array) -> jax.Array:
+    return pool.at[pages].set(rows, mode="drop")
+
+
+def _padded(pages: np.ndarray, fill: int) -> np.ndarray:
+    """Page numbers, as many as a power of two, so that few programs are compiled."""
+    padded = np.full(1 << max(len(pages) - 1, 0).bit_length(), fill, np.int32)
+    padded[: len(pages)] = pages
+    return padded
+
+
+def _checked(cache: PagedKVCache, sequences: Sequence[int]) -> list[int]:
+    numbers = [int(i) for i in sequences]
+    for i in numbers:
+        if not 0 <= i < cache.batch:
+            raise ValueError(f"sequences must be in [0, {cache.batch}), got {i}")
+    return numbers
+
+
+def _bytes_of(x: np.ndarray) -> Any:
+    return np.ascontiguousarray(x).view(np.uint8)
