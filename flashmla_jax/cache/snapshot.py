@@ -25,6 +25,7 @@ import numpy as np
 
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.ops.cache_append import cache_append
 
 _FORMAT = "flashmla_jax.cache.Snapshot 1"
 
@@ -104,7 +105,7 @@ def snapshot(cache: PagedKVCache, sequences: Sequence[int]) -> Snapshot:
         pages = table[i, : -(-length // PAGE_SIZE)]
         own = np.empty((cache.num_layers, length, cache.num_kv_heads, HEAD_DIM), cache.dtype)
         for layer, pool in enumerate(cache.pages):
-            rows = np.asarray(_read(pool, _padded(pages, fill=0)))
+            rows = np.asarray(_read(pool, _padded(pages)))
             own[layer] = rows.reshape(-1, *own.shape[2:])[:length]
         tokens.append(own)
     return Snapshot(tuple(tokens))
@@ -156,11 +157,11 @@ def restore(
         if not has_room:
             continue
         count = -(-x.shape[1] // PAGE_SIZE)
-        pages = _padded(table[i, :count], fill=cache.num_pages)
+        pages = _padded(table[i, :count])
         for layer in range(cache.num_layers):
-            rows = np.zeros((len(pages), *pools[layer].shape[1:]), x.dtype)
-            rows.reshape(-1, *x.shape[2:])[: x.shape[1]] = x[layer]
-            pools[layer] = _write(pools[layer], pages, rows)
+            rows = np.zeros((len(pages) * PAGE_SIZE, *x.shape[2:]), x.dtype)
+            rows[: x.shape[1]] = x[layer]
+            pools[layer] = _write(pools[layer], rows, pages, np.int32(x.shape[1]))
     return dataclasses.replace(cache, pages=tuple(pools)), ok
 
 
@@ -177,13 +178,14 @@ def _read(pool: jax.Array, pages: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
-def _write(pool: jax.Array, pages: jax.Array, rows: jax.Array) -> jax.Array:
-    return pool.at[pages].set(rows, mode="drop")
+def _write(pool: jax.Array, rows: jax.Array, pages: jax.Array, count: jax.Array) -> jax.Array:
+    # A scatter of XLA's does not keep the bits of every NaN.
+    return cache_append(pool, rows[None], pages[None], jnp.zeros_like(count)[None], count[None])
 
 
-def _padded(pages: np.ndarray, fill: int) -> np.ndarray:
+def _padded(pages: np.ndarray) -> np.ndarray:
     """Page numbers, as many as a power of two, so that few programs are compiled."""
-    padded = np.full(1 << max(len(pages) - 1, 0).bit_length(), fill, np.int32)
+    padded = np.zeros(1 << max(len(pages) - 1, 0).bit_length(), np.int32)
     padded[: len(pages)] = pages
     return padded
 
