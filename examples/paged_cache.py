@@ -1,7 +1,8 @@
 """A decoding loop of your own: the paged cache, and attention over it, in one donated `jax.jit`.
 
-Three sequences grow by a token per step. Pages are taken from a free list inside the jitted step,
-and a sequence that ends gives its pages back to the others. Nothing recompiles on the way.
+Sequences grow by a token per step. Pages are taken from the free ones inside the jitted step, a
+sequence that ends gives its own back, and one that forks shares them with its copy until they part.
+Nothing recompiles on the way.
 """
 
 import functools
@@ -36,21 +37,26 @@ def main():
         num_layers=LAYERS, num_pages=6, batch=BATCH, max_pages_per_seq=4, dtype=jnp.bfloat16
     )
     free = jax.jit(PagedKVCache.free, donate_argnums=0)
+    fork = jax.jit(PagedKVCache.fork, donate_argnums=0)
     key = jax.random.key(0)
     kv = jax.random.normal(key, (BATCH, 1, 1, 576), jnp.bfloat16)
     q = jax.random.normal(key, (BATCH, 1, HEADS, 576), jnp.bfloat16)
     active = jnp.array([True, True, False])
 
     for token in range(150):
-        if token == 100:  # the second sequence ends, the third begins
+        if token == 100:  # the second sequence ends, the third goes on from a copy of the first
             cache = free(cache, jnp.array([False, True, False]))
+            cache = fork(cache, jnp.array([-1, -1, 0]))
             active = jnp.array([True, False, True])
         cache, _, ok = step(cache, kv, q, active)
-        if not ok:
+        if not ok.all():
             raise SystemExit(f"the pool is full at token {token}")
         if token % 50 == 49:
-            lengths = cache.cache_seqlens.tolist()
-            print(f"token {token + 1}: {lengths=}, {cache.num_used} of {cache.num_pages} pages")
+            lengths, stats = cache.cache_seqlens.tolist(), cache.stats()
+            print(
+                f"token {token + 1}: {lengths=}, {stats.used} of {stats.num_pages} pages in use, "
+                f"{stats.shared} of them shared"
+            )
     print(cache.block_table)
 
 
