@@ -31,7 +31,7 @@ def test_example(number: int) -> None:
     names: dict[str, object] = {}
     exec(compile(EXAMPLES[number], f"{README.name}, example {number}", "exec"), names)
     if "ok" in names:
-        assert names["ok"]
+        assert names["ok"].all()
     if "out" in names:
         assert names["out"].shape[0] == 2
 
