@@ -40,7 +40,9 @@ def test_parameters_are_those_of_the_nnx_module(use_bias, q_lora_rank):
     layer = MultiHeadLatentAttention(config, use_bias=use_bias)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), X)["params"]
     shapes = jax.tree.map(jnp.shape, shapes)
-    other = nnx.MultiHeadLatentAttention(config, use_bias=use_bias, rngs=flax_nnx.Rngs(0))
+    other = flax_nnx.eval_shape(
+        lambda: nnx.MultiHeadLatentAttention(config, use_bias=use_bias, rngs=flax_nnx.Rngs(0))
+    )
     assert shapes == jax.tree.map(
         jnp.shape, flax_nnx.to_pure_dict(flax_nnx.state(other, flax_nnx.Param))
     )
@@ -110,17 +112,16 @@ def test_kernels_differ():
     assert float(params["kv_b_proj"]["kernel"].std()) == pytest.approx(512**-0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("absorbed", [False, True])
-def test_prefill_in_chunks_and_decode_inside_jit(trained, absorbed):
+def test_prefill_in_chunks_and_decode_inside_jit(trained):
+    """In donated steps, with absorbed weights and without."""
     layer, variables, want = trained
-    if absorbed:
-        layer = layer.clone(absorbed=True)
-        variables = {"params": mla.absorb(variables["params"], CONFIG)}
-        shapes = jax.tree.map(jnp.shape, variables)
-        assert jax.tree.map(jnp.shape, jax.eval_shape(layer.init, jax.random.key(0), X)) == shapes
+    serving = layer.clone(absorbed=True)
+    absorbed = {"params": mla.absorb(variables["params"], CONFIG)}
+    made = jax.eval_shape(serving.init, jax.random.key(0), X)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, absorbed)
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-    def step(method, variables, x, cache):
+    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+    def step(layer, method, variables, x, cache):
         cache, ok = cache.allocate(jnp.full(2, x.shape[1]))
         out, cache = layer.apply(variables, x, cache, method=method)
         return out, cache, ok
@@ -129,9 +130,16 @@ def test_prefill_in_chunks_and_decode_inside_jit(trained, absorbed):
     cache = PagedKVCache.create(
         num_layers=1, num_pages=4, batch=2, max_pages_per_seq=2, dtype=jnp.float32
     )
-    for method, count in [("prefill_into_cache", 31)] * 2 + [("decode", 1)] * 8:
+    trained, absorbed = (layer, variables), (serving, absorbed)
+    for (module, weights), method, count in (
+        (trained, "prefill_into_cache", 31),
+        (absorbed, "prefill_into_cache", 31),
+        (trained, "decode", 1),
+        (absorbed, "decode", 1),
+        (absorbed, "decode", 1),
+    ):
         end, before = begin + count, cache
-        out, cache, ok = step(method, variables, X[:, begin:end], cache)
+        out, cache, ok = step(module, method, weights, X[:, begin:end], cache)
         assert ok.all()
         assert before.pages[0].is_deleted()  # being donated
         np.testing.assert_allclose(out, want[:, begin:end], atol=3e-6)

@@ -277,7 +277,7 @@ def poison(cache: PagedKVCache) -> PagedKVCache:
     return dataclasses.replace(cache, pages=tuple(pages), block_table=table)
 
 
-@pytest.mark.parametrize(("prefix_chunk", "absorbed"), [(64, False), (128, True), (1024, False)])
+@pytest.mark.parametrize(("prefix_chunk", "absorbed"), [(64, False), (1024, True)])
 def test_prefill_into_cache_matches_float64(prefix_chunk, absorbed):
     params = make_params(SMALL)
     ends = np.cumsum(CALLS, axis=0)
@@ -391,7 +391,7 @@ def test_absorbed_weights():
     again = mla.absorb(absorbed, SMALL)
     assert again["kv_b_proj"]["w_uk"] is w_uk
 
-    x = jax.random.normal(jax.random.key(0), (2, 5, SMALL.hidden_size))
+    x = jax.random.normal(jax.random.key(0), (2, 21, SMALL.hidden_size))
     np.testing.assert_allclose(
         prefill(absorbed, SMALL, x)[0], prefill(params, SMALL, x)[0], atol=2e-6
     )

@@ -34,7 +34,9 @@ CONFIG = MLAConfig(
 
 
 def test_parameters_have_the_names_and_shapes_of_a_checkpoint():
-    layer = MultiHeadLatentAttention(CONFIG, use_bias=True, rngs=nnx.Rngs(0))
+    layer = nnx.eval_shape(
+        lambda: MultiHeadLatentAttention(CONFIG, use_bias=True, rngs=nnx.Rngs(0))
+    )
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(layer)))
     assert shapes == {
         "q_a_proj": {"kernel": (20, 12), "bias": (12,)},
@@ -108,23 +110,25 @@ def step(layer, x, cache, method):
     return out, cache, ok
 
 
-def serve(layer, x, want, calls):
-    """Feeds `x` to the methods in turn and compares with `want`."""
+def test_prefill_in_chunks_and_decode_inside_nnx_jit(trained):
+    """In donated steps, with absorbed weights and without."""
+    layer, x, want = trained
+    serving = layer.absorb()
     cache, begin = make_cache(), 0
-    for method, count in calls:
+    for module, method, count in (
+        (layer, "prefill_into_cache", 62),
+        (layer, "decode", 1),
+        (serving, "decode", 3),
+        (serving, "prefill_into_cache", 62),
+        (layer, "decode", 1),
+        (serving, "decode", 3),
+    ):
         end, before = begin + count, cache
-        out, cache, ok = step(layer, x[:, begin:end], cache, method)
+        out, cache, ok = step(module, x[:, begin:end], cache, method)
         assert ok.all()
         assert before.pages[0].is_deleted()  # being donated
         np.testing.assert_allclose(out, want[:, begin:end], atol=2e-6)
         begin = end
-
-
-@pytest.mark.parametrize("absorbed", [False, True])
-def test_prefill_in_chunks_and_decode_inside_nnx_jit(trained, absorbed):
-    layer, x, want = trained
-    calls = [("prefill_into_cache", 62), ("decode", 1), ("decode", 3), ("prefill_into_cache", 62)]
-    serve(layer.absorb() if absorbed else layer, x, want, [*calls, ("decode", 3), ("decode", 1)])
 
 
 def test_decode_continues_prefill_without_a_cache(trained):
@@ -161,7 +165,7 @@ def test_absorbed_layer_is_one_of_its_own(trained):
 
 
 def test_partitioning_is_metadata_on_request():
-    plain = MultiHeadLatentAttention(CONFIG, rngs=nnx.Rngs(0))
+    plain = nnx.eval_shape(lambda: MultiHeadLatentAttention(CONFIG, rngs=nnx.Rngs(0)))
     assert plain.kv_b_proj.kernel.get_metadata().get("out_sharding") is None
     partitioning = mla.head_partitioning(CONFIG, "heads")
     with pytest.raises(ValueError, match="mesh"):  # which Flax wants to be set

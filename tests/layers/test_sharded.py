@@ -1,0 +1,116 @@
+"""A layer whose heads are divided over eight devices, against the same on one.
+
+The checks need eight devices. Where there are fewer, one test runs this file in a process that has
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices import DEVICES, elsewhere, make_mesh, meshes, run_on_eight_devices
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.layers import MLAConfig, mla
+
+nnx = pytest.importorskip("flax.nnx")
+from flashmla_jax.layers.nnx import MultiHeadLatentAttention  # noqa: E402
+
+CONFIG = MLAConfig(
+    hidden_size=24, num_heads=DEVICES, q_lora_rank=16, qk_nope_head_dim=8, v_head_dim=16
+)
+PARTITIONING = mla.head_partitioning(CONFIG, "heads")
+X = np.random.default_rng(0).standard_normal((2, 100, 24)).astype(np.float32)
+
+
+@elsewhere
+def test_on_eight_devices() -> None:
+    run_on_eight_devices(__file__)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(heads=DEVICES)
+
+
+@pytest.fixture(scope="module")
+def layer(mesh):
+    """Made where it belongs: a mesh is set, and the names are those of its axes."""
+    with jax.set_mesh(mesh):
+        return MultiHeadLatentAttention(CONFIG, kernel_partitioning=PARTITIONING, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(layer):
+    """The parameters on one device, and what the layer is to give."""
+    params = nnx.to_pure_dict(nnx.state(layer))
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
+    return params, jax.jit(mla.prefill, static_argnums=1)(params, CONFIG, X)[0]
+
+
+def collectives(compiled):
+    text = compiled.as_text()
+    return re.findall(
+        r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", text
+    )
+
+
+@meshes
+def test_each_device_has_its_heads(layer):
+    assert layer.kv_b_proj.kernel[...].sharding.spec == P(None, "heads")
+    assert layer.o_proj.kernel[...].addressable_shards[3].data.shape == (16, 24)
+    absorbed = layer.absorb().kv_b_proj
+    for weight, size in ((absorbed.w_uk, 8), (absorbed.w_uv, 16)):
+        assert weight[...].addressable_shards[3].data.shape == (1, size, 512)
+
+
+@meshes
+def test_prefill_and_decode(layer, mesh, on_one_device):
+    """The only word between devices is the sum after `o_proj`."""
+    serving = layer.absorb()
+    cache = PagedKVCache.create(
+        num_layers=1, num_pages=4, batch=2, max_pages_per_seq=2, dtype=jnp.float32
+    )
+    cache, x = jax.device_put((cache, X), NamedSharding(mesh, P()))
+
+    def attend(method, layer, x, cache):
+        return getattr(layer, method)(x, cache)
+
+    begin = 0
+    for module, method, count in (
+        (layer, "prefill_into_cache", 70),
+        (serving, "prefill_into_cache", 20),
+        (serving, "decode", 2),
+    ):
+        end = begin + count
+        cache, ok = jax.jit(PagedKVCache.allocate)(cache, np.full(2, count))
+        assert ok.all()
+        step = nnx.jit(functools.partial(attend, method))
+        compiled = step.lower(module, x[:, begin:end], cache).compile()
+        assert collectives(compiled) == ["all-reduce"]
+        out, cache = compiled(module, x[:, begin:end], cache)
+        np.testing.assert_allclose(out, on_one_device[1][:, begin:end], atol=3e-6)
+        begin = end
+
+
+@meshes
+def test_gradients_are_sharded_as_the_parameters(layer, mesh, on_one_device):
+    def loss(params, x):
+        return jnp.sum(mla.prefill(params, CONFIG, x)[0] ** 2)
+
+    params = nnx.to_pure_dict(nnx.state(layer))
+    x = jax.device_put(X[:, :10], NamedSharding(mesh, P()))
+    grads = jax.jit(jax.grad(loss))(params, x)
+    want = jax.jit(jax.grad(loss))(on_one_device[0], X[:, :10])
+    for name, axes in PARTITIONING.items():
+        want_sharding = NamedSharding(mesh, P(*axes))
+        assert grads[name]["kernel"].sharding.is_equivalent_to(want_sharding, ndim=2)
+    for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
