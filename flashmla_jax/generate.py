@@ -119,12 +119,9 @@ class Generation:
         if len(prompts) == 0:
             raise ValueError("prompts is empty: at least one sequence is needed")
         self.prompts = tuple(
-            _checked_ids(f"prompt {i}", prompt, config) for i, prompt in enumerate(prompts)
+            checked_ids(f"prompt {i}", prompt, config) for i, prompt in enumerate(prompts)
         )
-        if stop_tokens is None:
-            eos = config.eos_token_id
-            stop_tokens = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
-        self._stop_tokens = frozenset(stop_tokens)
+        self._stop_tokens = stops_of(config, stop_tokens)
         self._params, self._config, self.max_new_tokens = params, config, max_new_tokens
         self._rules = _Rules.make(len(prompts), sampling, self._stop_tokens)
 
@@ -242,7 +239,7 @@ def score(
       ValueError: for tokens outside the vocabulary or more than the model has positions, or for
         `prefill` outside `[0, len(ids)]`.
     """
-    tokens = _checked_ids("ids", ids, config)
+    tokens = checked_ids("ids", ids, config)
     length = len(tokens)
     prefill = length if prefill is None else prefill
     if not 0 <= prefill <= length:
@@ -305,14 +302,14 @@ class _Rules:
         if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, count)
-        draw = jax.vmap(_sample, (0, 0, None, None))
+        draw = jax.vmap(sample, (0, 0, None, None))
         return draw(keys, logits, self.temperature, self.top_p)
 
 
-def _sample(
+def sample(
     key: jax.Array, logits: jax.Array, temperature: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-    """Draws an index from float32[vocab] logits: int32[]."""
+    """Draws an index from float32[vocab] logits, as `Sampling` says: int32[]."""
     logits = logits / temperature
     likely_first = jnp.sort(logits, descending=True)
     p = jax.nn.softmax(likely_first)
@@ -425,8 +422,16 @@ def _make_cache(
     )
 
 
-def _checked_ids(name: str, ids: Any, config: DeepSeekConfig) -> np.ndarray:
-    """`ids` as int32[length]."""
+def stops_of(config: DeepSeekConfig, stop_tokens: Sequence[int] | None) -> frozenset[int]:
+    """The given ids, or those of the configuration's `eos_token_id` for None."""
+    if stop_tokens is None:
+        eos = config.eos_token_id
+        stop_tokens = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+    return frozenset(stop_tokens)
+
+
+def checked_ids(name: str, ids: Any, config: DeepSeekConfig) -> np.ndarray:
+    """`ids` as int32[length], or a ValueError that calls them `name`."""
     array = np.asarray(ids)
     if array.ndim != 1:
         raise ValueError(f"{name} must be a sequence of token ids, got shape {array.shape}")

@@ -15,9 +15,9 @@ from flashmla_jax.generate import (
     _begin,
     _continue,
     _round_up,
-    _sample,
     _score_token,
     generate,
+    sample,
     score,
 )
 from flashmla_jax.layers import YarnScaling
@@ -223,7 +223,7 @@ def test_distribution(temperature, top_p):
     wanted[nucleus] = p[nucleus] / p[nucleus].sum()
 
     n = 20_000
-    draw = jax.jit(jax.vmap(_sample, (0, None, None, None)))
+    draw = jax.jit(jax.vmap(sample, (0, None, None, None)))
     drawn = draw(jax.random.split(jax.random.key(0), n), logits, temperature, top_p)
     count = collections.Counter(np.asarray(drawn).tolist())
     assert set(count) == set(np.flatnonzero(wanted).tolist())

@@ -84,7 +84,7 @@ class PrefixIndex:
         """How many pages `evict` could give: those neither used nor continued by one that is."""
         return len(self) - self._num_pinned
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def match(self, tokens: Sequence[int] | np.ndarray) -> tuple[list[int], int]:
         """Finds the longest prefix of a prompt that is cached.
 
         Changes nothing; who uses the pages says so with `acquire`.
@@ -104,7 +104,7 @@ class PrefixIndex:
             pages.append(page.number)
         return pages, len(pages) * PAGE_SIZE
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> list[int]:
+    def insert(self, tokens: Sequence[int] | np.ndarray, pages: Sequence[int]) -> list[int]:
         """Makes the pages of a sequence known.
 
         Where the contents are known already, the page that held them first stays the one.
@@ -244,7 +244,7 @@ class PrefixIndex:
             heapq.heappush(self._queue, (page.last_used, page.inserted, page))
 
 
-def _digests(tokens: Sequence[int], num_pages: int) -> Iterator[bytes]:
+def _digests(tokens: Sequence[int] | np.ndarray, num_pages: int) -> Iterator[bytes]:
     """The hash of each of a sequence's first pages, which stands for all tokens up to its end."""
     ids = np.asarray(tokens[: num_pages * PAGE_SIZE], np.dtype("<i4"))
     digest = b""

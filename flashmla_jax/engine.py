@@ -1,0 +1,869 @@
+"""Continuous batching: requests come and go while others are being decoded.
+
+An `Engine` has a fixed number of slots, each a sequence of one `PagedKVCache`. A request waits,
+gets a slot when there are pages for its prompt, is read in chunks, and then decodes a token per
+step together with the others until it is finished. In between
+
+- pages of prompts (and of what was generated) stay in the cache as long as there is room, and a new
+  request whose beginning is known starts from them (`cache.prefix`);
+- when pages run out, those that nobody uses go first, and then the youngest request: it gives back
+  its slot, waits at the head of the queue, and is read again with what it had generated;
+- with `draft > 0`, tokens that followed the same words before are guessed to follow again, and a
+  step reads them all to see which ones were right (prompt lookup decoding).
+
+None of this changes what is generated, beyond rounding: every token is chosen from the model's
+logits after all tokens before it, greedily or with a random number made from the request's seed and
+the token's index. That holds for drafts and sampling too: a draft counts if it is the token that is
+drawn, which for a guess without a distribution of its own accepts as often as the rule of
+speculative sampling (arXiv:2302.01318).
+
+The device runs one program for chunks of prompts, one for decoding and, with drafts, one for
+verifying them, besides one that moves pages between owners. Lengths, tables, slots and sampling
+parameters are data. The scheduler is plain Python. It knows what the device's allocator will do, so
+it need not wait for it: without drafts a step is started before the tokens of the one before are
+read.
+
+Sources: vLLM (arXiv:2309.06180) for paging, preemption and hashed prefixes; Sarathi
+(arXiv:2308.16369) for chunks of prompts between decoding steps.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashmla_jax.cache.layout import PAGE_SIZE
+from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.cache.prefix import PrefixIndex
+from flashmla_jax.generate import GREEDY, Sampling, checked_ids, sample, stops_of
+from flashmla_jax.layers import mla
+from flashmla_jax.layers.mla import Params
+from flashmla_jax.models import deepseek
+from flashmla_jax.models.deepseek import DeepSeekConfig
+
+# The longest and the shortest run of tokens that a draft is looked up by.
+_LONGEST_NGRAM, _SHORTEST_NGRAM = 3, 1
+
+
+class Request:
+    """What was asked of an `Engine`, and what has come of it.
+
+    Attributes:
+      number: requests are counted in the order in which they are submitted.
+      prompt: int32[length].
+      max_new_tokens: how many tokens it gets at most.
+      sampling: how they are chosen.
+      stop_tokens: which end it.
+      tokens: the new tokens so far, with the stop token if one came.
+      finish_reason: "stop" or "length", None while there is more to come.
+      submit_time: when it was submitted, in seconds of `time.perf_counter`.
+      token_times: when each token reached the host.
+      prefix_tokens: how many tokens of the prompt were in the cache when it first got a slot.
+      preemptions: how often it had to give back its slot.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        prompt: np.ndarray,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_tokens: frozenset[int],
+        on_token: Callable[[int], None] | None,
+    ) -> None:
+        """See `Engine.submit`."""
+        self.number = number
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.stop_tokens = stop_tokens
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.submit_time = time.perf_counter()
+        self.token_times: list[float] = []
+        self.prefix_tokens: int | None = None
+        self.preemptions = 0
+        self._on_token = on_token
+        self._ids = np.concatenate([prompt, np.zeros(max_new_tokens, np.int32)])
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32: the prompt and the new tokens so far."""
+        return self._ids[: len(self.prompt) + len(self.tokens)]
+
+    @property
+    def most_cached(self) -> int:
+        """How many tokens it can have in the cache: its last one is never read."""
+        return len(self._ids) - 1
+
+    def _receive(self, token: int, now: float) -> None:
+        self._ids[len(self.prompt) + len(self.tokens)] = token
+        self.tokens.append(token)
+        self.token_times.append(now)
+        if token in self.stop_tokens:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.max_new_tokens:
+            self.finish_reason = "length"
+
+
+@dataclasses.dataclass
+class EngineStats:
+    """What an engine has done so far.
+
+    Attributes:
+      steps: of `Engine.step` that gave the device something to do.
+      read_tokens: tokens of prompts that were read.
+      prefix_tokens: tokens of prompts that were in the cache, and were not read.
+      preemptions: how often a request had to give back its slot.
+      drafted: tokens that were guessed.
+      accepted: guesses that were right.
+    """
+
+    steps: int = 0
+    read_tokens: int = 0
+    prefix_tokens: int = 0
+    preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class _Run:
+    """A request in a slot.
+
+    Attributes:
+      request: which.
+      slot: which.
+      target: tokens to read before it decodes: those it had when it got the slot.
+      length: tokens it has in the cache once all that was started is done.
+      asked: new tokens it has then.
+      claimed: pages that are set aside for it, including the shared ones.
+      shared: those of its pages that the prefix index knows.
+      known: how many of its first pages have known contents.
+      is_over: whether it has left the slot.
+    """
+
+    request: Request
+    slot: int
+    target: int
+    length: int
+    asked: int
+    claimed: int
+    shared: list[int]
+    known: int
+    is_over: bool = False
+
+    @property
+    def is_reading(self) -> bool:
+        return self.length < self.target
+
+
+@dataclasses.dataclass
+class _Result:
+    """What a program gives, on the device, and whose it is.
+
+    Attributes:
+      runs: who took part, and how many tokens each has in the cache then (None: as many as before
+        and those that it was given).
+      new: int32[slots, n], new tokens of each slot.
+      num_new: int32[slots], how many they are.
+      ok: bool[slots], whether the cache had room.
+      block_table: the cache's, then.
+    """
+
+    runs: Sequence[tuple[_Run, int | None]]
+    new: jax.Array
+    num_new: jax.Array
+    ok: jax.Array
+    block_table: jax.Array
+
+
+class Engine:
+    """Runs requests on a model: see the module's docstring.
+
+        engine = Engine(params, config, num_pages=1000, max_seqlen=4096)
+        request = engine.submit([1, 2, 3], 100)
+        engine.run()
+        print(request.tokens)
+
+    Attributes:
+      cache: the cache after the newest program that was started.
+      stats: counts.
+    """
+
+    cache: PagedKVCache
+    stats: EngineStats
+
+    def __init__(
+        self,
+        params: Params,
+        config: DeepSeekConfig,
+        *,
+        num_pages: int,
+        max_seqlen: int,
+        slots: int = 8,
+        chunk: int = 256,
+        prompts_at_once: int = 1,
+        draft: int = 0,
+        prefix_cache: bool = True,
+    ) -> None:
+        """Makes an empty cache.
+
+        Args:
+          params: the model's, as `models.load_checkpoint` gives them; the cache has the dtype of
+            its embedding.
+          config: the model's configuration.
+          num_pages: pages of 64 tokens in the cache's pool.
+          max_seqlen: tokens of the longest sequence, prompt and new ones.
+          slots: how many requests are run at the same time at most.
+          chunk: how many tokens of a prompt a step reads at most.
+          prompts_at_once: how many prompts a step reads from.
+          draft: how many tokens to guess and verify in a step; 0 for none.
+          prefix_cache: whether to keep pages for prompts that begin alike.
+
+        Raises:
+          ValueError: for a number that is too small, or a max_seqlen beyond the positions that the
+            model has.
+        """
+        least = {
+            "num_pages": (num_pages, 1),
+            "max_seqlen": (max_seqlen, 2),
+            "slots": (slots, 1),
+            "chunk": (chunk, 1),
+            "prompts_at_once": (prompts_at_once, 1),
+            "draft": (draft, 0),
+        }
+        for name, (value, at_least) in least.items():
+            if value < at_least:
+                raise ValueError(f"{name} must be at least {at_least}, got {value}")
+        if max_seqlen > config.max_position_embeddings:
+            raise ValueError(
+                f"max_seqlen must be at most the model's {config.max_position_embeddings} "
+                f"positions, got {max_seqlen}"
+            )
+        self._params, self._config = params, config
+        self._max_seqlen, self._chunk, self._draft = max_seqlen, chunk, draft
+        self._prompts_at_once = min(prompts_at_once, slots)
+        embedding = params["embed_tokens"]["embedding"]
+        self.cache, self._tokens = _beside(
+            embedding,
+            (
+                PagedKVCache.create(
+                    num_layers=config.num_hidden_layers,
+                    num_pages=num_pages,
+                    batch=slots,
+                    # Drafts have a place there too before they are found wrong.
+                    max_pages_per_seq=_pages_for(max_seqlen - 1 + draft),
+                    dtype=embedding.dtype,
+                ),
+                jnp.zeros(slots, jnp.int32),
+            ),
+        )
+        self.stats = EngineStats()
+        self._num_requests = 0
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._slots: list[_Run | None] = [None] * slots
+        self._results: list[_Result] = []
+        self._index = PrefixIndex()
+        self._keeps_prefixes = prefix_cache
+        self._owed = _Books()
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """The requests that wait for a slot, in the order in which they will get one."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        """The requests that have a slot, oldest first."""
+        return tuple(run.request for run in self._running)
+
+    @property
+    def pages_used(self) -> int:
+        """How many pages are set aside for running requests or keep known prefixes."""
+        return self.cache.num_pages - self._num_free
+
+    @property
+    def pages_cached(self) -> int:
+        """How many of those only keep prefixes, and are given up when there is need."""
+        return self._index.num_evictable
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_tokens: Sequence[int] | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Request:
+        """Puts a request at the end of the queue.
+
+        Args:
+          prompt_ids: at least one token id.
+          max_new_tokens: at least 1.
+          sampling: how tokens are chosen, by default greedily. The t-th new token is drawn with a
+            key made from `sampling.seed` (its lower 32 bits) and t alone.
+          stop_tokens: ids that end the sequence; None for the configuration's `eos_token_id`, `()`
+            for none.
+          on_token: called with each new token, in order, when a step has brought it to the host.
+
+        Returns:
+          The request, which gets its results as they come.
+
+        Raises:
+          ValueError: for an empty prompt, a token outside the vocabulary, or a request that could
+            never run: longer than `max_seqlen`, or in need of more pages than there are.
+        """
+        prompt = checked_ids("prompt_ids", prompt_ids, self._config)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        length = len(prompt) + max_new_tokens
+        if length > self._max_seqlen:
+            raise ValueError(
+                f"prompt_ids has {len(prompt)} tokens, which with {max_new_tokens=} are {length}, "
+                f"more than max_seqlen={self._max_seqlen}"
+            )
+        if _pages_for(length - 1) > self.cache.num_pages:
+            raise ValueError(
+                f"prompt_ids has {len(prompt)} tokens, which with {max_new_tokens=} need "
+                f"{_pages_for(length - 1)} pages, and there are num_pages={self.cache.num_pages}"
+            )
+        stops = stops_of(self._config, stop_tokens)
+        request = Request(self._num_requests, prompt, max_new_tokens, sampling, stops, on_token)
+        self._num_requests += 1
+        self._waiting.append(request)
+        return request
+
+    def run(self) -> None:
+        """Steps until no request is left."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Reads a chunk of prompts, decodes a step of the others, and hands on what came before.
+
+        Returns:
+          Whether there is anything left to do.
+        """
+        self._make_room()
+        self._admit()
+        before, self._results = self._results, []
+        reading = [run for run in self._running if run.is_reading]
+        if reading:
+            self._read(reading)
+        decoding = [run for run in self._running if self._decodes(run)]
+        if decoding:
+            self._decode(decoding)
+        self.stats.steps += bool(reading or decoding)
+        self._collect(before)
+        if self._draft:  # which are found in the tokens
+            self._collect_all()
+        if self._waiting or self._running or self._results:
+            return True
+        self._keep_books()
+        return False
+
+    # --- Who gets a slot, and pages ----------------------------------------------------------
+
+    @property
+    def _running(self) -> list[_Run]:
+        """Oldest first."""
+        runs = [run for run in self._slots if run is not None]
+        return sorted(runs, key=lambda run: run.request.number)
+
+    @property
+    def _num_free(self) -> int:
+        """Pages that nobody has a claim to."""
+        own = sum(run.claimed - len(run.shared) for run in self._slots if run is not None)
+        return self.cache.num_pages - len(self._index) - own
+
+    def _decodes(self, run: _Run) -> bool:
+        return not run.is_reading and run.asked < run.request.max_new_tokens
+
+    def _make_room(self) -> None:
+        """Sees to it that all who decode have a place for their next token.
+
+        The oldest request always goes on: no other can take its pages, and it fits alone.
+        """
+        for run in self._running:
+            while not run.is_over and self._decodes(run) and not self._claim(run, run.length + 1):
+                if self._results:  # someone may be finished
+                    self._collect_all()
+                else:
+                    self._preempt(self._running[-1])
+
+    def _admit(self) -> None:
+        """Gives slots to those who wait, in order; as many as are read at once."""
+        while self._waiting and None in self._slots:
+            if sum(run.is_reading for run in self._running) >= self._prompts_at_once:
+                return
+            self._collect_all()  # what was just read may be what the next one begins with
+            request = self._waiting[0]
+            pages = self._index.match(request.ids)[0] if self._keeps_prefixes else []
+            self._index.acquire(pages)
+            run = _Run(
+                request,
+                self._slots.index(None),
+                target=len(request.ids),
+                length=len(pages) * PAGE_SIZE,
+                asked=len(request.tokens),
+                claimed=len(pages),
+                shared=pages,
+                known=len(pages),
+            )
+            # With a place for the first token that it decodes, lest it be preempted at once.
+            if not self._claim(run, min(run.target + 1, request.most_cached)):
+                self._index.release(pages)
+                return
+            self._waiting.popleft()
+            self._slots[run.slot] = run
+            if pages:
+                self._owed.adopted[run.slot] = list(pages)
+            self.stats.prefix_tokens += run.length
+            if request.prefix_tokens is None:
+                request.prefix_tokens = run.length
+
+    def _claim(self, run: _Run, length: int) -> bool:
+        """Sets pages aside, so that a run has them for `length` tokens; else changes nothing."""
+        growth = max(_pages_for(length) - run.claimed, 0)
+        missing = growth - self._num_free
+        if missing > self._index.num_evictable:
+            return False
+        if missing > 0:
+            self._owed.released += self._index.evict(missing)
+        run.claimed += growth
+        return True
+
+    def _preempt(self, run: _Run) -> None:
+        self._leave(run)
+        self._waiting.appendleft(run.request)
+        run.request.preemptions += 1
+        self.stats.preemptions += 1
+
+    def _leave(self, run: _Run) -> None:
+        """Takes a run out of its slot."""
+        self._index.release(run.shared)
+        self._owed.freed.append(run.slot)
+        self._slots[run.slot] = None
+        run.is_over = True
+
+    def _keep_books(self) -> None:
+        """Has the cache do what was decided since the last time."""
+        if self._owed != _Books():
+            self.cache, ok = _move_pages(self.cache, *self._owed.arrays(self.cache))
+            self._owed = _Books()
+            if not np.all(ok):
+                raise RuntimeError("the cache does not have the pages that the prefix index names")
+
+    # --- What the device does ----------------------------------------------------------------
+
+    def _read(self, runs: list[_Run]) -> None:
+        """Starts the program that reads the next chunk of each run's prompt."""
+        self._keep_books()
+        rows = self._prompts_at_once
+        ids = np.zeros((rows, self._chunk), np.int32)
+        slots = np.full(rows, len(self._slots), np.int32)
+        num_tokens, is_last = np.zeros(rows, np.int32), np.zeros(rows, np.bool_)
+        rules = _Rules.make(rows, dict(enumerate(runs)))
+        for row, run in enumerate(runs):
+            count = min(self._chunk, run.target - run.length)
+            ids[row, :count] = run.request.ids[run.length : run.length + count]
+            run.length += count
+            slots[row], num_tokens[row], is_last[row] = run.slot, count, not run.is_reading
+            run.asked += not run.is_reading
+            self.stats.read_tokens += count
+        self._tokens, num_new, ok, table, self.cache = _read(
+            self._params,
+            self._config,
+            ids,
+            slots,
+            num_tokens,
+            is_last,
+            rules,
+            self._tokens,
+            self.cache,
+        )
+        lengths = [(run, run.length) for run in runs]
+        self._results.append(_Result(lengths, self._tokens[:, None], num_new, ok, table))
+
+    def _decode(self, runs: list[_Run]) -> None:
+        """Starts the program that gives each run its next token, or more with drafts."""
+        self._keep_books()
+        slots = len(self._slots)
+        is_active = np.zeros(slots, np.bool_)
+        is_active[[run.slot for run in runs]] = True
+        drafts = self._guess(runs)
+        rules = _Rules.make(slots, {run.slot: run for run in runs})
+        new, num_new, self._tokens, ok, table, self.cache = _decode(
+            self._params,
+            self._config,
+            self._tokens,
+            drafts,
+            is_active,
+            rules,
+            self.cache,
+        )
+        lengths: Sequence[tuple[_Run, int | None]] = [(run, None) for run in runs]
+        if drafts.shape[1] == 0:
+            for run in runs:
+                run.length += 1
+                run.asked += 1
+            lengths = [(run, run.length) for run in runs]
+        self._results.append(_Result(lengths, new, num_new, ok, table))
+
+    def _guess(self, runs: list[_Run]) -> np.ndarray:
+        """int32[slots, draft] guesses, or int32[slots, 0] if there are none or no pages for them.
+
+        -1 where there is no guess.
+        """
+        none = np.zeros((len(self._slots), 0), np.int32)
+        growth = [max(_pages_for(r.length + 1 + self._draft) - r.claimed, 0) for r in runs]
+        if not self._draft or sum(growth) > self._num_free:
+            return none
+        drafts = np.full((len(self._slots), self._draft), -1, np.int32)
+        for run in runs:
+            if run.asked == len(run.request.tokens):  # so that its last token is known here
+                guess = guess_next(run.request.ids, self._draft)
+                drafts[run.slot, : len(guess)] = guess
+        num_drafted = int(np.count_nonzero(drafts >= 0))
+        self.stats.drafted += num_drafted
+        return drafts if num_drafted else none
+
+    # --- What comes back ---------------------------------------------------------------------
+
+    def _collect_all(self) -> None:
+        results, self._results = self._results, []
+        self._collect(results)
+
+    def _collect(self, results: list[_Result]) -> None:
+        """Waits for results, hands out their tokens and takes out who is finished."""
+        calls: list[tuple[Callable[[int], None], int]] = []
+        for result in results:
+            new, num_new, ok, table = jax.device_get(
+                (result.new, result.num_new, result.ok, result.block_table)
+            )
+            if not ok.all():
+                raise RuntimeError("the cache has fewer free pages than the scheduler counts")
+            now = time.perf_counter()
+            for run, length in result.runs:
+                if run.is_over:  # in the step before
+                    continue
+                tokens = new[run.slot, : num_new[run.slot]].tolist()
+                if length is None:
+                    run.length += len(tokens)
+                    run.asked += len(tokens)
+                    run.claimed = max(run.claimed, _pages_for(run.length))
+                    self.stats.accepted += len(tokens) - 1
+                request = run.request
+                for token in tokens:
+                    if request.finish_reason is None:
+                        request._receive(token, now)
+                        if request._on_token is not None:
+                            calls.append((request._on_token, token))
+                if self._keeps_prefixes:
+                    # The last token is not in the cache, nor are tokens that only others know of.
+                    cached = min(run.length if length is None else length, len(request.ids) - 1)
+                    self._remember(run, table[run.slot], cached)
+                if request.finish_reason is not None:
+                    self._leave(run)
+        for call, token in calls:
+            call(token)
+
+    def _remember(self, run: _Run, pages: np.ndarray, length: int) -> None:
+        """Makes the full pages among a run's first `length` tokens known, if they are not."""
+        count = length // PAGE_SIZE
+        if count <= run.known:
+            return
+        run.known = count
+        new = self._index.insert(run.request.ids, pages[:count].tolist())
+        self._index.acquire(new)
+        run.shared += new
+        self._owed.retained += new
+
+
+def guess_next(ids: np.ndarray, count: int) -> np.ndarray:
+    """Guesses what follows a sequence from what followed its last tokens before.
+
+    The last three tokens are looked up, or two, or one, and the latest place counts.
+
+    Args:
+      ids: int32[length].
+      count: how many tokens to guess at most.
+
+    Returns:
+      int32[n], n from 0 to `count`.
+
+    Source: prompt lookup decoding, as in `PromptLookupCandidateGenerator` of Hugging Face
+    transformers.
+    """
+    for n in range(_LONGEST_NGRAM, _SHORTEST_NGRAM - 1, -1):
+        if len(ids) <= n:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(ids[:-1], n)
+        places = np.flatnonzero((windows == ids[-n:]).all(axis=1))
+        if len(places):
+            start = int(places[-1]) + n
+            return ids[start : start + count]
+    return ids[:0]
+
+
+def _pages_for(length: int) -> int:
+    return -(-length // PAGE_SIZE)
+
+
+@dataclasses.dataclass
+class _Books:
+    """What the cache is still to do, in this order.
+
+    Attributes:
+      retained: pages to keep when no sequence holds them.
+      freed: slots to empty.
+      released: pages to keep no longer.
+      adopted: pages to start a slot with.
+    """
+
+    retained: list[int] = dataclasses.field(default_factory=list)
+    freed: list[int] = dataclasses.field(default_factory=list)
+    released: list[int] = dataclasses.field(default_factory=list)
+    adopted: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+
+    def arrays(self, cache: PagedKVCache) -> tuple[np.ndarray, ...]:
+        """The arguments of `_move_pages`, whose shapes are always the same."""
+        lists = np.full((2, cache.num_pages), -1, np.int32)
+        lists[0, : len(self.retained)] = self.retained
+        lists[1, : len(self.released)] = self.released
+        is_freed, is_adopting = np.zeros((2, cache.batch), np.bool_)
+        is_freed[self.freed] = True
+        pages = np.zeros((cache.batch, cache.max_pages_per_seq), np.int32)
+        seqlens = np.zeros(cache.batch, np.int32)
+        for slot, adopted in self.adopted.items():
+            is_adopting[slot] = True
+            pages[slot, : len(adopted)] = adopted
+            seqlens[slot] = len(adopted) * PAGE_SIZE
+        return lists[0], is_freed, lists[1], is_adopting, pages, seqlens
+
+
+_T = TypeVar("_T")
+
+
+def _beside(array: jax.Array, tree: _T) -> _T:
+    """Puts a tree of arrays where an array is that was put somewhere; else leaves it.
+
+    Programs are compiled again when an argument is first left to JAX and then, being the result of
+    one with such parameters, bound to a device.
+    """
+    if not getattr(array, "committed", False):
+        return tree
+    sharding = array.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(tree, sharding)
+
+
+# --- The compiled programs -------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """How to choose the next token of each row.
+
+    Attributes:
+      seeds: uint32[rows].
+      counts: int32[rows], new tokens that a row has already.
+      temperature: float32[rows].
+      top_p: float32[rows].
+    """
+
+    seeds: jax.Array
+    counts: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+
+    @classmethod
+    def make(cls, rows: int, runs: dict[int, _Run]) -> _Rules:
+        """Those of runs, each in a row."""
+        seeds, counts = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
+        temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+        for row, run in runs.items():
+            seeds[row], counts[row] = run.request.sampling.seed & 0xFFFFFFFF, run.asked
+            temperature[row] = run.request.sampling.temperature
+            top_p[row] = run.request.sampling.top_p
+        return cls(*jax.device_put((seeds, counts, temperature, top_p)))
+
+    def choose(self, logits: jax.Array) -> jax.Array:
+        """int32[rows, s]: a token for each of the float32[rows, s, vocab] logits.
+
+        The j-th of a row is its new token number `counts + j`.
+        """
+        most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        is_drawn = self.temperature > 0
+
+        def draw(
+            seed: jax.Array,
+            count: jax.Array,
+            logits: jax.Array,
+            temperature: jax.Array,
+            top_p: jax.Array,
+        ) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), count)
+            return sample(key, logits, temperature, top_p)
+
+        def draw_all() -> jax.Array:
+            counts = self.counts[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)
+            draw_row = jax.vmap(draw, (None, 0, 0, None, None))
+            temperature = jnp.where(is_drawn, self.temperature, 1)
+            drawn = jax.vmap(draw_row)(self.seeds, counts, logits, temperature, self.top_p)
+            return jnp.where(is_drawn[:, None], drawn, most_likely)
+
+        return jax.lax.cond(jnp.any(is_drawn), draw_all, lambda: most_likely)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _move_pages(
+    cache: PagedKVCache,
+    retained: jax.Array,
+    is_freed: jax.Array,
+    released: jax.Array,
+    is_adopting: jax.Array,
+    pages: jax.Array,
+    seqlens: jax.Array,
+) -> tuple[PagedKVCache, jax.Array]:
+    """See `_Books`; also returns ok bool[slots]."""
+    cache = cache.retain(retained).free(is_freed).release(released)
+    return cache.adopt(is_adopting, pages, seqlens)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _read(
+    params: Params,
+    config: DeepSeekConfig,
+    ids: jax.Array,
+    slots: jax.Array,
+    num_tokens: jax.Array,
+    is_last: jax.Array,
+    rules: _Rules,
+    last_tokens: jax.Array,
+    cache: PagedKVCache,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, PagedKVCache]:
+    """Reads the next tokens of some slots, and chooses the first new token of those at the end.
+
+    Args:
+      params: the model's.
+      config: the model's.
+      ids: int32[rows, chunk], padded at the end.
+      slots: int32[rows], whose they are; one past the last slot for a row that is not used.
+      num_tokens: int32[rows], how many they are.
+      is_last: bool[rows], whether a prompt ends with them.
+      rules: of each row.
+      last_tokens: int32[slots], the newest token of each slot.
+      cache: donated.
+
+    Returns:
+      last_tokens, num_new int32[slots], ok bool[slots], the block table and the cache.
+    """
+    logits, cache, ok = _extend(params, config, ids, slots, num_tokens, cache)
+    chosen = rules.choose(logits[:, None])[:, 0]
+    at = jnp.where(is_last, slots, cache.batch)
+    last_tokens = last_tokens.at[at].set(chosen, mode="drop")
+    num_new = jnp.zeros_like(last_tokens).at[at].set(1, mode="drop")
+    return last_tokens, num_new, ok, cache.block_table, cache
+
+
+def _extend(
+    params: Params,
+    config: DeepSeekConfig,
+    ids: jax.Array,
+    rows: jax.Array,
+    num_tokens: jax.Array,
+    cache: PagedKVCache,
+) -> tuple[jax.Array, PagedKVCache, jax.Array]:
+    """Reads the next tokens of some sequences into a cache, after what they have there.
+
+    Args:
+      params: see `models.deepseek`.
+      config: the model's.
+      ids: int32[rows, s], padded at the end.
+      rows: int32[rows], the sequence of the cache that each belongs to, or the cache's batch.
+      num_tokens: int32[rows], at most `s`.
+      cache: any.
+
+    Returns:
+      logits: float32[rows, vocab], after each row's last token; meaningless without one.
+      cache: with the tokens in it.
+      ok: bool[batch].
+    """
+    per_sequence = jnp.zeros(cache.batch, jnp.int32).at[rows].set(num_tokens, mode="drop")
+    cache, ok = cache.allocate(per_sequence)
+
+    def of_rows(array: jax.Array, fill_value: int) -> jax.Array:
+        return array.at[rows].get(mode="fill", fill_value=fill_value)
+
+    view = dataclasses.replace(
+        cache,
+        block_table=of_rows(cache.block_table, -1),
+        cache_seqlens=of_rows(cache.cache_seqlens, 0),
+        num_new=of_rows(cache.num_new, 0),
+        copy_from=of_rows(cache.copy_from, -1),
+    )
+    hidden = deepseek._embed(params, ids)
+    precision = deepseek._precision(hidden.dtype)
+    shortcut = None
+    for layer, layer_params in enumerate(params["layers"]):
+        attend = functools.partial(
+            mla.prefill_into_cache, cache=view, layer=layer, precision=precision
+        )
+        hidden, shortcut, view = deepseek._layer(layer_params, config, hidden, shortcut, attend)
+    last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    logits = deepseek._logits(params, config, hidden)
+    return logits, dataclasses.replace(cache, pages=view.pages), ok
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _decode(
+    params: Params,
+    config: DeepSeekConfig,
+    last_tokens: jax.Array,
+    drafts: jax.Array,
+    is_active: jax.Array,
+    rules: _Rules,
+    cache: PagedKVCache,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, PagedKVCache]:
+    """Reads the newest token of slots and what is guessed to follow, and chooses what does.
+
+    Args:
+      params: the model's.
+      config: the model's.
+      last_tokens: int32[slots], the newest token of each slot, not read yet.
+      drafts: int32[slots, n], guesses, -1 for none; n may be 0.
+      is_active: bool[slots], which take part.
+      rules: of each slot.
+      cache: donated.
+
+    Returns:
+      new int32[slots, 1 + n] and num_new int32[slots], which of them count; the newest tokens;
+      ok bool[slots]; the block table and the cache, which has forgotten the wrong guesses.
+    """
+    before = cache.cache_seqlens
+    ids = jnp.concatenate([last_tokens[:, None], jnp.maximum(drafts, 0)], axis=1)
+    logits, cache, ok = deepseek.decode_step(params, config, ids, cache, is_active)
+    new = rules.choose(logits)
+    # A token counts if all guesses before it were right.
+    is_right = (new[:, :-1] == drafts).astype(jnp.int32)
+    num_new = 1 + jnp.sum(jnp.cumprod(is_right, axis=1), axis=1)
+    num_new = jnp.where(is_active & ok, num_new, 0).astype(jnp.int32)
+    if drafts.shape[1] > 0:
+        cache = cache.truncate(before + num_new)
+    newest = jnp.take_along_axis(new, jnp.maximum(num_new - 1, 0)[:, None], axis=1)[:, 0]
+    last_tokens = jnp.where(num_new > 0, newest, last_tokens)
+    return new, num_new, last_tokens, ok, cache.block_table, cache

@@ -1,0 +1,496 @@
+"""The engine against the model's uncached forward pass, whoever shares the batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashmla_jax.cache.layout import PAGE_SIZE
+from flashmla_jax.engine import Engine, _decode, _move_pages, _read, guess_next
+from flashmla_jax.generate import GREEDY, Sampling, sample
+from flashmla_jax.layers import YarnScaling
+from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+CONFIG = DeepSeekConfig(
+    model_type="deepseek_v3",
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+    moe_intermediate_size=32,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    routed_scaling_factor=0.5,
+    first_k_dense_replace=1,
+    rope_scaling=YarnScaling(factor=40, original_max_position_embeddings=64, mscale_all_dim=1.0),
+)
+# The same sizes in all tests, so that they share their programs. With drafts, a row of the block
+# table has a place for all pages too.
+PAGES, SLOTS, CHUNK, DRAFT = 8, 3, 48, 3
+MAX_SEQLEN = PAGES * PAGE_SIZE + 1 - DRAFT
+
+
+@pytest.fixture(scope="module")
+def model(on_cpu):
+    params = init_params(CONFIG, jax.random.key(0), jnp.float32)
+    # Bound to a device, as parameters of a checkpoint are.
+    return jax.device_put(params, jax.devices("cpu")[0]), CONFIG
+
+
+def make_engine(model, **changes):
+    sizes = {
+        "num_pages": PAGES,
+        "max_seqlen": MAX_SEQLEN,
+        "slots": SLOTS,
+        "chunk": CHUNK,
+        "prompts_at_once": 2,
+    }
+    return Engine(*model, **(sizes | changes))
+
+
+def prompt_of(seed, length):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length).tolist()
+
+
+def check_step(engine):
+    """The cache is sound, and the device uses no page that the scheduler does not know of."""
+    engine.cache.check()
+    assert int(engine.cache.num_used) <= engine.cache.num_pages
+    assert 0 <= engine.pages_cached <= engine.pages_used <= engine.cache.num_pages
+    assert len(engine.running) <= SLOTS
+
+
+def check_end(engine):
+    """Nothing is left but known prefixes, which nobody uses."""
+    assert engine.waiting == engine.running == ()
+    assert not engine.cache.cache_seqlens.any()
+    stats = engine.cache.stats()
+    assert int(stats.used) == int(stats.retained) == engine.pages_used == engine.pages_cached
+
+
+def run(engine, late=None):
+    """Steps to the end; `late` submits requests after a number of steps."""
+    late = dict(late or {})
+    steps, more = 0, True
+    while more or late:
+        if steps in late:
+            late.pop(steps)()
+        more = engine.step()
+        check_step(engine)
+        steps += 1
+    check_end(engine)
+    return steps
+
+
+@jax.jit
+def draw(seed, count, logits, temperature, top_p):
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    return sample(key, logits, temperature, top_p)
+
+
+def check_tokens(model, requests):
+    """Every token is what an uncached pass over all tokens before gives."""
+    for first in range(0, len(requests), 4):
+        batch = requests[first : first + 4]
+        ids = np.zeros((4, MAX_SEQLEN), np.int32)
+        for row, request in zip(ids, batch, strict=False):
+            row[: len(request.ids)] = [*request.prompt, *request.tokens]
+        logits = np.asarray(deepseek.forward(*model, ids))
+        for rows, request in zip(logits, batch, strict=False):
+            s = request.sampling
+            rows = rows[len(request.prompt) - 1 :][: len(request.tokens)]
+            expected = rows.argmax(-1).tolist()
+            if s.temperature > 0:
+                expected = [
+                    int(draw(np.uint32(s.seed), t, row, s.temperature, s.top_p))
+                    for t, row in enumerate(rows)
+                ]
+            assert request.tokens == expected
+            assert len(request.tokens) == len(request.token_times)
+            assert request.finish_reason == (
+                "stop" if request.tokens[-1] in request.stop_tokens else "length"
+            )
+
+
+# --- What is generated -----------------------------------------------------------------------
+
+
+def test_requests_come_and_go(model):
+    """Of all lengths around pages and chunks, more than there are slots, and some come later."""
+    engine, requests, seen = make_engine(model), [], []
+
+    def submit(length, new):
+        number = len(requests)
+        request = engine.submit(
+            prompt_of(number, length), new, on_token=lambda token: seen.append((number, token))
+        )
+        assert request.number == number
+        requests.append(request)
+
+    for length, new in ((3, 5), (70, 66), (130, 1), (64, 20), (48, 3)):
+        submit(length, new)
+    late = {5: lambda: submit(1, 30), 30: lambda: submit(200, 9), 90: lambda: submit(65, 2)}
+    run(engine, late)
+    check_tokens(model, requests)
+    for number, request in enumerate(requests):
+        assert [token for n, token in seen if n == number] == request.tokens
+        assert len(request.tokens) == request.max_new_tokens
+        assert request.token_times == sorted(request.token_times)
+        assert request.submit_time <= request.token_times[0]
+    # They did take turns.
+    order = [number for number, _ in seen]
+    assert order != sorted(order)
+
+
+@pytest.mark.parametrize("draft", [0, DRAFT])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_loads(model, seed, draft):
+    """With too few pages for all, beginnings in common, and greedy and sampled requests."""
+    rng = np.random.default_rng(seed)
+    engine, requests = make_engine(model, draft=draft), []
+
+    def submit():
+        for _ in range(rng.integers(1, 4)):
+            shared = prompt_of(int(rng.integers(2)), int(rng.integers(0, 140)))
+            own = rng.integers(0, CONFIG.vocab_size, rng.integers(1, 90)).tolist()
+            sampling = Sampling(float(rng.choice([0, 0.7])), 0.9, int(rng.integers(100)))
+            new = int(rng.integers(1, 70))
+            stops = rng.integers(0, CONFIG.vocab_size, 5).tolist()
+            requests.append(engine.submit(shared + own, new, sampling=sampling, stop_tokens=stops))
+
+    run(engine, {int(step): submit for step in rng.integers(0, 60, 4)})
+    check_tokens(model, requests)
+
+
+# --- Pages -----------------------------------------------------------------------------------
+
+
+def test_preempted_requests_give_the_same(model):
+    """Three that start with one page each and need four in the end, of eight."""
+    engine = make_engine(model, prefix_cache=False)
+    requests = [
+        engine.submit(prompt_of(i, 60), 150, sampling=sampling)
+        for i, sampling in enumerate([GREEDY, Sampling(1.0, 0.9, 3), GREEDY])
+    ]
+    run(engine)
+    check_tokens(model, requests)
+    assert engine.stats.preemptions > 0
+    assert requests[0].preemptions == 0  # the oldest goes on
+    assert requests[2].preemptions > 0
+    assert engine.stats.preemptions == sum(r.preemptions for r in requests)
+    assert engine.pages_used == 0
+
+
+def test_a_request_that_needs_all_pages(model):
+    """It gets them from others, and from what only keeps prefixes."""
+    engine = make_engine(model)
+    requests = [
+        engine.submit(prompt_of(i, n), 25) for i, n in enumerate((100, MAX_SEQLEN - 25, 130))
+    ]
+    run(engine)
+    check_tokens(model, requests)
+    assert int(engine.cache.high_water) == PAGES
+
+
+def test_known_prefixes_are_not_read_again(model):
+    engine = make_engine(model)
+    prefix = prompt_of(0, 2 * PAGE_SIZE)
+    first = engine.submit([*prefix, 1, 2, 3], 4)
+    run(engine)
+    assert first.prefix_tokens == 0
+    assert engine.stats.read_tokens == len(first.prompt)
+    assert engine.pages_cached == 2
+
+    others = [engine.submit([*prefix, *range(9 + i)], 3) for i in range(3)]
+    engine.step()
+    table = np.asarray(engine.cache.block_table)
+    np.testing.assert_array_equal(table[0, :2], table[1, :2])  # the very same pages
+    assert int(engine.cache.stats().shared) == 2
+    run(engine)
+    check_tokens(model, [first, *others])
+    assert [request.prefix_tokens for request in others] == [2 * PAGE_SIZE] * 3
+    assert engine.stats.prefix_tokens == 3 * 2 * PAGE_SIZE
+    assert engine.stats.read_tokens == len(first.prompt) + 9 + 10 + 11
+
+    # The last token of a prompt is always read.
+    whole = engine.submit(prefix, 2)
+    run(engine)
+    assert whole.prefix_tokens == PAGE_SIZE
+    check_tokens(model, [whole])
+
+
+def test_a_conversation_goes_on_from_its_pages(model):
+    engine = make_engine(model)
+    first = engine.submit(prompt_of(0, 100), 40)
+    run(engine)
+    second = engine.submit([*first.prompt, *first.tokens, 5, 6], 5)
+    run(engine)
+    assert second.prefix_tokens == 2 * PAGE_SIZE  # of which 28 tokens were generated
+    check_tokens(model, [first, second])
+
+
+def test_prompts_that_wait_share_with_those_before_them(model):
+    """Two are read at once, each for itself; the third starts with a page of theirs."""
+    engine = make_engine(model)
+    prompt = prompt_of(0, 70)
+    requests = [engine.submit(prompt, 5, sampling=Sampling(1.0, seed=i)) for i in range(3)]
+    run(engine)
+    assert [request.prefix_tokens for request in requests] == [0, 0, PAGE_SIZE]
+    check_tokens(model, requests)
+    assert len({tuple(request.tokens) for request in requests}) == 3
+
+
+def test_prefixes_go_before_requests(model):
+    """Other prompts take the pages of those that are over, and nobody is preempted."""
+    engine = make_engine(model)
+    requests = []
+    for i in range(4):
+        requests.append(engine.submit(prompt_of(i, 3 * PAGE_SIZE), 3))
+        run(engine)
+    assert engine.stats.preemptions == 0
+    again = engine.submit([*requests[3].prompt, 0], 3)
+    assert engine.submit([*requests[0].prompt, 0], 3).prefix_tokens is None  # not known yet
+    run(engine)
+    assert again.prefix_tokens == 3 * PAGE_SIZE
+    check_tokens(model, [*requests, again])
+
+
+def test_without_prefix_cache_nothing_stays(model):
+    engine = make_engine(model, prefix_cache=False)
+    requests = [engine.submit(prompt_of(0, 150), 3) for _ in range(3)]
+    run(engine)
+    assert engine.pages_used == engine.stats.prefix_tokens == 0
+    check_tokens(model, requests)
+
+
+# --- How tokens are chosen, and when it ends ---------------------------------------------------
+
+
+def test_seeds_and_neighbours(model):
+    """Tokens depend on the request's seed, not on its slot, its number or who else is there."""
+
+    def tokens(seeds, others=0):
+        engine = make_engine(model)
+        for i in range(others):
+            engine.submit(prompt_of(50 + i, 20), 4 + i)
+        requests = [
+            engine.submit(prompt_of(0, 20), 12, sampling=Sampling(1.0, 0.95, seed))
+            for seed in seeds
+        ]
+        run(engine)
+        check_tokens(model, requests)
+        return [request.tokens for request in requests]
+
+    first, second = tokens([1, 2])
+    assert first != second
+    assert tokens([2, 1], others=2) == [second, first]
+
+
+def test_sampling_is_per_request(model):
+    engine = make_engine(model)
+    prompt = prompt_of(0, 20)
+    settings = [GREEDY, Sampling(1.0, 1e-6, 5), Sampling(2.0)]
+    greedy, narrow, hot = [engine.submit(prompt, 12, sampling=s) for s in settings]
+    run(engine)
+    assert greedy.tokens == narrow.tokens != hot.tokens
+    check_tokens(model, [greedy, narrow, hot])
+
+
+@pytest.mark.parametrize("draft", [0, DRAFT])
+def test_stop_tokens(model, draft):
+    free = make_engine(model)
+    requests = [free.submit(prompt_of(i, 30), 20) for i in range(3)]
+    run(free)
+    stop = requests[0].tokens[7]
+    engine = make_engine(model, draft=draft)
+    stopped = [engine.submit(prompt_of(i, 30), 20, stop_tokens=[stop, 511]) for i in range(3)]
+    run(engine)
+    for request, other in zip(stopped, requests, strict=True):
+        tokens = other.tokens
+        end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
+        assert request.tokens == tokens[:end]
+    assert stopped[0].finish_reason == "stop"
+
+
+def test_the_configuration_says_what_ends(model):
+    config = dataclasses.replace(CONFIG, eos_token_id=(3, 4))
+    engine = make_engine((model[0], config))
+    assert engine.submit([1], 1).stop_tokens == {3, 4}
+    assert engine.submit([1], 1, stop_tokens=()).stop_tokens == set()
+
+
+# --- Drafts ----------------------------------------------------------------------------------
+
+
+def repetitive(model):
+    """Parameters with which a token mostly decides the next one, so that guesses come true."""
+    return {**model[0], "layers": jax.tree.map(lambda x: 0.3 * x, model[0]["layers"])}, CONFIG
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.3, 0.9, 1)])
+def test_drafts_change_the_number_of_steps_only(model, sampling):
+    model = repetitive(model)
+    steps, tokens = [], []
+    for draft in (0, DRAFT):
+        engine = make_engine(model, draft=draft)
+        requests = [
+            engine.submit(prompt_of(i, n), 60, sampling=sampling) for i, n in enumerate((3, 63))
+        ]
+        steps.append(run(engine))
+        tokens.append([request.tokens for request in requests])
+        check_tokens(model, requests)
+    assert tokens[0] == tokens[1]
+    assert 0 < engine.stats.accepted <= engine.stats.drafted
+    assert steps[1] < steps[0]
+
+
+def test_drafts_preempt_nobody(model):
+    """Where there are no pages for guesses, a step decodes as without."""
+    engine = make_engine(model, draft=DRAFT)
+    requests = [engine.submit(prompt_of(i, 2 * PAGE_SIZE), 60) for i in range(2)]
+    requests.append(engine.submit(prompt_of(2, 70), 58))
+    run(engine)
+    check_tokens(model, requests)
+    assert engine.stats.preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "wanted"),
+    [
+        ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1]),
+        ([1, 2, 3, 4, 1, 2, 3], 9, [4, 1, 2, 3]),
+        ([7, 2, 3, 5, 8, 2, 3, 6, 2, 3], 1, [6]),  # the latest
+        ([1, 2, 3, 9, 3, 8, 1, 2, 3], 1, [9]),  # the longest
+        ([5, 6, 5], 3, [6, 5]),
+        ([5, 5], 3, [5]),
+        ([1, 2, 3], 3, []),
+        ([1], 3, []),
+    ],
+)
+def test_guess_next(ids, count, wanted):
+    assert guess_next(np.array(ids, np.int32), count).tolist() == wanted
+
+
+# --- How it runs -----------------------------------------------------------------------------
+
+
+def test_one_program_for_each_phase(model):
+    """Whatever the lengths, the number of requests, who samples and who is preempted."""
+    programs = (_read, _decode, _move_pages)
+    before = [program._cache_size() for program in programs]
+    for draft in (0, DRAFT):
+        engine = make_engine(model, draft=draft)
+        for i, n in enumerate((1, 60, 200, 130, 190)):
+            engine.submit(prompt_of(i % 3, n), 90 + 7 * i, sampling=Sampling(0.5 * (i % 2)))
+        engine.run()
+        assert engine.stats.preemptions > 0
+        assert engine.stats.prefix_tokens > 0
+    after = [program._cache_size() for program in programs]
+    # Of decoding, one without drafts and one with them; those of other tests are the same ones.
+    assert all(n - m <= most for n, m, most in zip(after, before, (1, 2, 1), strict=True))
+    for draft in (0, DRAFT):
+        engine = make_engine(model, draft=draft)
+        engine.submit(prompt_of(0, 99), 9)
+        engine.run()
+    assert [program._cache_size() for program in programs] == after
+
+
+def test_pools_stay_in_place(model):
+    engine = make_engine(model)
+    addresses = [pool.unsafe_buffer_pointer() for pool in engine.cache.pages]
+    for i in range(4):
+        engine.submit(prompt_of(i, 70), 5)
+    while engine.step():
+        assert [pool.unsafe_buffer_pointer() for pool in engine.cache.pages] == addresses
+
+
+def test_a_callback_may_submit(model):
+    engine, requests = make_engine(model), []
+
+    def more(token):
+        if len(requests) < 3:
+            requests.append(engine.submit([token], 2, on_token=more))
+
+    requests.append(engine.submit([1], 1, on_token=more))
+    run(engine)
+    assert [len(request.tokens) for request in requests] == [1, 2, 2]
+    assert requests[1].prompt.tolist() == requests[0].tokens
+
+
+def test_a_callback_that_raises_costs_no_tokens(model):
+    engine = make_engine(model)
+
+    def fail(token):
+        raise KeyError(token)
+
+    bad, good = engine.submit([1], 3, on_token=fail), engine.submit([2], 3)
+    failures = 0
+    while True:
+        try:
+            if not engine.step():
+                break
+        except KeyError:
+            failures += 1
+    assert failures > 0
+    check_tokens(model, [bad, good])
+    check_end(engine)
+
+
+def test_nothing_to_do(model):
+    engine = make_engine(model)
+    assert not engine.step()
+    engine.run()
+    assert engine.stats.steps == 0
+
+
+# --- Mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "message"),
+    [
+        ([], 1, "prompt_ids is empty"),
+        ([512], 1, "prompt_ids has token 512 at position 0, outside the vocabulary of 512"),
+        ([1.5], 1, "prompt_ids must hold integers, got float64"),
+        ([1], 0, "max_new_tokens must be at least 1, got 0"),
+        ([1] * 500, 11, r"max_new_tokens=11 are 511, more than max_seqlen=510"),
+    ],
+)
+def test_submit_refuses(model, prompt, new, message):
+    engine = make_engine(model)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(prompt, new)
+    assert engine.waiting == ()
+
+
+def test_submit_refuses_what_can_never_fit(model):
+    engine = make_engine(model, num_pages=2)
+    engine.submit([1] * 100, 29)  # the last token is not cached
+    with pytest.raises(ValueError, match=r"max_new_tokens=30 need 3 pages, .* num_pages=2"):
+        engine.submit([1] * 100, 30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
+        ({"slots": 0}, "slots must be at least 1, got 0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"prompts_at_once": 0}, "prompts_at_once must be at least 1, got 0"),
+        ({"draft": -1}, "draft must be at least 0, got -1"),
+        ({"max_seqlen": 1}, "max_seqlen must be at least 2, got 1"),
+        ({"max_seqlen": 4097}, "at most the model's 4096 positions, got 4097"),
+    ],
+)
+def test_engine_refuses(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_engine(model, **changes)
