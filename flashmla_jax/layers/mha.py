@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 try:
     # What jax.nn.dot_product_attention(implementation="cudnn") calls. The public function would do,
@@ -169,7 +170,9 @@ def _xla_attention(
     """A few queries at a time, whose scores are computed anew in the backward pass."""
     batch, s_q, heads, _ = q.shape
     s_kv = k.shape[1]
-    chunk = max(1, min(s_q, max_scores // max(1, batch * heads * s_kv)))
+    # A program that is exported for batches of any size bounds the scores of each sequence.
+    sequences = 1 if is_symbolic_dim(batch) else batch
+    chunk = max(1, min(s_q, max_scores // max(1, sequences * heads * s_kv)))
     q = jnp.pad(q, ((0, 0), (0, -s_q % chunk), (0, 0), (0, 0)))
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 

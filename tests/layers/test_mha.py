@@ -88,6 +88,16 @@ def test_no_queries():
 
 
 @on_cpu
+def test_exported_for_any_batch():
+    (batch,) = jax.export.symbolic_shape("batch")
+    attend = jax.jit(functools.partial(mha.attention, softmax_scale=0.7, causal=True))
+    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in make_qkv(9, 9)]
+    exported = jax.export.export(attend, platforms=["cpu"])(*shapes)
+    got, want = exported.call(*make_qkv(9, 9)), attend(*make_qkv(9, 9))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)
+
+
+@on_cpu
 def test_scores_are_float32_and_may_be_large():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in make_qkv(5, 5))
     out, lse = mha.attention(q, k, v, 100.0, causal=True)
