@@ -337,9 +337,9 @@ def split_kv_b(params: Params, config: MLAConfig) -> tuple[jax.Array, jax.Array]
     kv_b = params["kv_b_proj"]
     if "w_uk" in kv_b:
         return kv_b["w_uk"], kv_b["w_uv"]
-    kernel = kv_b["kernel"].T.reshape(config.num_heads, -1, config.kv_lora_rank)
-    w_uk, w_uv = jnp.split(kernel, [config.qk_nope_head_dim], axis=1)
-    return w_uk, w_uv
+    kernel = kv_b["kernel"].reshape(config.kv_lora_rank, config.num_heads, -1)
+    w_uk, w_uv = jnp.split(kernel, [config.qk_nope_head_dim], axis=-1)
+    return w_uk.transpose(1, 2, 0), w_uv.transpose(1, 2, 0)
 
 
 def expand_kv(
