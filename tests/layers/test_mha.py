@@ -57,8 +57,7 @@ def test_causal(queries_at_once):
 
 
 @on_cpu
-@pytest.mark.parametrize("lengths", [[0, 23], [5, 1], None])
-@pytest.mark.parametrize("queries_at_once", [2, 8])
+@pytest.mark.parametrize(("lengths", "queries_at_once"), [([0, 23], 2), ([5, 1], 8), (None, 2)])
 def test_keys_of_given_lengths(lengths, queries_at_once):
     q, k, v = make_qkv(8, 23)
     visible = np.arange(23) < np.array(lengths or [23, 23])[:, None, None]
