@@ -16,13 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-try:
-    # What jax.nn.dot_product_attention(implementation="cudnn") calls. The public function would do,
-    # but for the log-sum-exp, which it rounds to bfloat16: parts merged with that are weighted
-    # wrongly by up to 3 %.
-    from jax._src.cudnn import fused_attention_stablehlo as _cudnn  # private
-except ImportError:
-    _cudnn = None  # type: ignore[assignment]
+from flashmla_jax._private import cudnn as _cudnn
 
 Implementation = Literal["cudnn", "xla"]
 
@@ -199,6 +193,6 @@ def _xla_attention(
         num_keys = min(s_kv, int(part[-1]) + chunk) if causal else s_kv
         step = jax.checkpoint(functools.partial(attend, num_keys=num_keys), prevent_cse=False)
         out, lse = jax.lax.map(step, jnp.asarray(part))  # [chunks, batch, chunk, ...]
-        outs.append(jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, v.shape[-1]))
-        lses.append(jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1))
+        outs.append(jnp.moveaxis(out, 0, 1).reshape(batch, len(part) * chunk, heads, v.shape[-1]))
+        lses.append(jnp.moveaxis(lse, 0, 2).reshape(batch, heads, len(part) * chunk))
     return jnp.concatenate(outs, axis=1)[:, :s_q], jnp.concatenate(lses, axis=2)[..., :s_q]

@@ -8,9 +8,9 @@ what `_partition` returns: the op as it is on one device, on the shapes that are
 `jax.experimental.custom_partitioning` does the same through pointers to Python objects in the
 program, which change from process to process: the persistent compilation cache misses, and
 `jax.export` fails. A partitioner that is registered by name needs none. jax has no public function
-for that, hence the two private imports of this package: the registry, and the hook that registers
-with the partitioners of plug-ins, as the one for CUDA, which are loaded later. jax's own
-custom_partitioning uses both in the same way.
+for that, hence two private imports: the registry, and the hook that registers with the partitioners
+of plug-ins, as the one for CUDA, which are loaded later. jax's own custom_partitioning uses both in
+the same way.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jaxlib.xla_client as xla  # private
 import numpy as np
-from jax._src import xla_bridge  # private
 from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
+
+from flashmla_jax._private import xla_bridge
+from flashmla_jax._private import xla_client as xla
 
 _MANUAL = xla.OpSharding.Type.MANUAL
 _REPLICATED = xla.OpSharding.Type.REPLICATED
@@ -40,7 +41,7 @@ _REPLICATED = xla.OpSharding.Type.REPLICATED
 # The targets of programs for several devices, as they are registered. Exported programs call them,
 # with the primitive's parameters in writing: the version is raised when those change.
 TARGETS: list[str] = []
-VERSION = "v1"
+VERSION = "v2"
 # Of what `_partition` makes of them. It is in the program, so that compilation caches know.
 _REVISION = 1
 

@@ -1,0 +1,157 @@
+"""Decoding steps of a whole model on a Hopper GPU: random weights in DeepSeek-V2-Lite's shapes.
+
+    python -m benchmarks.model
+
+Part of `make bench`; a record under benchmarks/results/. A step takes a token of every sequence
+through all layers and gives the next ones, greedily. It is measured as a loop of a user's would run
+it: programs are started one after another, the host waits for the last one. Beside it stands the
+same model with gather + einsum in place of the op, and what the memory would allow: the weights
+that a step needs (all but the embedding, of the experts those that its tokens can reach) and the
+cached tokens, read once at the bandwidth that was measured in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+import flashmla_jax as fm
+from benchmarks import decode
+from benchmarks.cases import Case
+from benchmarks.record import RESULTS, device_name, write_record
+from flashmla_jax import reference
+from flashmla_jax.layers import mla
+from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
+
+CONTEXT, BATCHES, STEPS = 4096, (1, 32, 128), 40
+# https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite/blob/main/config.json, without its YaRN.
+CONFIG = DeepSeekConfig(
+    model_type="deepseek_v2",
+    vocab_size=102400,
+    hidden_size=2048,
+    intermediate_size=10944,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    q_lora_rank=None,
+    moe_intermediate_size=1408,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    topk_method="greedy",
+    scoring_func="softmax",
+    norm_topk_prob=False,
+    first_k_dense_replace=1,
+    max_position_embeddings=163840,
+)
+
+
+def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCache:
+    """A cache of sequences of `context` random tokens, with room for the steps that follow."""
+    pages = -(-(context + 4 * STEPS) // 64)
+    cache = fm.PagedKVCache.create(
+        num_layers=config.num_hidden_layers,
+        num_pages=batch * pages,
+        batch=batch,
+        max_pages_per_seq=pages,
+    )
+    keys = jax.random.split(jax.random.key(1), config.num_hidden_layers)
+    fill = jax.jit(lambda pool, key: jax.random.normal(key, pool.shape, pool.dtype))
+    pools = tuple(fill(pool, key) for pool, key in zip(cache.pages, keys, strict=True))
+    cache, _ = dataclasses.replace(cache, pages=pools).allocate(
+        jnp.full(batch, context, jnp.int32)
+    )
+    return cache
+
+
+def step_seconds(config: DeepSeekConfig, params: Any, batch: int, context: int) -> list[float]:
+    """Of a decoding step, each among many; several samples."""
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(params: Any, ids: jax.Array, cache: fm.PagedKVCache) -> Any:
+        logits, cache, _ = deepseek.decode_step(params, config, ids, cache)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    ids, cache = jnp.zeros((batch, 1), jnp.int32), full_cache(config, batch, context)
+    samples = []
+    for sample in range(4):
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            ids, cache = step(params, ids, cache)
+        jax.block_until_ready(ids)
+        if sample > 0:  # the first one compiles
+            samples.append((time.perf_counter() - start) / STEPS)
+    return samples
+
+
+def step_bytes(config: DeepSeekConfig, params: Any, batch: int, context: int) -> float:
+    """What a step has to read: weights, and cached tokens."""
+    total = batch * context * config.num_hidden_layers * 576 * 2
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        if "embed_tokens" in name:
+            continue
+        share = 1.0
+        if "experts" in name and "shared_experts" not in name:
+            # A token reaches k of them; several reach so many, if they choose independently.
+            missed = 1 - config.num_experts_per_tok / config.n_routed_experts
+            share = 1 - missed**batch
+        total += leaf.nbytes * share
+    return total
+
+
+def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -> dict[str, Any]:
+    """A row of the record; times in microseconds."""
+    samples = step_seconds(config, params, batch, CONTEXT)
+    formulas = functools.partial(reference.flash_mla_with_kvcache)
+    with mock.patch.object(mla, "flash_mla_with_kvcache", formulas):
+        deepseek.decode_step.clear_cache()
+        rival = statistics.median(step_seconds(config, params, batch, CONTEXT))
+    deepseek.decode_step.clear_cache()
+    step = statistics.median(samples)
+    case = Case("", batch, 1, config.num_attention_heads, CONTEXT)
+    attention = statistics.median(decode.seconds_on_gpu(case, rival=False))
+    floor = step_bytes(config, params, batch, CONTEXT) / read_gbps / 1e9
+    return {
+        "batch": batch,
+        "context": CONTEXT,
+        "step_us": round(step * 1e6, 1),
+        "samples_us": [round(x * 1e6, 1) for x in samples],
+        "tokens_per_s": round(batch / step, 1),
+        "attention_share": round(config.num_hidden_layers * attention / step, 3),
+        "gather_einsum_step_us": round(rival * 1e6, 1),
+        "speedup": round(rival / step, 2),
+        "floor_us": round(floor * 1e6, 1),
+        "of_the_floor": round(floor / step, 3),
+    }
+
+
+def main() -> int:
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        print(f"needs a Hopper GPU (compute capability 9.0), found {device.device_kind}")
+        return 1
+    console = Console()
+    read_gbps = decode.ceilings()["read_gbps"]
+    params = init_params(CONFIG, jax.random.key(0), dtype=jnp.bfloat16)
+    rows = []
+    for batch in BATCHES:
+        rows.append(measure(CONFIG, params, batch, read_gbps))
+        console.print(rows[-1])
+    results = {"model": "DeepSeek-V2-Lite", "read_gbps": read_gbps, "decode": rows}
+    name = device_name().lower().replace(" ", "_")
+    path = write_record(RESULTS / f"{name}_model.json", results, "make bench")
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
