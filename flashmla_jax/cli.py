@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flashmla_jax.cache.layout import PAGE_SIZE
+from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.config import kernel_on, show_config
-from flashmla_jax.generate import Generation, Sampling, score
+from flashmla_jax.engine import Engine
+from flashmla_jax.generate import Generation, Sampling, checked_ids, score
 from flashmla_jax.layers.mla import Params, YarnScaling
 from flashmla_jax.models import (
     DeepSeekConfig,
@@ -28,6 +31,7 @@ from flashmla_jax.models import (
     load_checkpoint,
     save_checkpoint,
 )
+from flashmla_jax.serve_bench import Load, serve
 
 _DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
@@ -114,11 +118,69 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"
     )
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1: all tokens")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default 0")
+    sub.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the sampling, N + i for the i-th prompt; default 0",
+    )
+    _add_engine(sub)
     sub.add_argument(
         "--check",
         action="store_true",
-        help="compare the logits with an uncached forward pass",
+        help="run all prompts as one batch, and compare the logits with an uncached forward pass",
+    )
+
+    sub = command(
+        "serve-bench",
+        _serve_bench,
+        "Measures throughput and latencies under random requests that arrive at random times.",
+    )
+    _add_model(sub, "as in generate")
+    _add_engine(sub)
+    sub.add_argument("--requests", type=int, default=64, metavar="N", help="default 64")
+    sub.add_argument(
+        "--rate",
+        type=float,
+        default=float("inf"),
+        metavar="R",
+        help="requests per second on average (Poisson); default inf: all at once",
+    )
+    sub.add_argument(
+        "--prompt-lengths",
+        type=_range,
+        default=(32, 256),
+        metavar="A,B",
+        help="from A to B tokens, all as likely; default 32,256",
+    )
+    sub.add_argument(
+        "--new-tokens",
+        type=_range,
+        default=(16, 128),
+        metavar="A,B",
+        help="likewise; default 16,128",
+    )
+    sub.add_argument(
+        "--shared-prefix",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that all prompts begin with, besides their own; default 0",
+    )
+    sub.add_argument(
+        "--num-pages",
+        type=int,
+        metavar="N",
+        help="size of the cache; by default what the longest requests need in all slots",
+    )
+    sub.add_argument(
+        "--chunk", type=int, default=256, metavar="N", help="tokens read per step; default 256"
+    )
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="as in generate")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the load; default 0")
+    sub.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw cache use over time (with matplotlib)"
     )
 
     sub = command(
@@ -158,6 +220,26 @@ def _add_model(parser: argparse.ArgumentParser, dtype_help: str) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
 
 
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--slots", type=int, default=8, metavar="N", help="sequences run at once; default 8"
+    )
+    parser.add_argument(
+        "--draft",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens to guess from the text so far and verify in a step; default 0",
+    )
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, *last = _ids(text)
+    if len(last) > 1:
+        raise argparse.ArgumentTypeError(f"a range must look like 1,5, got {text!r}")
+    return first, last[0] if last else first
+
+
 def _ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(",", " ").split()]
@@ -191,8 +273,82 @@ def _generate(args: argparse.Namespace) -> int:
     if tokenizer is not None:
         prompts = [tokenizer.encode(text).ids for text in args.prompt]
     config, params = _load(args.checkpoint, args.dtype)
-    run = Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
-    return _run(run, params, config, tokenizer, args.check)
+    if args.check:
+        run = Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
+        return _run(run, params, config, tokenizer, check=True)
+
+    for i, prompt in enumerate(prompts):
+        checked_ids(f"prompt {i}", prompt, config)
+    longest = max(map(len, prompts))
+    slots = min(args.slots, len(prompts))
+    max_seqlen = longest + max(args.max_new_tokens, 1)  # which `submit` checks
+    engine = Engine(
+        params,
+        config,
+        num_pages=slots * -(-max_seqlen // PAGE_SIZE),
+        max_seqlen=max_seqlen,
+        slots=slots,
+        chunk=min(longest, 256),
+        draft=args.draft,
+    )
+    requests = [
+        engine.submit(
+            prompt, args.max_new_tokens, sampling=dataclasses.replace(sampling, seed=args.seed + i)
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    _compile(engine, params, config)
+    start = time.perf_counter()
+    with _progress("generating"):
+        engine.run()
+    seconds = time.perf_counter() - start
+    for i, request in enumerate(requests):
+        _report_sequence(i, request.prompt, request.tokens, tokenizer)
+    stats = engine.stats
+    tokens = sum(len(request.tokens) for request in requests)
+    _report("prompts", f"{stats.read_tokens} tokens read, {stats.prefix_tokens} found in the cache")
+    _report_speed("generated", tokens, seconds, f" in {stats.steps} steps")
+    if args.draft:
+        _report("drafts", f"{stats.accepted} of {stats.drafted} tokens were right")
+    _report_cache(engine.cache, int(engine.cache.high_water))
+    return 0
+
+
+def _serve_bench(args: argparse.Namespace) -> int:
+    load = Load(
+        requests=args.requests,
+        rate=args.rate,
+        prompt_lengths=args.prompt_lengths,
+        new_tokens=args.new_tokens,
+        shared_prefix=args.shared_prefix,
+        sampling=Sampling(args.temperature, seed=args.seed),
+        seed=args.seed,
+    )
+    config, params = _load(args.checkpoint, args.dtype)
+    num_pages = args.num_pages
+    if num_pages is None:
+        num_pages = args.slots * -(-load.max_seqlen // PAGE_SIZE)
+    engine = Engine(
+        params,
+        config,
+        num_pages=num_pages,
+        max_seqlen=load.max_seqlen,
+        slots=args.slots,
+        chunk=args.chunk,
+        draft=args.draft,
+    )
+    _compile(engine, params, config)
+    with _progress("serving", load.requests) as advance:
+        report = serve(engine, load, config.vocab_size, advance)
+    for name, value in report.lines():
+        _report(name, value)
+    if args.draft:
+        stats = engine.stats
+        _report("drafts", f"{stats.accepted} of {stats.drafted} tokens were right")
+    if args.plot is not None:
+        report.plot(args.plot)
+        _report("plot", str(args.plot))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -295,12 +451,7 @@ def _run(
     _report_speed("prefill", sum(map(len, run.prompts)), record.prefill_seconds)
     if record.steps:
         _report_speed("decode", record.decoded, record.decode_seconds, f" in {record.steps} steps")
-    cache = run.cache
-    _report(
-        "cache",
-        f"{int(cache.num_used)} of {cache.num_pages} pages of {cache.page_size} tokens in use "
-        f"({float(cache.usage):.0%}), {cache.nbytes / 2**20:.1f} MiB in {cache.num_layers} layers",
-    )
+    _report_cache(run.cache, int(run.cache.num_used))
     return _check(run, params, config, record) if check else 0
 
 
@@ -359,8 +510,39 @@ def _check(run: Generation, params: Params, config: DeepSeekConfig, record: _Rec
     return 0 if passed else 1
 
 
+def _compile(run: Generation | Engine, params: Params, config: DeepSeekConfig) -> None:
+    """Prints what will run, and compiles it."""
+    device = _device()
+    size = sum(x.size for x in jax.tree.leaves(params))
+    dtype = run.cache.dtype.name
+    _report("model", f"{config.model_type}, {size / 1e6:.1f} M parameters in {dtype}")
+    _report("platform", f"{device.platform} ({device.device_kind})")
+    _report("kernel", kernel_on(device))
+    start = time.perf_counter()
+    with _progress("compiling"):
+        run.compile()
+    seconds = time.perf_counter() - start
+    _report("compiled", f"in {seconds:.1f} s, which the speeds below leave out")
+
+
 def _report(name: str, value: str) -> None:
     print(f"{name:12}{value}", flush=True)
+
+
+def _report_sequence(
+    number: int, prompt: Sequence[int] | np.ndarray, tokens: list[int], tokenizer: Any
+) -> None:
+    text = repr(tokenizer.decode(tokens)) if tokenizer else ",".join(map(str, tokens))
+    _report(f"sequence {number}", f"{len(prompt)} prompt tokens, {len(tokens)} new: {text}")
+
+
+def _report_cache(cache: PagedKVCache, used: int) -> None:
+    _report(
+        "cache",
+        f"{used} of {cache.num_pages} pages of {cache.page_size} tokens in use "
+        f"({used / cache.num_pages:.0%}), {cache.nbytes / 2**20:.1f} MiB in {cache.num_layers} "
+        "layers",
+    )
 
 
 def _report_speed(name: str, tokens: int, seconds: float, steps: str = "") -> None:

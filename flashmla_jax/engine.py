@@ -171,19 +171,19 @@ class _Result:
     """What a program gives, on the device, and whose it is.
 
     Attributes:
+      ok: bool[slots], whether the cache did what the scheduler thinks it did.
       runs: who took part, and how many tokens each has in the cache then (None: as many as before
         and those that it was given).
       new: int32[slots, n], new tokens of each slot.
       num_new: int32[slots], how many they are.
-      ok: bool[slots], whether the cache had room.
       block_table: the cache's, then.
     """
 
-    runs: Sequence[tuple[_Run, int | None]]
-    new: jax.Array
-    num_new: jax.Array
     ok: jax.Array
-    block_table: jax.Array
+    runs: Sequence[tuple[_Run, int | None]] = ()
+    new: jax.Array | None = None
+    num_new: jax.Array | None = None
+    block_table: jax.Array | None = None
 
 
 class Engine:
@@ -234,9 +234,9 @@ class Engine:
             model has.
         """
         least = {
+            "slots": (slots, 1),
             "num_pages": (num_pages, 1),
             "max_seqlen": (max_seqlen, 2),
-            "slots": (slots, 1),
             "chunk": (chunk, 1),
             "prompts_at_once": (prompts_at_once, 1),
             "draft": (draft, 0),
@@ -295,6 +295,21 @@ class Engine:
     def pages_cached(self) -> int:
         """How many of those only keep prefixes, and are given up when there is need."""
         return self._index.num_evictable
+
+    def compile(self) -> Engine:
+        """Compiles and runs the programs with no request taking part; returns self.
+
+        Without it the first steps compile, if the process has not run the like before.
+        """
+        results = self._results
+        self._results = []
+        self._move_pages(_Books())
+        self._read([])
+        for draft in {0, self._draft}:
+            self._decode([], np.full((len(self._slots), draft), -1, np.int32))
+        jax.block_until_ready(self.cache)
+        self._results = results
+        return self
 
     def submit(
         self,
@@ -362,7 +377,7 @@ class Engine:
             self._read(reading)
         decoding = [run for run in self._running if self._decodes(run)]
         if decoding:
-            self._decode(decoding)
+            self._decode(decoding, self._guess(decoding))
         self.stats.steps += bool(reading or decoding)
         self._collect(before)
         if self._draft:  # which are found in the tokens
@@ -370,6 +385,7 @@ class Engine:
         if self._waiting or self._running or self._results:
             return True
         self._keep_books()
+        self._collect_all()
         return False
 
     # --- Who gets a slot, and pages ----------------------------------------------------------
@@ -459,10 +475,12 @@ class Engine:
     def _keep_books(self) -> None:
         """Has the cache do what was decided since the last time."""
         if self._owed != _Books():
-            self.cache, ok = _move_pages(self.cache, *self._owed.arrays(self.cache))
+            self._move_pages(self._owed)
             self._owed = _Books()
-            if not np.all(ok):
-                raise RuntimeError("the cache does not have the pages that the prefix index names")
+
+    def _move_pages(self, books: _Books) -> None:
+        self.cache, ok = _move_pages(self.cache, *books.arrays(self.cache))
+        self._results.append(_Result(ok))
 
     # --- What the device does ----------------------------------------------------------------
 
@@ -481,7 +499,7 @@ class Engine:
             slots[row], num_tokens[row], is_last[row] = run.slot, count, not run.is_reading
             run.asked += not run.is_reading
             self.stats.read_tokens += count
-        self._tokens, num_new, ok, table, self.cache = _read(
+        new, num_new, self._tokens, ok, table, self.cache = _read(
             self._params,
             self._config,
             ids,
@@ -493,15 +511,14 @@ class Engine:
             self.cache,
         )
         lengths = [(run, run.length) for run in runs]
-        self._results.append(_Result(lengths, self._tokens[:, None], num_new, ok, table))
+        self._results.append(_Result(ok, lengths, new, num_new, table))
 
-    def _decode(self, runs: list[_Run]) -> None:
+    def _decode(self, runs: list[_Run], drafts: np.ndarray) -> None:
         """Starts the program that gives each run its next token, or more with drafts."""
         self._keep_books()
         slots = len(self._slots)
         is_active = np.zeros(slots, np.bool_)
         is_active[[run.slot for run in runs]] = True
-        drafts = self._guess(runs)
         rules = _Rules.make(slots, {run.slot: run for run in runs})
         new, num_new, self._tokens, ok, table, self.cache = _decode(
             self._params,
@@ -518,7 +535,7 @@ class Engine:
                 run.length += 1
                 run.asked += 1
             lengths = [(run, run.length) for run in runs]
-        self._results.append(_Result(lengths, new, num_new, ok, table))
+        self._results.append(_Result(ok, lengths, new, num_new, table))
 
     def _guess(self, runs: list[_Run]) -> np.ndarray:
         """int32[slots, draft] guesses, or int32[slots, 0] if there are none or no pages for them.
@@ -548,11 +565,9 @@ class Engine:
         """Waits for results, hands out their tokens and takes out who is finished."""
         calls: list[tuple[Callable[[int], None], int]] = []
         for result in results:
-            new, num_new, ok, table = jax.device_get(
-                (result.new, result.num_new, result.ok, result.block_table)
-            )
+            new, num_new, ok = jax.device_get((result.new, result.num_new, result.ok))
             if not ok.all():
-                raise RuntimeError("the cache has fewer free pages than the scheduler counts")
+                raise RuntimeError("the cache's pages are not what the scheduler takes them for")
             now = time.perf_counter()
             for run, length in result.runs:
                 if run.is_over:  # in the step before
@@ -572,19 +587,20 @@ class Engine:
                 if self._keeps_prefixes:
                     # The last token is not in the cache, nor are tokens that only others know of.
                     cached = min(run.length if length is None else length, len(request.ids) - 1)
-                    self._remember(run, table[run.slot], cached)
+                    self._remember(run, result.block_table, cached)
                 if request.finish_reason is not None:
                     self._leave(run)
         for call, token in calls:
             call(token)
 
-    def _remember(self, run: _Run, pages: np.ndarray, length: int) -> None:
+    def _remember(self, run: _Run, block_table: jax.Array | None, length: int) -> None:
         """Makes the full pages among a run's first `length` tokens known, if they are not."""
         count = length // PAGE_SIZE
         if count <= run.known:
             return
         run.known = count
-        new = self._index.insert(run.request.ids, pages[:count].tolist())
+        pages = np.asarray(block_table)[run.slot, :count].tolist()
+        new = self._index.insert(run.request.ids, pages)
         self._index.acquire(new)
         run.shared += new
         self._owed.retained += new
@@ -754,7 +770,7 @@ def _read(
     rules: _Rules,
     last_tokens: jax.Array,
     cache: PagedKVCache,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, PagedKVCache]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, PagedKVCache]:
     """Reads the next tokens of some slots, and chooses the first new token of those at the end.
 
     Args:
@@ -769,14 +785,14 @@ def _read(
       cache: donated.
 
     Returns:
-      last_tokens, num_new int32[slots], ok bool[slots], the block table and the cache.
+      As `_decode`: new int32[slots, 1], num_new, last_tokens, ok, the block table and the cache.
     """
     logits, cache, ok = _extend(params, config, ids, slots, num_tokens, cache)
     chosen = rules.choose(logits[:, None])[:, 0]
     at = jnp.where(is_last, slots, cache.batch)
     last_tokens = last_tokens.at[at].set(chosen, mode="drop")
     num_new = jnp.zeros_like(last_tokens).at[at].set(1, mode="drop")
-    return last_tokens, num_new, ok, cache.block_table, cache
+    return last_tokens[:, None], num_new, last_tokens, ok, cache.block_table, cache
 
 
 def _extend(

@@ -32,8 +32,9 @@ class Sampling:
       temperature: divides the logits; 0 takes the most likely token (greedy).
       top_p: only the most likely tokens are drawn from, as few as have this probability together
         (nucleus sampling, arXiv:1904.09751); 1 is all of them.
-      seed: of the random numbers. Sequence i draws its t-th token with a key made from `seed`, i
-        and t, so that it does not depend on its neighbours in the batch.
+      seed: of the random numbers, of which the lower 32 bits count. Sequence i of a batch draws its
+        t-th token with a key made from `seed + i` and t, so that it does not depend on its
+        neighbours.
 
     Raises:
       ValueError: for a temperature that is negative or not finite, or top_p outside (0, 1].
@@ -284,9 +285,9 @@ class _Rules:
 
     @classmethod
     def make(cls, batch: int, sampling: Sampling, stop_tokens: frozenset[int]) -> _Rules:
-        fold_in = jax.vmap(jax.random.fold_in, (None, 0))
+        seeds = [(sampling.seed + i) & 0xFFFFFFFF for i in range(batch)]
         return cls(
-            keys=fold_in(jax.random.key(sampling.seed), jnp.arange(batch)),
+            keys=jax.vmap(jax.random.key)(np.array(seeds, np.uint32)),
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
             stop_tokens=jnp.array(sorted(stop_tokens), jnp.int32),

@@ -387,21 +387,26 @@ def test_one_program_for_each_phase(model):
     """Whatever the lengths, the number of requests, who samples and who is preempted."""
     programs = (_read, _decode, _move_pages)
     before = [program._cache_size() for program in programs]
-    for draft in (0, DRAFT):
-        engine = make_engine(model, draft=draft)
+    engines = [make_engine(model, draft=draft).compile() for draft in (0, DRAFT)]
+    compiled = [program._cache_size() for program in programs]
+    # Of decoding, one without drafts and one with them; those of other tests are the same ones.
+    assert all(n - m <= most for n, m, most in zip(compiled, before, (1, 2, 1), strict=True))
+    for engine in engines:
         for i, n in enumerate((1, 60, 200, 130, 190)):
             engine.submit(prompt_of(i % 3, n), 90 + 7 * i, sampling=Sampling(0.5 * (i % 2)))
         engine.run()
         assert engine.stats.preemptions > 0
         assert engine.stats.prefix_tokens > 0
-    after = [program._cache_size() for program in programs]
-    # Of decoding, one without drafts and one with them; those of other tests are the same ones.
-    assert all(n - m <= most for n, m, most in zip(after, before, (1, 2, 1), strict=True))
-    for draft in (0, DRAFT):
-        engine = make_engine(model, draft=draft)
-        engine.submit(prompt_of(0, 99), 9)
-        engine.run()
-    assert [program._cache_size() for program in programs] == after
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_compile_changes_nothing(model):
+    engine = make_engine(model, draft=DRAFT)
+    requests = [engine.submit(prompt_of(i, 70), 20) for i in range(4)]
+    while engine.compile().step():
+        check_step(engine)
+    check_end(engine)
+    check_tokens(model, requests)
 
 
 def test_pools_stay_in_place(model):
