@@ -41,7 +41,17 @@ _DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.floa
 # experts, which moves the logits of that token much further.
 _TOLERANCES = {"float32": (1e-3, 1e-3), "float16": (0.5, 0.05), "bfloat16": (0.5, 0.1)}
 
-_DEMO_CONFIG = DeepSeekConfig(
+# A small byte-level model, trained with `examples/train_tiny.py --size cpu`.
+_DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
+_DEMO_PROMPTS = (
+    "The ",
+    "Return a list of ",
+    "If the file does not exist, ",
+    "This method is called ",
+)
+_DEMO_SAMPLING = Sampling(temperature=0.4)
+
+_RANDOM_CONFIG = DeepSeekConfig(
     model_type="deepseek_v3",
     vocab_size=1024,
     hidden_size=256,
@@ -63,7 +73,7 @@ _DEMO_CONFIG = DeepSeekConfig(
     ),
     max_position_embeddings=163840,
 )
-_DEMO_PROMPT_LENGTHS = (5, 37, 64, 150)
+_RANDOM_PROMPT_LENGTHS = (5, 37, 64, 150)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,16 +196,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "demo",
         _demo,
-        "Writes a small random DeepSeek-V3 checkpoint, continues four prompts with it, and checks "
-        "the result against an uncached forward pass.",
+        "Continues four prompts with a small byte-level model that comes with the package, and "
+        "checks the result against an uncached forward pass.",
+    )
+    sub.add_argument(
+        "--random",
+        action="store_true",
+        help="write a DeepSeek-V3 checkpoint with experts and random weights, and use that one",
     )
     sub.add_argument(
         "--dir",
         type=Path,
         default=Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flashmla_jax",
-        help="where checkpoints are kept; default ~/.cache/flashmla_jax",
+        help="where --random keeps its checkpoint; default ~/.cache/flashmla_jax",
     )
-    sub.add_argument("--max-new-tokens", type=int, default=65, metavar="N", help="default 65")
+    sub.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="default 160")
     sub.add_argument("--dtype", choices=_DTYPES, help="as in generate")
 
     sub = command("score", _score, "Prints the log-probability of each token of a sequence.")
@@ -352,24 +367,34 @@ def _serve_bench(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    checkpoint = _demo_checkpoint(args.dir)
+    if args.random:
+        return _demo_random(args)
+    tokenizer = _tokenizer(_DEMO_CHECKPOINT)
+    prompts = [tokenizer.encode(text).ids for text in _DEMO_PROMPTS]
+    config, params = _load(_DEMO_CHECKPOINT, args.dtype)
+    run = Generation(params, config, prompts, args.max_new_tokens, sampling=_DEMO_SAMPLING)
+    return _run(run, params, config, tokenizer, check=True, stream=True)
+
+
+def _demo_random(args: argparse.Namespace) -> int:
+    checkpoint = _random_checkpoint(args.dir)
     config, params = _load(checkpoint, args.dtype)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in _DEMO_PROMPT_LENGTHS]
+    prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in _RANDOM_PROMPT_LENGTHS]
     run = Generation(params, config, prompts, args.max_new_tokens)
     return _run(run, params, config, None, check=True)
 
 
-def _demo_checkpoint(folder: Path) -> Path:
-    """Where the demonstration's checkpoint is, after writing it if need be."""
-    fingerprint = hashlib.sha256(json.dumps(_DEMO_CONFIG.to_dict()).encode()).hexdigest()[:8]
+def _random_checkpoint(folder: Path) -> Path:
+    """Where the checkpoint with random weights is, after writing it if need be."""
+    fingerprint = hashlib.sha256(json.dumps(_RANDOM_CONFIG.to_dict()).encode()).hexdigest()[:8]
     path = folder / f"deepseek-v3-random-{fingerprint}"
     if path.exists():
         _report("checkpoint", f"{path} (from an earlier run)")
         return path
     with _progress("writing a checkpoint"):
-        params = init_params(_DEMO_CONFIG, jax.random.key(0), jnp.bfloat16)
-        save_checkpoint(path, _DEMO_CONFIG, params, max_shard_size=8 * 2**20)
+        params = init_params(_RANDOM_CONFIG, jax.random.key(0), jnp.bfloat16)
+        save_checkpoint(path, _RANDOM_CONFIG, params, max_shard_size=8 * 2**20)
     _report("checkpoint", f"{path} (random weights, written now)")
     return path
 
@@ -397,8 +422,8 @@ def _tokenizer(checkpoint: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError:
         raise NotImplementedError(
-            "--prompt needs the tokenizers package (pip install 'flashmla-jax[hf]'); "
-            "or use --prompt-ids"
+            "text needs the tokenizers package (pip install 'flashmla-jax[hf]'); "
+            "or use generate with --prompt-ids"
         ) from None
     return Tokenizer.from_file(str(path))
 
@@ -413,14 +438,13 @@ class _Record:
     Attributes:
       tokens: the new tokens of each sequence.
       logits: if kept, of each step, float32[batch, vocab]; on the device, so as not to wait.
-      compile_seconds, prefill_seconds, decode_seconds: wall-clock time.
+      prefill_seconds, decode_seconds: wall-clock time.
       steps: decode steps, which follow the one that reads the prompts.
       decoded: tokens that those steps gave.
     """
 
     tokens: list[list[int]]
     logits: list[jax.Array] = dataclasses.field(default_factory=list)
-    compile_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: int = 0
@@ -433,20 +457,26 @@ def _run(
     config: DeepSeekConfig,
     tokenizer: Any,
     check: bool,
+    stream: bool = False,
 ) -> int:
-    """Runs a generation and prints what came of it; returns the exit code."""
-    device = _device()
-    dtype = run.cache.dtype.name
-    size = sum(x.size for x in jax.tree.leaves(params))
-    _report("model", f"{config.model_type}, {size / 1e6:.1f} M parameters in {dtype}")
-    _report("platform", f"{device.platform} ({device.device_kind})")
-    _report("kernel", kernel_on(device))
+    """Runs a generation and prints what came of it; returns the exit code.
 
-    record = _record(run, keep_logits=check)
-    _report("compiled", f"in {record.compile_seconds:.1f} s, which the speeds below leave out")
+    With `stream`, sequences are printed as text, the first one while it grows.
+    """
+    _compile(run, params, config)
+
+    record = _Record([[] for _ in run.prompts])
+    if stream:
+        progress = _stream(tokenizer, run.prompts[0].tolist(), record.tokens[0])
+    else:
+        progress = _progress("generating", run.max_new_tokens)
+    with progress as advance:
+        _fill(record, run, check, advance)
     for i, (prompt, tokens) in enumerate(zip(run.prompts, record.tokens, strict=True)):
-        text = repr(tokenizer.decode(tokens)) if tokenizer else ",".join(map(str, tokens))
-        _report(f"sequence {i}", f"{len(prompt)} prompt tokens, {len(tokens)} new: {text}")
+        if not stream:
+            _report_sequence(i, prompt, tokens, tokenizer)
+        elif i > 0:
+            _report(f"sequence {i}", _text(tokenizer, [*prompt.tolist(), *tokens]))
 
     _report_speed("prefill", sum(map(len, run.prompts)), record.prefill_seconds)
     if record.steps:
@@ -455,30 +485,45 @@ def _run(
     return _check(run, params, config, record) if check else 0
 
 
-def _record(run: Generation, keep_logits: bool) -> _Record:
-    record = _Record([[] for _ in run.prompts])
+def _fill(record: _Record, run: Generation, keep_logits: bool, advance: Callable[[], None]) -> None:
+    """Runs a generation, and calls `advance` after each step."""
     start = time.perf_counter()
-    with _progress("compiling"):
-        run.compile()
-    record.compile_seconds = time.perf_counter() - start
+    for number, step in enumerate(run):
+        now = time.perf_counter()
+        if number == 0:
+            record.prefill_seconds = now - start
+        else:
+            record.decode_seconds = now - start - record.prefill_seconds
+            record.steps = number
+            record.decoded += sum(token is not None for token in step.tokens)
+        for tokens, token in zip(record.tokens, step.tokens, strict=True):
+            if token is not None:
+                tokens.append(token)
+        if keep_logits:
+            record.logits.append(step.logits)
+        advance()
 
-    start = time.perf_counter()
-    with _progress("generating", run.max_new_tokens) as advance:
-        for number, step in enumerate(run):
-            now = time.perf_counter()
-            if number == 0:
-                record.prefill_seconds = now - start
-            else:
-                record.decode_seconds = now - start - record.prefill_seconds
-                record.steps = number
-                record.decoded += sum(token is not None for token in step.tokens)
-            for tokens, token in zip(record.tokens, step.tokens, strict=True):
-                if token is not None:
-                    tokens.append(token)
-            if keep_logits:
-                record.logits.append(step.logits)
-            advance()
-    return record
+
+@contextlib.contextmanager
+def _stream(tokenizer: Any, prompt: list[int], tokens: list[int]) -> Iterator[Callable[[], None]]:
+    """Prints the first sequence; gives a function that prints what `tokens` has grown by."""
+    shown = 0
+
+    def advance() -> None:
+        nonlocal shown
+        text = _text(tokenizer, prompt + tokens)
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+
+    print(f"{'sequence 0':12}", end="")
+    yield advance
+    print()
+
+
+def _text(tokenizer: Any, tokens: list[int]) -> str:
+    """On one line, without the end of the line and without half a character at the end."""
+    text: str = tokenizer.decode(tokens)
+    return text.rstrip("\n\ufffd")
 
 
 def _check(run: Generation, params: Params, config: DeepSeekConfig, record: _Record) -> int:

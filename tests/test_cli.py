@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 from flashmla_jax import cli
 from flashmla_jax.config import kernel_on, show_config
+from flashmla_jax.generate import Generation
 from flashmla_jax.models import deepseek, load_checkpoint
 from flashmla_jax.ops import _ffi
 
 CHECKPOINT = Path(__file__).parent / "models" / "goldens" / "deepseek_v3"
+TRAINING = Path(__file__).parent.parent / "examples" / "train_tiny.py"
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 
 
@@ -169,15 +173,79 @@ def test_the_check_sees_one_wrong_logit(capsys, monkeypatch, wrong):
 # --- demo and info ---------------------------------------------------------------------------
 
 
-def check_demo(out, decode_steps):
-    assert len(re.findall(r"^sequence \d", out, re.M)) >= 4
-    assert re.search(rf"^decode +\d+ tokens in {decode_steps} steps", out, re.M)
+def check_demo(out, steps):
+    assert len(sequences(out)) == 4
+    assert re.search(rf"^decode +\d+ tokens in {steps} steps", out, re.M)
     assert re.search(r"^compiled +in .* leave out$", out, re.M)
     assert re.search(r"^check +passed: max difference", out, re.M)
 
 
-def test_demo(capsys, tmp_path):
-    code, out, err = run(capsys, "demo", "--dir", tmp_path)
+def sequences(out):
+    return re.findall(r"^sequence \d +(.*)$", out, re.M)
+
+
+def english_words(text):
+    return re.findall(r"[a-z]{2,}", text.lower())
+
+
+def check_english(out):
+    """Most words that the model wrote are among those it learned from, and not always the same."""
+    new = []
+    for text, prompt in zip(sequences(out), cli._DEMO_PROMPTS, strict=True):
+        assert text.startswith(prompt)
+        new += english_words(text.removeprefix(prompt))
+    corpus = set(english_words(runpy.run_path(str(TRAINING))["prose"]()))
+    assert len(new) >= 40
+    assert len(set(new)) >= len(new) / 3
+    assert np.mean([word in corpus for word in new]) >= 0.8, " ".join(new)
+    assert np.mean([len(word) for word in new]) >= 3.5
+
+
+def test_demo(capsys):
+    code, out, _ = run(capsys, "demo")
+    assert code == 0
+    check_demo(out, r"\d{2,}")
+    check_english(out)
+    assert re.search(r"^model +deepseek_v3, .* in float32$", out, re.M)
+    _, again, _ = run(capsys, "demo")
+    assert sequences(again) == sequences(out)
+
+
+def test_the_demo_prints_text_as_it_comes(capsys, monkeypatch):
+    """Before a step is taken, all that the earlier steps gave to the first sequence is there."""
+    seen = []
+    advance = Generation.__iter__
+
+    def watched(generation):
+        for step in advance(generation):
+            seen.append(capsys.readouterr().out)
+            yield step
+
+    monkeypatch.setattr(Generation, "__iter__", watched)
+    code, out, _ = run(capsys, "demo", "--max-new-tokens", 20)
+    assert code == 0
+    assert seen[0].endswith("\nsequence 0  ")
+    assert seen[1].startswith(cli._DEMO_PROMPTS[0])
+    assert all(len(text) == 1 for text in seen[2:])
+    check_demo("".join(seen) + out, 19)
+
+
+def test_the_demo_checkpoint_is_small():
+    """At most 4 MB with the tokenizer, whose tokens are bytes."""
+    files = {path.name: path.stat().st_size for path in cli._DEMO_CHECKPOINT.iterdir()}
+    assert set(files) == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert sum(files.values()) <= 4e6
+    with safetensors.safe_open(cli._DEMO_CHECKPOINT / "model.safetensors", "np") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    tokenizer = cli._tokenizer(cli._DEMO_CHECKPOINT)
+    text = "Bytes: \x00 \t é € 𝄞\n"
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+
+
+def test_random_demo(capsys, tmp_path):
+    argv = ["demo", "--random", "--dir", tmp_path, "--max-new-tokens"]
+    code, out, err = run(capsys, *argv, 65)
     assert code == 0
     check_demo(out, 64)
     assert re.search(r"^model +deepseek_v3, .* in float32$", out, re.M)
@@ -192,7 +260,7 @@ def test_demo(capsys, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
 
-    code, out, _ = run(capsys, "demo", "--dir", tmp_path, "--max-new-tokens", 3)
+    code, out, _ = run(capsys, *argv, 3)
     assert code == 0
     assert "from an earlier run" in out
     check_demo(out, 2)
@@ -200,8 +268,13 @@ def test_demo(capsys, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_demo_on_the_gpu(capsys, tmp_path, dtype):
-    code, out, _ = run(capsys, "demo", "--dir", tmp_path, "--dtype", dtype)
+def test_demos_on_the_gpu(capsys, tmp_path, dtype):
+    code, out, _ = run(capsys, "demo", "--dtype", dtype)
+    assert code == 0
+    check_demo(out, r"\d{2,}")
+    check_english(out)
+    argv = ["demo", "--random", "--dir", tmp_path, "--dtype", dtype, "--max-new-tokens", 65]
+    code, out, _ = run(capsys, *argv)
     assert code == 0
     check_demo(out, 64)
     assert re.search(r"^kernel +the Hopper kernels$", out, re.M)
