@@ -25,7 +25,7 @@ help:  ## This list.
 
 # --- For everyone ----------------------------------------------------------------------------
 
-demo: $(VENV)/.hf  ## Generate with a small random DeepSeek-V3 checkpoint, and check the result.
+demo: $(VENV)/.hf  ## Generate with the small model that comes with the package, and check the result.
 	$(BIN)/flashmla-jax demo
 
 test: lint types  ## Lint, types, and all tests. What CI runs.

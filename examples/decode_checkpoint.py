@@ -2,8 +2,8 @@
 
     python examples/decode_checkpoint.py CHECKPOINT_DIR 1,5,7 2,4
 
-The folder is in Hugging Face's format: config.json and safetensors. `flashmla-jax demo` writes a
-small one.
+The folder is in Hugging Face's format: config.json and safetensors. `flashmla-jax demo --random
+--dir CHECKPOINT_DIR` writes a small one.
 """
 
 import sys

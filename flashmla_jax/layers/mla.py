@@ -539,7 +539,8 @@ def decode(
 
 def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """The heads' results [batch, s, heads, v] to the layer's output [batch, s, hidden]."""
-    return linear(out.reshape(*out.shape[:2], -1), params["o_proj"], precision)
+    heads, size = out.shape[2:]
+    return linear(out.reshape(*out.shape[:2], heads * size), params["o_proj"], precision)
 
 
 def _one_layer(

@@ -81,7 +81,7 @@ def load_checkpoint(
         FP8 with block scales, multiplied out in float32). The routers' stay float32.
       shardings: where the parameters go, by default to the default device. A
         `jax.sharding.Sharding` for all; or a function from a parameter's name, as in
-        "layers.3.mlp.experts.up_proj.kernel", and its shape in the model to one; or a tree like the
+        "layers.3.mlp.experts.up_proj.weight", and its shape in the model to one; or a tree like the
         parameters, in which a sharding may also stand for all that would be below it. A process
         reads the tensors of which its own devices get a part, and nothing goes through others.
       progress: called after each tensor with the bytes read so far and the bytes to read.
@@ -201,7 +201,7 @@ def save_checkpoint(
 def init_params(
     config: DeepSeekConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> dict[str, Any]:
-    """Random parameters: normal, kernels scaled by `in ** -0.5`; norms 1, biases 0.
+    """Random parameters: normal, weights scaled by `in ** -0.5`; norms 1, biases 0.
 
     Args:
       config: the model's configuration.
@@ -216,8 +216,9 @@ def init_params(
     def draw(parameter: _Parameter) -> jax.Array:
         shape, to = parameter.model_shape, parameter.dtype(dtype)
         number = next(numbers)
-        if parameter.leaf == "kernel":
-            return _normal(jax.random.fold_in(key, number), shape, to, shape[-2] ** -0.5)
+        if parameter.leaf in ("kernel", "weight"):
+            size = shape[-2] if parameter.transposed else shape[-1]
+            return _normal(jax.random.fold_in(key, number), shape, to, size**-0.5)
         if parameter.leaf == "embedding":
             return _normal(jax.random.fold_in(key, number), shape, to, 1.0)
         return jnp.full(shape, 1 if parameter.leaf == "scale" else 0, to)
@@ -348,9 +349,10 @@ def _attention(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:
 
 
 def _mlp(at: str, hidden: int, size: int, num_experts: int = 0) -> Iterator[_Parameter]:
-    yield _Parameter(f"{at}.gate_proj.kernel", (size, hidden), num_experts)
-    yield _Parameter(f"{at}.up_proj.kernel", (size, hidden), num_experts)
-    yield _Parameter(f"{at}.down_proj.kernel", (hidden, size), num_experts)
+    leaf = "weight" if num_experts else "kernel"
+    yield _Parameter(f"{at}.gate_proj.{leaf}", (size, hidden), num_experts)
+    yield _Parameter(f"{at}.up_proj.{leaf}", (size, hidden), num_experts)
+    yield _Parameter(f"{at}.down_proj.{leaf}", (hidden, size), num_experts)
 
 
 def _moe(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:

@@ -10,7 +10,8 @@ Each is one `jax.jit` whose static arguments are the configuration and options, 
 tables may change from call to call without a new compilation. The last two donate the cache they
 are given.
 
-Parameters are nested dicts with the checkpoint's names and Flax's leaves, kernels `[in, out]`:
+Parameters are nested dicts with the checkpoint's names and Flax's leaves, kernels `[in, out]`;
+those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:
 
     embed_tokens.embedding                      [vocab, hidden]
     layers[i].input_layernorm.scale             [hidden]
@@ -20,8 +21,8 @@ Parameters are nested dicts with the checkpoint's names and Flax's leaves, kerne
     layers[i].mlp.down_proj.kernel              [intermediate, hidden]
     layers[i].mlp.gate.kernel                   float32[hidden, experts]    in the others
     layers[i].mlp.gate.e_score_correction_bias  float32[experts]            V3 only
-    layers[i].mlp.experts.{gate,up}_proj.kernel [experts, hidden, moe_intermediate]
-    layers[i].mlp.experts.down_proj.kernel      [experts, moe_intermediate, hidden]
+    layers[i].mlp.experts.{gate,up}_proj.weight [experts, moe_intermediate, hidden]
+    layers[i].mlp.experts.down_proj.weight      [experts, hidden, moe_intermediate]
     layers[i].mlp.shared_experts                a dense mlp, as wide as n_shared_experts of them
     layers[i].shortcut                          LongCat only, see below: gate and experts
     norm.scale                                  [hidden]
@@ -52,11 +53,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.export import is_symbolic_dim
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mla
 from flashmla_jax.layers.mla import MLAConfig, Params, YarnScaling
+from flashmla_jax.models import moe
 
 _State = TypeVar("_State")
 
@@ -554,12 +555,13 @@ def _mlp(params: Params, x: jax.Array) -> jax.Array:
 def _moe(params: Params, config: DeepSeekConfig, x: jax.Array) -> jax.Array:
     """The mixture of experts on `x` [batch, s, hidden]."""
     tokens = x.reshape(-1, x.shape[-1])
-    experts, weights = _route(params["gate"], config, tokens)
+    experts, shares = _route(params["gate"], config, tokens)
     if config.zero_expert_num:
         is_identity = experts >= config.n_routed_experts
-        identity = jnp.where(is_identity, weights, 0).sum(axis=-1, keepdims=True)
-        weights = jnp.where(is_identity, 0, weights)
-    out = _experts(params["experts"], tokens, experts, weights)
+        identity = jnp.where(is_identity, shares, 0).sum(axis=-1, keepdims=True)
+        shares = jnp.where(is_identity, 0, shares)
+    kernels = moe.Experts.of(params["experts"])
+    out = moe.routed_experts(kernels, tokens, experts, shares, _precision(tokens.dtype))
     if config.zero_expert_num:
         out = out + (identity * tokens).astype(out.dtype)
     out = out.reshape(x.shape)
@@ -608,97 +610,3 @@ def _route(
     if is_v3 or not config.norm_topk_prob:
         weights = weights * config.routed_scaling_factor
     return experts, weights
-
-
-def _experts(
-    params: Params, tokens: jax.Array, experts: jax.Array, weights: jax.Array
-) -> jax.Array:
-    """The weighted sum of each token's routed experts.
-
-    Every (token, expert) pair is a row. Rows are sorted by expert, go through a grouped matrix
-    product, and return to their tokens. There are no capacity limits: no token loses an expert to
-    the others of its batch.
-
-    `jax.lax.ragged_dot` is that product on the TPU. Elsewhere XLA (of jax 0.9.1 to 0.12) makes it
-    every expert for every row: it masks a copy of all rows for each expert and multiplies it with
-    that expert's kernel, so that a step of 8 rows reads all of 256 experts and costs 256 times the
-    work. There blocks of rows are multiplied instead, see `_blocked_mlp`.
-
-    Args:
-      params: the kernels [experts, in, out] of `gate_proj`, `up_proj` and `down_proj`.
-      tokens: [tokens, hidden].
-      experts: int32[tokens, k], each token's different experts. Numbers past the last one are
-        nobody's, and their weights 0.
-      weights: float32[tokens, k].
-
-    Returns:
-      [tokens, hidden] in the dtype of `tokens`.
-    """
-    kernels = tuple(params[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
-    if experts.size == 0:
-        return jnp.zeros_like(tokens)
-    expert_of_row = experts.reshape(-1)
-    order = jnp.argsort(expert_of_row)
-    counts = jnp.bincount(expert_of_row, length=kernels[0].shape[0])
-    rows = tokens[order // experts.shape[1]]
-    out = jax.lax.platform_dependent(rows, counts, kernels, tpu=_ragged_mlp, default=_blocked_mlp)
-    out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
-    out = out.reshape(*experts.shape, -1) * weights[..., None]
-    return out.sum(axis=1).astype(tokens.dtype)
-
-
-def _ragged_mlp(
-    rows: jax.Array, counts: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array]
-) -> jax.Array:
-    """The gated MLP of each row's expert, as three grouped products.
-
-    Args:
-      rows: [rows, hidden], sorted by expert; those of no expert, if any, are the last.
-      counts: int32[experts], how many rows each has.
-      kernels: of gate, up and down, each [experts, in, out].
-
-    Returns:
-      [rows, hidden]; of rows of no expert something finite.
-    """
-    gate, up, down = kernels
-    dot = functools.partial(
-        jax.lax.ragged_dot, group_sizes=counts, precision=_precision(rows.dtype)
-    )
-    return dot(jax.nn.silu(dot(rows, gate)) * dot(rows, up), down)
-
-
-def _blocked_mlp(
-    rows: jax.Array, counts: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array]
-) -> jax.Array:
-    """What `_ragged_mlp` says, with work that follows the number of rows, not of experts.
-
-    Every expert's rows are padded to whole blocks, and a loop multiplies block after block with its
-    expert's kernels.
-    """
-    gate, up, down = kernels
-    num_experts, num_rows = gate.shape[0], rows.shape[0]
-    # About as many rows as an expert gets, in powers of two: large enough to use the multiplier,
-    # small enough that little is padding. At most `num_blocks` are filled, however rows are routed.
-    if is_symbolic_dim(num_rows):  # exported for batches of any size
-        block = 32
-    else:
-        block = min(128, max(8, 1 << (num_rows // num_experts).bit_length()))
-    num_blocks = (num_rows + jax.core.min_dim(num_experts, num_rows) * (block - 1)) // block
-
-    blocks_of = -(-counts // block)
-    blocks_end = jnp.cumsum(blocks_of)
-    # How far padding moves an expert's rows: each goes from its place in `rows` to `slot`.
-    shift = (blocks_end - blocks_of) * block - (jnp.cumsum(counts) - counts)
-    slot = jnp.arange(num_rows) + jnp.repeat(shift, counts, total_repeat_length=num_rows)
-    blocks = jnp.zeros((num_blocks * block, rows.shape[1]), rows.dtype)
-    blocks = blocks.at[slot].set(rows, unique_indices=True).reshape(num_blocks, block, -1)
-    expert_of_block = jnp.searchsorted(blocks_end, jnp.arange(num_blocks), side="right")
-    expert_of_block = jnp.minimum(expert_of_block, num_experts - 1)
-    dot = functools.partial(jnp.dot, precision=_precision(rows.dtype))
-
-    def apply_expert(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, expert = inputs
-        return dot(jax.nn.silu(dot(x, gate[expert])) * dot(x, up[expert]), down[expert])
-
-    out = jax.lax.map(apply_expert, (blocks, expert_of_block))
-    return out.reshape(num_blocks * block, -1)[slot]

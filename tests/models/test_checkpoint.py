@@ -87,7 +87,7 @@ def test_reads_what_hugging_face_wrote(name):
     moe, at = params["layers"][1]["mlp"], "model.layers.1.mlp"
     for e in range(config.n_routed_experts):
         np.testing.assert_array_equal(
-            moe["experts"]["down_proj"]["kernel"][e],
+            moe["experts"]["down_proj"]["weight"][e],
             tensors[f"{at}.experts.{e}.down_proj.weight"].T.astype(np.float32),
         )
     assert moe["gate"]["kernel"].dtype == jnp.float32
@@ -336,7 +336,7 @@ def test_fp8_is_multiplied_out(fp8, dtype):
     np.testing.assert_array_equal(
         params["layers"][0]["mlp"]["up_proj"]["kernel"], expected(UP_PROJ)
     )
-    down = params["layers"][1]["mlp"]["experts"]["down_proj"]["kernel"]
+    down = params["layers"][1]["mlp"]["experts"]["down_proj"]["weight"]
     for e in range(config.n_routed_experts):
         name = f"model.layers.1.mlp.experts.{e}.down_proj.weight"
         np.testing.assert_array_equal(down[e], expected(name))

@@ -61,7 +61,7 @@ def test_published_models_run(name):
     config = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     mlp = params["layers"][1]["mlp"] if not config.is_longcat else params["layers"][0]["shortcut"]
-    assert mlp["experts"]["up_proj"]["kernel"].shape == (
+    assert mlp["experts"]["up_proj"]["weight"].shape == (
         config.n_routed_experts,
         config.hidden_size,
         config.moe_intermediate_size,

@@ -117,7 +117,7 @@ def test_longcat_routes_some_tokens_to_identities(longcat):
     """Those experts have no kernels, and give the token back."""
     layer = longcat.params["layers"][0]["shortcut"]
     assert layer["gate"]["kernel"].shape == (60, 12)
-    assert layer["experts"]["up_proj"]["kernel"].shape == (8, 60, 24)
+    assert layer["experts"]["up_proj"]["weight"].shape == (8, 24, 60)
     tokens = np.random.default_rng(0).standard_normal((50, 60)).astype(np.float32)
     experts, weights = deepseek._route(layer["gate"], longcat.config, tokens)
     assert (experts >= 8).any(axis=1).sum() > 10

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flashmla_jax.cache.paged import PagedKVCache
-from flashmla_jax.models import deepseek, init_params
+from flashmla_jax.models import deepseek, init_params, moe
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -134,63 +134,69 @@ def test_weights_that_vanish_are_divided_safely():
 # --- The experts ---------------------------------------------------------------------------------
 
 
+HIDDEN, SIZE = 32, 64
+
+
 def make_experts(num_experts: int, num_tokens: int, k: int, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    gate, up = rng.standard_normal((2, num_experts, 12, 20)).astype(np.float32)
+
+    def weight(*shape: int) -> np.ndarray:
+        return rng.standard_normal((num_experts, *shape)).astype(np.float32) * 0.2
+
     return {
-        "kernels": (gate, up, rng.standard_normal((num_experts, 20, 12)).astype(np.float32) * 0.1),
-        "tokens": rng.standard_normal((num_tokens, 12)).astype(np.float32) * 0.3,
-        "experts": np.stack([rng.permutation(num_experts)[:k] for _ in range(num_tokens)]),
-        "weights": rng.random((num_tokens, k)).astype(np.float32),
+        "weights": moe.Experts(weight(SIZE, HIDDEN), weight(SIZE, HIDDEN), weight(HIDDEN, SIZE)),
+        "tokens": rng.standard_normal((num_tokens, HIDDEN)).astype(np.float32) * 0.3,
+        "experts": np.stack(
+            [rng.permutation(num_experts)[:k].astype(np.int32) for _ in range(num_tokens)]
+        ),
+        "shares": rng.random((num_tokens, k)).astype(np.float32),
     }
 
 
-def oracle_experts(kernels, tokens, experts, weights) -> np.ndarray:
+def oracle_experts(weights, tokens, experts, shares) -> np.ndarray:
     """Token by token and expert by expert, in float64; experts past the last give nothing."""
-    gate, up, down = (kernel.astype(np.float64) for kernel in kernels)
+    gate, up, down = (weight.astype(np.float64) for weight in weights)
     out = np.zeros(tokens.shape)
     for t, x in enumerate(tokens.astype(np.float64)):
-        for e, weight in zip(experts[t], weights[t].astype(np.float64), strict=True):
+        for e, share in zip(experts[t], shares[t].astype(np.float64), strict=True):
             if e < len(gate):
-                g = x @ gate[e]
-                out[t] += weight * ((g / (1 + np.exp(-g)) * (x @ up[e])) @ down[e])
+                g = gate[e] @ x
+                out[t] += share * (down[e] @ (g / (1 + np.exp(-g)) * (up[e] @ x)))
     return out
 
 
-def run(kernels, tokens, experts, weights) -> jax.Array:
-    params = dict(zip(("gate_proj", "up_proj", "down_proj"), kernels, strict=True))
-    params = {name: {"kernel": jnp.asarray(kernel)} for name, kernel in params.items()}
-    return deepseek._experts(params, *map(jnp.asarray, (tokens, experts, weights)))
+@pytest.fixture(params=["_loop", "_fused", "_grouped"])
+def run(request, monkeypatch):
+    """Each way to multiply, on whatever this runs; that of Pallas in its interpreter."""
+    interpreted = functools.partial(moe._grouped_dot, interpret=True)
+    monkeypatch.setattr(moe, "_grouped_dot", interpreted)
+    way = getattr(moe, request.param)
+    return lambda **case: way(**jax.tree.map(jnp.asarray, case))
 
 
-@pytest.fixture(params=["blocks", "ragged_dot"])
-def product(request, monkeypatch) -> None:
-    """Both grouped products, on whatever this runs."""
-    if request.param == "ragged_dot":
-        monkeypatch.setattr(deepseek, "_blocked_mlp", deepseek._ragged_mlp)
-
-
-@pytest.mark.usefixtures("product")
-@pytest.mark.parametrize("routing", ["random", "all to the same", "few tokens", "nobody's"])
-def test_experts_match_float64(routing):
+@pytest.mark.parametrize(
+    "routing", ["random", "all to the same", "few tokens", "nobody's", "sorted"]
+)
+def test_experts_match_float64(run, routing, monkeypatch):
     num_tokens, k, num_experts = (3, 2, 40) if routing == "few tokens" else (150, 3, 7)
     case = make_experts(num_experts, num_tokens, k)
     if routing == "all to the same":
         case["experts"][:] = [4, 1, 6]
-    if routing == "nobody's":
+    if routing in ("nobody's", "sorted"):
         case["experts"][::2, 1] = 7 + np.arange(75)  # past the last
-        case["weights"][::2, 1] = 0
+        case["shares"][::2, 1] = 0
+    if routing == "sorted":
+        monkeypatch.setattr(moe, "_ROWS_COUNTED", 0)
     out = jax.jit(lambda case: run(**case))(case)
     np.testing.assert_allclose(out, oracle_experts(**case), atol=1e-5)
 
 
-@pytest.mark.usefixtures("product")
-@pytest.mark.parametrize("what", ["kernels", "tokens", "weights"])
-def test_the_derivative_is_that_of_the_definition(what):
+@pytest.mark.parametrize("what", ["weights", "tokens", "shares"])
+def test_the_derivative_is_that_of_the_definition(run, what):
     """Along a random direction, against differences of the float64 sum."""
     case = make_experts(5, 9, 2)
     rng = np.random.default_rng(7)
-    upwards = rng.standard_normal((9, 12))
+    upwards = rng.standard_normal((9, HIDDEN))
     direction = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), case[what])
 
     def loss(x):
@@ -209,23 +215,23 @@ def test_the_derivative_is_that_of_the_definition(what):
     assert slope == pytest.approx((moved(1e-4) - moved(-1e-4)) / 2e-4, rel=1e-4)
 
 
-def test_experts_have_no_capacity():
+def test_experts_have_no_capacity(run):
     """A token's output does not depend on those beside it, however many want its experts."""
     case = make_experts(4, 60, 2)
     case["experts"][:] = [1, 2]
-    alone = {name: case[name][:1] for name in ("tokens", "experts", "weights")}
+    alone = {name: case[name][:1] for name in ("tokens", "experts", "shares")}
     np.testing.assert_allclose(
-        run(**case)[:1], run(kernels=case["kernels"], **alone), rtol=1e-5, atol=1e-6
+        run(**case)[:1], run(weights=case["weights"], **alone), rtol=1e-5, atol=1e-6
     )
 
 
 def shapes_of(num_experts: int) -> dict:
     """Six tokens of a decode step, which choose four experts each."""
     return {
-        "kernels": (jax.ShapeDtypeStruct((num_experts, 8, 8), jnp.float32),) * 3,
+        "weights": moe.Experts(*(jax.ShapeDtypeStruct((num_experts, 8, 8), jnp.float32),) * 3),
         "tokens": jax.ShapeDtypeStruct((6, 8), jnp.float32),
         "experts": jax.ShapeDtypeStruct((6, 4), jnp.int32),
-        "weights": jax.ShapeDtypeStruct((6, 4), jnp.float32),
+        "shares": jax.ShapeDtypeStruct((6, 4), jnp.float32),
     }
 
 
@@ -233,32 +239,35 @@ def test_experts_do_not_multiply_every_token_with_every_expert():
     """The loop runs over blocks of rows, whose number does not follow that of the experts."""
 
     def num_blocks(num_experts: int) -> int:
-        rows = jax.ShapeDtypeStruct((24, 8), jnp.float32)
-        counts = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
-        kernels = shapes_of(num_experts)["kernels"]
-        jaxpr = jax.make_jaxpr(deepseek._blocked_mlp)(rows, counts, kernels).jaxpr
+        loop = functools.partial(moe._loop, precision=None)
+        jaxpr = jax.make_jaxpr(lambda case: loop(**case))(shapes_of(num_experts)).jaxpr
         (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
         return scan.params["length"]
 
     assert num_blocks(256) == num_blocks(64) == 24  # one for each of 6 x 4 rows at most
 
 
-@pytest.mark.parametrize(
-    ("platform", "is_ragged"), [("tpu", True), ("cpu", False), ("cuda", False)]
-)
-def test_ragged_dot_is_used_where_it_is_a_grouped_product(platform, is_ragged):
-    traced = jax.jit(run).trace(**shapes_of(256))
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert ("ragged_dot" in text) == is_ragged
-    # No array has a row for every token and every expert.
-    assert "256x24x" not in text
-
-
 def test_on_the_cpu_a_step_does_not_read_every_expert():
     """Temporary memory would hold masked rows for each of them."""
-    compiled = jax.jit(run).lower(**shapes_of(256)).compile()
-    kernel = 256 * 8 * 8 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < kernel / 2
+    compiled = jax.jit(moe.routed_experts).lower(**shapes_of(256)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 256 * 24 * 8 * 4 / 4
+
+
+def test_a_machine_without_a_gpu_lowers_for_one():
+    """More rows than a sum of products is for: the loop, for the product needs to know the GPU."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        shapes = jax.tree.map(
+            lambda x, dtype=dtype: x.update(dtype=dtype if x.dtype == jnp.float32 else x.dtype),
+            shapes_of(256),
+        )
+        text = (
+            jax.jit(moe.routed_experts)
+            .trace(**shapes)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
+        assert "triton" not in text
+        assert "stablehlo.while" in text
 
 
 # --- Float32 is exact ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 
 from flashmla_jax.layers import mha, mla
 from flashmla_jax.layers.mla import MLAConfig, YarnScaling
-from flashmla_jax.models import deepseek, load_checkpoint
+from flashmla_jax.models import deepseek, load_checkpoint, moe
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -43,12 +43,12 @@ def goldens() -> dict:
 def _quick(monkeypatch) -> None:
     """Experts and attention in forms that compile nothing; other tests are about the right ones."""
 
-    def experts(params, tokens, chosen, weights):
-        gate, up, down = (params[f"{name}_proj"]["kernel"] for name in ("gate", "up", "down"))
-        hidden = jax.nn.silu(jnp.einsum("th,ehi->tei", tokens, gate))
-        hidden = hidden * jnp.einsum("th,ehi->tei", tokens, up)
-        share = (jax.nn.one_hot(chosen, len(gate)) * weights[..., None]).sum(axis=1)
-        return jnp.einsum("tei,eih,te->th", hidden, down, share)
+    def experts(weights, tokens, chosen, shares, precision):
+        gate, up, down = weights
+        hidden = jax.nn.silu(jnp.einsum("th,eih->tei", tokens, gate))
+        hidden = hidden * jnp.einsum("th,eih->tei", tokens, up)
+        share = (jax.nn.one_hot(chosen, len(gate)) * shares[..., None]).sum(axis=1)
+        return jnp.einsum("tei,ehi,te->th", hidden, down, share)
 
     def attention(q, k, v, softmax_scale, **kwargs):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
@@ -56,7 +56,7 @@ def _quick(monkeypatch) -> None:
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v), None
 
-    monkeypatch.setattr(deepseek, "_experts", experts)
+    monkeypatch.setattr(moe, "routed_experts", experts)
     monkeypatch.setattr(mha, "attention", attention)
 
 

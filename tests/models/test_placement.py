@@ -91,7 +91,7 @@ def test_shardings_as_a_function(saved, mesh, dtype):
 
     _, params = load_checkpoint(saved, dtype=dtype, shardings=shardings)
     assert_placed_as(params, expected, mesh)
-    assert "layers.1.mlp.experts.up_proj.kernel" in names
+    assert "layers.1.mlp.experts.up_proj.weight" in names
     assert len(names) == len(set(names)) == len(jax.tree.leaves(expected))
 
 
