@@ -408,7 +408,8 @@ class Engine:
     def _make_room(self) -> None:
         """Sees to it that all who decode have a place for their next token.
 
-        The oldest request always goes on: no other can take its pages, and it fits alone.
+        The oldest request goes on in the end: no other takes its pages, and it fits alone. If one
+        of its pages holds what the index knows another for, it may have to start again with that.
         """
         for run in self._running:
             while not run.is_over and self._decodes(run) and not self._claim(run, run.length + 1):

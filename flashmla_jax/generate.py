@@ -3,6 +3,9 @@
 A generation runs two programs, whatever its length: one that reads the prompts, padded to one of
 few lengths, and one that decodes a token. The cache is donated from step to step, so it stays where
 it is in memory. Lengths, tables and who has finished are data.
+
+This is for one batch that starts together, and shows the logits of every step. Requests that come
+and go are for `flashmla_jax.engine`, which gives the same tokens.
 """
 
 from __future__ import annotations

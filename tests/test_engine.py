@@ -201,6 +201,20 @@ def test_a_request_that_needs_all_pages(model):
     assert int(engine.cache.high_water) == PAGES
 
 
+def test_a_request_that_is_in_its_own_way(model):
+    """Its first page holds what another page is known for, on which its later ones depend.
+
+    So it needs one page more than there are, until it starts again with that other one.
+    """
+    engine = make_engine(model)
+    prompt = prompt_of(0, 70)
+    first = engine.submit(prompt, 1)
+    second = engine.submit(prompt, MAX_SEQLEN - 70)
+    run(engine)
+    assert second.preemptions == 1
+    check_tokens(model, [first, second])
+
+
 def test_known_prefixes_are_not_read_again(model):
     engine = make_engine(model)
     prefix = prompt_of(0, 2 * PAGE_SIZE)

@@ -1,0 +1,44 @@
+"""The engine with parameters that are divided over devices."""
+
+import jax
+import numpy as np
+import pytest
+from devices import elsewhere, make_mesh, meshes, run_on_eight_devices
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_engine import CONFIG, DRAFT, check_tokens, make_engine, prompt_of, run
+
+from flashmla_jax.engine import _decode, _move_pages, _read
+from flashmla_jax.layers.mla import head_partitioning
+from flashmla_jax.models import init_params
+
+
+@elsewhere
+def test_on_eight_devices() -> None:
+    run_on_eight_devices(__file__)
+
+
+@meshes
+@pytest.mark.parametrize("draft", [0, DRAFT])
+def test_heads_divided(draft: int) -> None:
+    """The cache is on all devices, and each program is compiled once."""
+    mesh = make_mesh(heads=2)
+    specs = {name: P(*axes) for name, axes in head_partitioning(CONFIG.mla, "heads").items()}
+
+    def place(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
+        names = [getattr(key, "key", None) for key in path]
+        spec = specs.get(names[-2], P()) if "self_attn" in names else P()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    params = init_params(CONFIG, jax.random.key(0), np.float32)
+    sharded = jax.tree_util.tree_map_with_path(place, params)
+    programs = (_read, _decode, _move_pages)
+    engine = make_engine((sharded, CONFIG), draft=draft).compile()
+    compiled = [program._cache_size() for program in programs]
+    requests = [engine.submit(prompt_of(i % 2, n), 12) for i, n in enumerate((70, 3, 100, 130, 90))]
+    run(engine)
+    assert engine.stats.prefix_tokens > 0
+    check_tokens((params, CONFIG), requests)
+    assert [program._cache_size() for program in programs] == compiled
+    assert engine.cache.pages[0].sharding.is_fully_replicated
+    assert engine.cache.pages[0].sharding.device_set == set(mesh.devices.flat)
