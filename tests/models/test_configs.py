@@ -63,8 +63,8 @@ def test_published_models_run(name):
     mlp = params["layers"][1]["mlp"] if not config.is_longcat else params["layers"][0]["shortcut"]
     assert mlp["experts"]["up_proj"]["weight"].shape == (
         config.n_routed_experts,
-        config.hidden_size,
         config.moe_intermediate_size,
+        config.hidden_size,
     )
     cache = jax.eval_shape(
         lambda: PagedKVCache.create(num_layers=2, num_pages=8, batch=2, max_pages_per_seq=4)

@@ -118,7 +118,7 @@ def test_longcat_routes_some_tokens_to_identities(longcat):
     layer = longcat.params["layers"][0]["shortcut"]
     assert layer["gate"]["kernel"].shape == (60, 12)
     assert layer["experts"]["up_proj"]["weight"].shape == (8, 24, 60)
-    tokens = np.random.default_rng(0).standard_normal((50, 60)).astype(np.float32)
+    tokens = jnp.asarray(np.random.default_rng(0).standard_normal((50, 60)), jnp.float32)
     experts, weights = deepseek._route(layer["gate"], longcat.config, tokens)
     assert (experts >= 8).any(axis=1).sum() > 10
     nothing = jax.tree.map(jnp.zeros_like, layer["experts"])
