@@ -141,7 +141,7 @@ def main() -> int:
         return 1
     console = Console()
     read_gbps = decode.ceilings()["read_gbps"]
-    params = init_params(CONFIG, jax.random.key(0), dtype=jnp.bfloat16)
+    params = deepseek.absorb(init_params(CONFIG, jax.random.key(0)), CONFIG)
     rows = []
     for batch in BATCHES:
         rows.append(measure(CONFIG, params, batch, read_gbps))

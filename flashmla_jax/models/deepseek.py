@@ -462,6 +462,19 @@ def decode_step(
     return jnp.where(ok[:, None, None], _logits(params, config, hidden), jnp.nan), cache, ok
 
 
+def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
+    """Parameters for serving: every layer's `kv_b_proj` as decoding wants it, see `mla.absorb`.
+
+    All functions here take them; `save_checkpoint` does not. The other parameters are the same
+    arrays.
+    """
+    layers = [
+        {**layer, "self_attn": mla.absorb(layer["self_attn"], config.mla)}
+        for layer in params["layers"]
+    ]
+    return {**params, "layers": layers}
+
+
 def _check_ids(ids: jax.Array, per_sequence: jax.Array | None = None) -> None:
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids must be [batch, tokens] with at least one token, got {ids.shape}")
