@@ -34,7 +34,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -451,7 +451,9 @@ class Engine:
 
     def _claim(self, run: _Run, length: int) -> bool:
         """Sets pages aside, so that a run has them for `length` tokens; else changes nothing."""
-        growth = max(_pages_for(length) - run.claimed, 0)
+        growth = _pages_for(length) - run.claimed
+        if growth <= 0:
+            return True
         missing = growth - self._num_free
         if missing > self._index.num_evictable:
             return False
@@ -474,8 +476,11 @@ class Engine:
         run.is_over = True
 
     def _keep_books(self) -> None:
-        """Has the cache do what was decided since the last time."""
-        if self._owed != _Books():
+        """Has the cache do what was decided since the last time.
+
+        Pages to retain can wait for as long as the sequences that hold them stay.
+        """
+        if self._owed.freed or self._owed.released or self._owed.adopted:
             self._move_pages(self._owed)
             self._owed = _Books()
 
@@ -715,7 +720,8 @@ class _Rules:
             seeds[row], counts[row] = run.request.sampling.seed & 0xFFFFFFFF, run.asked
             temperature[row] = run.request.sampling.temperature
             top_p[row] = run.request.sampling.top_p
-        return cls(*jax.device_put((seeds, counts, temperature, top_p)))
+        arrays: Any = (seeds, counts, temperature, top_p)  # on the device when they are used
+        return cls(*arrays)
 
     def choose(self, logits: jax.Array) -> jax.Array:
         """int32[rows, s]: a token for each of the float32[rows, s, vocab] logits.
