@@ -224,8 +224,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def linear(x: jax.Array, params: Params, precision: jax.lax.PrecisionLike = None) -> jax.Array:
-    """`x` [..., in] times `params["kernel"]` [in, out], plus `params["bias"]` [out] if any."""
-    out = jnp.dot(x, params["kernel"], precision=precision)
+    """`x` [..., in] times `params["kernel"]` [in, out], plus `params["bias"]` [out] if any.
+
+    The kernel may also be a `weight` [out, in], see `transpose_kernels`.
+    """
+    if "weight" in params:
+        out = jnp.einsum("...i,oi->...o", x, params["weight"], precision=precision)
+    else:
+        out = jnp.dot(x, params["kernel"], precision=precision)
     return out + params["bias"] if "bias" in params else out
 
 
@@ -327,6 +333,23 @@ def absorb(params: Params, config: MLAConfig) -> dict[str, Any]:
     """
     w_uk, w_uv = split_kv_b(params, config)
     return {**params, "kv_b_proj": {"w_uk": w_uk, "w_uv": w_uv}}
+
+
+def transpose_kernels(params: Params) -> dict[str, Any]:
+    """Nested parameters with a `weight` [out, in] in place of each `kernel` [in, out].
+
+    The product of a single token, which XLA makes a sum on a GPU, then reads the weights in the
+    order in which they lie, several times as fast.
+    """
+    transposed: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            transposed[name] = transpose_kernels(value)
+        elif name == "kernel":
+            transposed["weight"] = jnp.swapaxes(value, -1, -2)
+        else:
+            transposed[name] = value
+    return transposed
 
 
 def split_kv_b(params: Params, config: MLAConfig) -> tuple[jax.Array, jax.Array]:

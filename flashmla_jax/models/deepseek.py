@@ -463,16 +463,23 @@ def decode_step(
 
 
 def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
-    """Parameters for serving: every layer's `kv_b_proj` as decoding wants it, see `mla.absorb`.
+    """Parameters for serving, which lie as decoding reads them.
 
-    All functions here take them; `save_checkpoint` does not. The other parameters are the same
-    arrays.
+    All functions here take them; `save_checkpoint` does not.
+
+    Args:
+      params: see the module's docstring.
+      config: the model's configuration.
+
+    Returns:
+      The same, after `mla.absorb` and `mla.transpose_kernels`.
     """
     layers = [
-        {**layer, "self_attn": mla.absorb(layer["self_attn"], config.mla)}
+        mla.transpose_kernels({**layer, "self_attn": mla.absorb(layer["self_attn"], config.mla)})
         for layer in params["layers"]
     ]
-    return {**params, "layers": layers}
+    others = {name: value for name, value in params.items() if name != "layers"}
+    return {**mla.transpose_kernels(others), "layers": layers}
 
 
 def _check_ids(ids: jax.Array, per_sequence: jax.Array | None = None) -> None:
@@ -497,12 +504,17 @@ def _embed(params: Params, ids: jax.Array) -> jax.Array:
 def _logits(params: Params, config: DeepSeekConfig, hidden: jax.Array) -> jax.Array:
     """`hidden` [..., hidden] to float32[..., vocab]."""
     hidden = mla.rms_norm(hidden, params["norm"]["scale"], config.rms_norm_eps)
-    if config.tie_word_embeddings:
-        kernel = params["embed_tokens"]["embedding"].T
+    head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    if "kernel" in head:
+        weight = head["kernel"].T
     else:
-        kernel = params["lm_head"]["kernel"]
-    return jnp.dot(
-        hidden, kernel, precision=_precision(hidden.dtype), preferred_element_type=jnp.float32
+        weight = head["embedding"] if config.tie_word_embeddings else head["weight"]
+    return jnp.einsum(
+        "...h,vh->...v",
+        hidden,
+        weight,
+        precision=_precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -603,7 +615,7 @@ def _route(
       int32[tokens, num_experts_per_tok] experts and float32 weights of the same shape.
     """
     highest = jax.lax.Precision.HIGHEST
-    logits = jnp.dot(tokens.astype(jnp.float32), params["kernel"], precision=highest)
+    logits = mla.linear(tokens.astype(jnp.float32), params, highest)
     is_v3 = config.topk_method == "noaux_tc"
     is_sigmoid = config.scoring_func == "sigmoid"
     scores = jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)

@@ -359,3 +359,31 @@ YARN = V3_JSON["rope_scaling"]
 def test_config_errors(changes, error, message):
     with pytest.raises(error, match=message):
         DeepSeekConfig.from_dict({**V3_JSON, **changes})
+
+
+# --- Parameters for serving ----------------------------------------------------------------------
+
+
+def test_absorbed_parameters_give_the_same_logits(golden):
+    config, params = golden.config, deepseek.absorb(golden.params, golden.config)
+    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert not any("kernel" in name for name in names)
+    args = golden.prompts, golden.lengths, golden.cache()
+    logits, cache, ok = deepseek.prefill(params, config, *args)
+    assert ok.all()
+    wanted, other, _ = deepseek.prefill(golden.params, config, *args[:2], golden.cache())
+    np.testing.assert_allclose(logits, wanted, atol=2e-5)
+    logits, _, _ = deepseek.decode_step(params, config, golden.next_ids[:, :1], cache)
+    wanted, _, _ = deepseek.decode_step(golden.params, config, golden.next_ids[:, :1], other)
+    np.testing.assert_allclose(logits, wanted, atol=2e-5)
+
+
+def test_absorbed_parameters_of_tied_embeddings(v3):
+    config = dataclasses.replace(v3.config, tie_word_embeddings=True)
+    params = {name: value for name, value in v3.params.items() if name != "lm_head"}
+    ids = v3.prompts[:, :5]
+    np.testing.assert_allclose(
+        deepseek.forward(deepseek.absorb(params, config), config, ids),
+        deepseek.forward(params, config, ids),
+        atol=2e-5,
+    )
