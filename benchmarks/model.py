@@ -66,9 +66,7 @@ def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCa
     keys = jax.random.split(jax.random.key(1), config.num_hidden_layers)
     fill = jax.jit(lambda pool, key: jax.random.normal(key, pool.shape, pool.dtype))
     pools = tuple(fill(pool, key) for pool, key in zip(cache.pages, keys, strict=True))
-    cache, _ = dataclasses.replace(cache, pages=pools).allocate(
-        jnp.full(batch, context, jnp.int32)
-    )
+    cache, _ = dataclasses.replace(cache, pages=pools).allocate(jnp.full(batch, context, jnp.int32))
     return cache
 
 

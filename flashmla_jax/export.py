@@ -6,6 +6,9 @@ from jax.export import DisabledSafetyCheck
 
 from flashmla_jax.ops import _ffi, _sharding
 
+# cuDNN's attention, and Triton's kernels.
+_OF_JAX = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton")
+
 
 def export_disabled_checks() -> list[DisabledSafetyCheck]:
     """The checks that `jax.export` has to leave out, as by itself it exports only JAX's own calls.
@@ -38,6 +41,8 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
     handler of that name.
 
     Returns:
-      A check for each of this package's custom calls.
+      A check for each of this package's custom calls, and of those of JAX that layers and models
+      make on a machine with a GPU, which JAX promises nothing about.
     """
-    return [DisabledSafetyCheck.custom_call(name) for name in (*_ffi.TARGETS, *_sharding.TARGETS)]
+    names = (*_ffi.TARGETS, *_sharding.TARGETS, *_OF_JAX)
+    return [DisabledSafetyCheck.custom_call(name) for name in names]

@@ -28,7 +28,7 @@ Parameters are nested dicts with the checkpoint's names and Flax's leaves. A ker
 Any projection but `kv_b_proj` may also have a `bias`, `[out]`. For serving, `absorb` replaces the
 kernel of `kv_b_proj` by its two halves, in the order in which they are multiplied with:
 
-    kv_b_proj.w_uk             [heads, nope, 512]
+    kv_b_proj.w_uk             [heads, 512, nope]
     kv_b_proj.w_uv             [heads, v, 512]
 
 Every function takes either form.
@@ -327,7 +327,7 @@ def absorb(params: Params, config: MLAConfig) -> dict[str, Any]:
       config: the shape of the layer.
 
     Returns:
-      The same parameters, in which `kv_b_proj` is `w_uk` [heads, nope, 512] and `w_uv`
+      The same parameters, in which `kv_b_proj` is `w_uk` [heads, 512, nope] and `w_uv`
       [heads, v, 512], arrays of their own. Being parameters in place of others, they cannot
       disagree with them; after training, absorb again.
     """
@@ -353,7 +353,7 @@ def transpose_kernels(params: Params) -> dict[str, Any]:
 
 
 def split_kv_b(params: Params, config: MLAConfig) -> tuple[jax.Array, jax.Array]:
-    """The halves of `kv_b_proj`: `w_uk` [heads, nope, 512] and `w_uv` [heads, v, 512].
+    """The halves of `kv_b_proj`: `w_uk` [heads, 512, nope] and `w_uv` [heads, v, 512].
 
     Each head's columns are its key's, then its value's; the split is not one of the whole matrix.
     """
@@ -362,7 +362,7 @@ def split_kv_b(params: Params, config: MLAConfig) -> tuple[jax.Array, jax.Array]
         return kv_b["w_uk"], kv_b["w_uv"]
     kernel = kv_b["kernel"].reshape(config.kv_lora_rank, config.num_heads, -1)
     w_uk, w_uv = jnp.split(kernel, [config.qk_nope_head_dim], axis=-1)
-    return w_uk.transpose(1, 2, 0), w_uv.transpose(1, 2, 0)
+    return w_uk.transpose(1, 0, 2), w_uv.transpose(1, 2, 0)
 
 
 def expand_kv(
@@ -377,7 +377,7 @@ def expand_kv(
     """
     latent, k_rope = jnp.split(kv, [config.kv_lora_rank], axis=-1)
     w_uk, w_uv = split_kv_b(params, config)
-    k_nope = jnp.einsum("bsc,hnc->bshn", latent, w_uk, precision=precision)
+    k_nope = jnp.einsum("bsc,hcn->bshn", latent, w_uk, precision=precision)
     v = jnp.einsum("bsc,hvc->bshv", latent, w_uv, precision=precision)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
     return jnp.concatenate([k_nope, k_rope], axis=-1), v
@@ -543,7 +543,7 @@ def decode(
 
     q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
     w_uk, w_uv = split_kv_b(params, config)
-    q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, w_uk, precision=precision)
+    q_latent = jnp.einsum("bshn,hcn->bshc", q_nope, w_uk, precision=precision)
     q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.dtype)
 
     out, _ = flash_mla_with_kvcache(

@@ -384,7 +384,7 @@ def test_absorbed_weights():
     w_uk, w_uv = absorbed["kv_b_proj"]["w_uk"], absorbed["kv_b_proj"]["w_uv"]
     kernel = params["kv_b_proj"]["kernel"]
     for head in range(3):
-        np.testing.assert_array_equal(w_uk[head], kernel[:, head * 48 : head * 48 + 12].T)
+        np.testing.assert_array_equal(w_uk[head], kernel[:, head * 48 : head * 48 + 12])
         np.testing.assert_array_equal(w_uv[head], kernel[:, head * 48 + 12 : head * 48 + 48].T)
     assert list(params["kv_b_proj"]) == ["kernel"]  # as before
     again = mla.absorb(absorbed, SMALL)

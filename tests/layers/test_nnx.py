@@ -143,7 +143,7 @@ def test_absorbed_layer_is_one_of_its_own(trained):
     layer, x, want = trained
     serving = layer.absorb()
     before, after = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (layer, serving))
-    assert after["kv_b_proj"]["w_uk"].shape == (2, 8, 512)
+    assert after["kv_b_proj"]["w_uk"].shape == (2, 512, 8)
     assert after["kv_b_proj"]["w_uv"].shape == (2, 16, 512)
     assert set(after["kv_b_proj"]) == {"w_uk", "w_uv"}
 

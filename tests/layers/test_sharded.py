@@ -67,8 +67,8 @@ def test_each_device_has_its_heads(layer):
     assert layer.kv_b_proj.kernel[...].sharding.spec == P(None, "heads")
     assert layer.o_proj.kernel[...].addressable_shards[3].data.shape == (16, 24)
     absorbed = layer.absorb().kv_b_proj
-    for weight, size in ((absorbed.w_uk, 8), (absorbed.w_uv, 16)):
-        assert weight[...].addressable_shards[3].data.shape == (1, size, 512)
+    for weight, shape in ((absorbed.w_uk, (1, 512, 8)), (absorbed.w_uv, (1, 16, 512))):
+        assert weight[...].addressable_shards[3].data.shape == shape
 
 
 @meshes

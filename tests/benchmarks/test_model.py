@@ -1,0 +1,68 @@
+"""The benchmark of a whole model, with a small one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from benchmarks import decode, model
+from flashmla_jax.models import deepseek, init_params
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+SMALL = dataclasses.replace(
+    model.CONFIG,
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+)
+
+
+def test_bytes_of_a_step() -> None:
+    params = deepseek.absorb(init_params(SMALL, jax.random.key(0)), SMALL)
+    sizes = {
+        jax.tree_util.keystr(path): leaf.nbytes
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    experts = sum(size for name, size in sizes.items() if "'experts'" in name)
+    assert experts == 8 * 3 * 64 * 32 * 2
+    others = sum(sizes.values()) - experts - 128 * 64 * 2
+    cached = 70 * 2 * 576 * 2
+    assert model.step_bytes(SMALL, params, 1, 70) == others + experts * 2 / 8 + cached
+    assert model.step_bytes(SMALL, params, 1000, 70) == pytest.approx(
+        others + experts + 1000 * cached
+    )
+
+
+def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some GPU")
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    for name, value in {"CONFIG": SMALL, "CONTEXT": 70, "BATCHES": (2,), "STEPS": 2}.items():
+        monkeypatch.setattr(model, name, value)
+    monkeypatch.setattr(model, "RESULTS", tmp_path)
+    monkeypatch.setattr(decode, "ceilings", lambda: {"read_gbps": 100})
+    monkeypatch.setattr(decode, "seconds_on_gpu", lambda *_, **__: [1e-6])
+    assert model.main() == 0
+    record = json.loads((tmp_path / "some_gpu_model.json").read_text())
+    (row,) = record["results"]["decode"]
+    assert (row["batch"], row["context"]) == (2, 70)
+    assert row["tokens_per_s"] == pytest.approx(2e6 / row["step_us"], rel=1e-3)
+    assert row["speedup"] == pytest.approx(
+        row["gather_einsum_step_us"] / row["step_us"], rel=0.01, abs=0.01
+    )
+    assert row["of_the_floor"] == pytest.approx(row["floor_us"] / row["step_us"], abs=1e-3)
+
+
+def test_without_a_gpu(capsys) -> None:
+    if jax.devices()[0].platform == "cpu":
+        assert model.main() == 1
+        assert "needs a Hopper GPU" in capsys.readouterr().out
