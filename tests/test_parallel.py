@@ -276,7 +276,7 @@ def test_caches_of_the_devices(name: str) -> None:
         jax.shard_map,
         mesh=mesh,
         in_specs=(devices, each, each, each, each),
-        out_specs=(devices, each, each),
+        out_specs=(devices, each, devices),
     )
     def step(cache, kv, q, before, count):
         cache = dataclasses.replace(cache, high_water=cache.high_water[0])

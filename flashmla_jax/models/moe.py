@@ -16,6 +16,7 @@ makes it every expert for every row: `benchmarks/model.py` tells what that costs
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -210,8 +211,11 @@ def _grouped_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def _triton_runs(weights: Experts, tokens: jax.Array) -> bool:
     """Whether this machine's GPU has the grouped product for these arrays.
 
-    It is compiled for the GPU that is there: a machine without one exports the loop.
+    It is compiled for the GPU that is there: a machine without one exports the loop. And a jax to
+    come may do without Triton.
     """
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return False
     if tokens.dtype not in (jnp.bfloat16, jnp.float16) or weights.gate.dtype != tokens.dtype:
         return False
     if any(size % 32 for weight in weights for size in weight.shape[1:]):

@@ -109,7 +109,8 @@ def split_globally(params, config: MLAConfig):
     """All heads' keys, then all heads' values."""
     kernel = params["kv_b_proj"]["kernel"].T
     keys, values = jnp.split(kernel, [config.num_heads * config.qk_nope_head_dim])
-    return keys.reshape(config.num_heads, -1, 512), values.reshape(config.num_heads, -1, 512)
+    keys = keys.reshape(config.num_heads, -1, 512)
+    return keys.transpose(0, 2, 1), values.reshape(config.num_heads, -1, 512)
 
 
 def no_latent_norm(x, scale, eps):
