@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import flashmla_jax as fm
-from benchmarks import decode
+from benchmarks import decode, report
 from benchmarks.cases import Case
 from benchmarks.record import RESULTS, device_name, write_record
 from flashmla_jax import reference
@@ -132,6 +133,22 @@ def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -
     }
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """A record as a Markdown table."""
+    lines = [
+        "| batch | step | tokens/s | attention's share | with gather + einsum | "
+        "of what the memory allows |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["results"]["decode"]:
+        rival = f"{report.time(row['gather_einsum_step_us'])}, {row['speedup']:.1f}x"
+        cells = [row["batch"], report.time(row["step_us"]), f"{row['tokens_per_s']:.0f}"]
+        cells += [f"{row['attention_share']:.0%}", rival, f"{row['of_the_floor']:.0%}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    where = f"{record['device']}, {record['date']}, `{record['command']}`"
+    return "\n".join([*lines, "", f"{where}: {record['results']['model']}'s shapes."])
+
+
 def main() -> int:
     device = jax.devices()[0]
     if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
@@ -148,6 +165,7 @@ def main() -> int:
     name = device_name().lower().replace(" ", "_")
     path = write_record(RESULTS / f"{name}_model.json", results, "make bench")
     print(f"wrote {path}")
+    print(markdown(json.loads(path.read_text())))
     return 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import model, report
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,11 @@ def test_commands_and_paths_exist(document: str) -> None:
     assert paths
     for path in paths - {"build/site"}:
         assert (ROOT / path).exists() or (ROOT / "flashmla_jax" / path).exists(), path
+
+
+def test_figures_of_a_model() -> None:
+    record = json.loads((RESULTS / "nvidia_h200_model.json").read_text())
+    assert model.markdown(record) in README.read_text()
 
 
 @pytest.mark.parametrize("name", ["nvidia_h200", "nvidia_h100_80gb_hbm3", "cpu"])
