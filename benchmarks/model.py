@@ -136,8 +136,7 @@ def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -
 def markdown(record: dict[str, Any]) -> str:
     """A record as a Markdown table."""
     lines = [
-        "| batch | step | tokens/s | attention's share | with gather + einsum | "
-        "of what the memory allows |",
+        "| batch | step | tokens/s | attention's share | with gather + einsum | of the limit |",
         "|---|---|---|---|---|---|",
     ]
     for row in record["results"]["decode"]:
