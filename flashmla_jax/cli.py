@@ -26,9 +26,11 @@ from flashmla_jax.generate import Generation, Sampling, checked_ids, score
 from flashmla_jax.layers.mla import Params, YarnScaling
 from flashmla_jax.models import (
     DeepSeekConfig,
+    Tokenizer,
     deepseek,
     init_params,
     load_checkpoint,
+    load_tokenizer,
     save_checkpoint,
 )
 from flashmla_jax.serve_bench import Load, serve
@@ -122,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prompts.add_argument(
         "--prompt", nargs="+", metavar="TEXT", help="prompts, for the checkpoint's tokenizer.json"
+    )
+    sub.add_argument(
+        "--chat", action="store_true", help="each prompt is a message, in the chat template"
     )
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     sub.add_argument(
@@ -283,10 +288,13 @@ def _score(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    tokenizer = _tokenizer(args.checkpoint) if args.prompt else None
+    if args.chat and not args.prompt:
+        raise ValueError("--chat needs --prompt")
+    tokenizer = load_tokenizer(args.checkpoint) if args.prompt else None
     prompts = args.prompt_ids
     if tokenizer is not None:
-        prompts = [tokenizer.encode(text).ids for text in args.prompt]
+        encode = _as_message(tokenizer) if args.chat else tokenizer.encode
+        prompts = [encode(text) for text in args.prompt]
     config, params = _load(args.checkpoint, args.dtype)
     if args.check:
         run = Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
@@ -298,7 +306,7 @@ def _generate(args: argparse.Namespace) -> int:
     slots = min(args.slots, len(prompts))
     max_seqlen = longest + max(args.max_new_tokens, 1)  # which `submit` checks
     engine = Engine(
-        params,
+        deepseek.absorb(params, config),
         config,
         num_pages=slots * -(-max_seqlen // PAGE_SIZE),
         max_seqlen=max_seqlen,
@@ -343,6 +351,7 @@ def _serve_bench(args: argparse.Namespace) -> int:
     num_pages = args.num_pages
     if num_pages is None:
         num_pages = args.slots * -(-load.max_seqlen // PAGE_SIZE)
+    params = deepseek.absorb(params, config)
     engine = Engine(
         params,
         config,
@@ -369,8 +378,8 @@ def _serve_bench(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.random:
         return _demo_random(args)
-    tokenizer = _tokenizer(_DEMO_CHECKPOINT)
-    prompts = [tokenizer.encode(text).ids for text in _DEMO_PROMPTS]
+    tokenizer = load_tokenizer(_DEMO_CHECKPOINT)
+    prompts = [tokenizer.encode(text) for text in _DEMO_PROMPTS]
     config, params = _load(_DEMO_CHECKPOINT, args.dtype)
     run = Generation(params, config, prompts, args.max_new_tokens, sampling=_DEMO_SAMPLING)
     return _run(run, params, config, tokenizer, check=True, stream=True)
@@ -404,28 +413,26 @@ def _load(checkpoint: Path, dtype: str | None) -> tuple[DeepSeekConfig, Params]:
         raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
     if dtype is None:
         dtype = "bfloat16" if _device().platform == "gpu" else "float32"
-    with _progress(f"loading {checkpoint.name}"):
-        return load_checkpoint(checkpoint, dtype=_DTYPES[dtype])
+    percent = 0
+    with _progress(f"loading {checkpoint.name} (%)", 100) as advance:
+
+        def show(done: int, total: int) -> None:
+            nonlocal percent
+            while percent < done * 100 // total:
+                advance()
+                percent += 1
+
+        return load_checkpoint(checkpoint, dtype=_DTYPES[dtype], progress=show)
+
+
+def _as_message(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.apply_chat_template([{"role": "user", "content": text}])
 
 
 def _device() -> jax.Device:
     """Where arrays go, and programs run, by default."""
     (device,) = jnp.zeros(()).devices()
     return device
-
-
-def _tokenizer(checkpoint: Path) -> Any:
-    path = checkpoint / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompt needs {path}, which is not there; or use --prompt-ids")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise NotImplementedError(
-            "text needs the tokenizers package (pip install 'flashmla-jax[hf]'); "
-            "or use generate with --prompt-ids"
-        ) from None
-    return Tokenizer.from_file(str(path))
 
 
 # --- A generation, timed, printed and checked ------------------------------------------------

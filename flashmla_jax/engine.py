@@ -44,7 +44,6 @@ from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.cache.prefix import PrefixIndex
 from flashmla_jax.generate import GREEDY, Sampling, checked_ids, sample, stops_of
-from flashmla_jax.layers import mla
 from flashmla_jax.layers.mla import Params
 from flashmla_jax.models import deepseek
 from flashmla_jax.models.deepseek import DeepSeekConfig
@@ -794,62 +793,12 @@ def _read(
     Returns:
       As `_decode`: new int32[slots, 1], num_new, last_tokens, ok, the block table and the cache.
     """
-    logits, cache, ok = _extend(params, config, ids, slots, num_tokens, cache)
+    logits, cache, ok = deepseek.extend(params, config, ids, slots, num_tokens, cache)
     chosen = rules.choose(logits[:, None])[:, 0]
     at = jnp.where(is_last, slots, cache.batch)
     last_tokens = last_tokens.at[at].set(chosen, mode="drop")
     num_new = jnp.zeros_like(last_tokens).at[at].set(1, mode="drop")
     return last_tokens[:, None], num_new, last_tokens, ok, cache.block_table, cache
-
-
-def _extend(
-    params: Params,
-    config: DeepSeekConfig,
-    ids: jax.Array,
-    rows: jax.Array,
-    num_tokens: jax.Array,
-    cache: PagedKVCache,
-) -> tuple[jax.Array, PagedKVCache, jax.Array]:
-    """Reads the next tokens of some sequences into a cache, after what they have there.
-
-    Args:
-      params: see `models.deepseek`.
-      config: the model's.
-      ids: int32[rows, s], padded at the end.
-      rows: int32[rows], the sequence of the cache that each belongs to, or the cache's batch.
-      num_tokens: int32[rows], at most `s`.
-      cache: any.
-
-    Returns:
-      logits: float32[rows, vocab], after each row's last token; meaningless without one.
-      cache: with the tokens in it.
-      ok: bool[batch].
-    """
-    per_sequence = jnp.zeros(cache.batch, jnp.int32).at[rows].set(num_tokens, mode="drop")
-    cache, ok = cache.allocate(per_sequence)
-
-    def of_rows(array: jax.Array, fill_value: int) -> jax.Array:
-        return array.at[rows].get(mode="fill", fill_value=fill_value)
-
-    view = dataclasses.replace(
-        cache,
-        block_table=of_rows(cache.block_table, -1),
-        cache_seqlens=of_rows(cache.cache_seqlens, 0),
-        num_new=of_rows(cache.num_new, 0),
-        copy_from=of_rows(cache.copy_from, -1),
-    )
-    hidden = deepseek._embed(params, ids)
-    precision = deepseek._precision(hidden.dtype)
-    shortcut = None
-    for layer, layer_params in enumerate(params["layers"]):
-        attend = functools.partial(
-            mla.prefill_into_cache, cache=view, layer=layer, precision=precision
-        )
-        hidden, shortcut, view = deepseek._layer(layer_params, config, hidden, shortcut, attend)
-    last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    logits = deepseek._logits(params, config, hidden)
-    return logits, dataclasses.replace(cache, pages=view.pages), ok
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

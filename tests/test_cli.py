@@ -17,7 +17,7 @@ import safetensors
 from flashmla_jax import cli
 from flashmla_jax.config import kernel_on, show_config
 from flashmla_jax.generate import Generation
-from flashmla_jax.models import deepseek, load_checkpoint
+from flashmla_jax.models import deepseek, load_checkpoint, load_tokenizer
 from flashmla_jax.ops import _ffi
 
 CHECKPOINT = Path(__file__).parent / "models" / "goldens" / "deepseek_v3"
@@ -145,6 +145,13 @@ def test_generate_from_text(capsys, tmp_path):
         " ".join(f"w{token}" for token in line.split(","))
         for line in re.findall("new: (.*)", numbers)
     ]
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "w9 {{ messages[0].content }}"})
+    )
+    _, text, _ = run(capsys, *argv, "--prompt", "w1 w2", "--chat")
+    _, numbers, _ = run(capsys, *argv, "--prompt-ids", "9,1,2")
+    (ids,) = re.findall("new: (.*)", numbers)
+    assert re.findall("new: '(.*)'", text) == [" ".join(f"w{x}" for x in ids.split(","))]
 
 
 def test_a_failed_check_is_exit_code_1(capsys, monkeypatch):
@@ -237,9 +244,9 @@ def test_the_demo_checkpoint_is_small():
     assert sum(files.values()) <= 4e6
     with safetensors.safe_open(cli._DEMO_CHECKPOINT / "model.safetensors", "np") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
-    tokenizer = cli._tokenizer(cli._DEMO_CHECKPOINT)
+    tokenizer = load_tokenizer(cli._DEMO_CHECKPOINT)
     text = "Bytes: \x00 \t é € 𝄞\n"
-    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.encode(text) == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
 
 
@@ -315,6 +322,7 @@ def test_info_says_why_there_is_no_kernel(capsys, monkeypatch):
         (["score", "--checkpoint", CHECKPOINT, "--ids", "1", "--dtype", "int8"], "'int8'"),
         (["generate", "--checkpoint", CHECKPOINT], "--prompt-ids --prompt is required"),
         (["generate", "--checkpoint", CHECKPOINT, "--prompt", "hi"], "tokenizer.json"),
+        (["generate", "--checkpoint", CHECKPOINT, "--prompt-ids", "1", "--chat"], "--chat needs"),
         (["generate", "--checkpoint", CHECKPOINT, "--prompt-ids", ","], "prompt 0 is empty"),
         (["generate", "--checkpoint", CHECKPOINT, "--prompt-ids", "1,-2"], "token -2 at position"),
         (

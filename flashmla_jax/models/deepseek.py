@@ -422,6 +422,59 @@ def prefill(
     return jnp.where(jnp.expand_dims(ok, range(1, logits.ndim)), logits, jnp.nan), cache, ok
 
 
+def extend(
+    params: Params,
+    config: DeepSeekConfig,
+    ids: jax.Array,
+    rows: jax.Array,
+    num_tokens: jax.Array,
+    cache: PagedKVCache,
+) -> tuple[jax.Array, PagedKVCache, jax.Array]:
+    """Reads the next tokens of some sequences into a cache, after what they have there.
+
+    Unlike `prefill`, it goes on where a sequence is, be that a prefix that others share or the
+    earlier chunks of its prompt. Not jitted: a part of programs.
+
+    Args:
+      params: see the module's docstring.
+      config: the model's configuration.
+      ids: int32[rows, s], padded at the end.
+      rows: int32[rows], the sequence of the cache that each belongs to, or the cache's batch.
+      num_tokens: int32[rows], at most `s`.
+      cache: any.
+
+    Returns:
+      logits: float32[rows, vocab], after each row's last token; meaningless without one.
+      cache: with the tokens in it.
+      ok: bool[batch]. False if the cache had too few free pages: then the sequence is as before.
+    """
+    per_sequence = jnp.zeros(cache.batch, jnp.int32).at[rows].set(num_tokens, mode="drop")
+    cache, ok = cache.allocate(per_sequence)
+
+    def of_rows(array: jax.Array, fill_value: int) -> jax.Array:
+        return array.at[rows].get(mode="fill", fill_value=fill_value)
+
+    view = dataclasses.replace(
+        cache,
+        block_table=of_rows(cache.block_table, -1),
+        cache_seqlens=of_rows(cache.cache_seqlens, 0),
+        num_new=of_rows(cache.num_new, 0),
+        copy_from=of_rows(cache.copy_from, -1),
+    )
+    hidden = _embed(params, ids)
+    precision = _precision(hidden.dtype)
+    shortcut = None
+    for layer, layer_params in enumerate(params["layers"]):
+        attend = functools.partial(
+            mla.prefill_into_cache, cache=view, layer=layer, precision=precision
+        )
+        hidden, shortcut, view = _layer(layer_params, config, hidden, shortcut, attend)
+    last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    logits = _logits(params, config, hidden)
+    return logits, dataclasses.replace(cache, pages=view.pages), ok
+
+
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,

@@ -10,7 +10,7 @@ others of its batch. What multiplies the rows depends on where, and on how many 
 - elsewhere a loop takes block after block.
 
 `jax.lax.ragged_dot` would be the grouped product, but on GPU and CPU XLA (of jax 0.9.1 to 0.12)
-makes it every expert for every row: `benchmarks/model.py` tells what that costs.
+makes it every expert for every row, of masked copies of all rows.
 """
 
 from __future__ import annotations
