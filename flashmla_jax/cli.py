@@ -414,7 +414,7 @@ def _load(checkpoint: Path, dtype: str | None) -> tuple[DeepSeekConfig, Params]:
     if dtype is None:
         dtype = "bfloat16" if _device().platform == "gpu" else "float32"
     percent = 0
-    with _progress(f"loading {checkpoint.name} (%)", 100) as advance:
+    with _progress(f"loading {checkpoint.name}", 100) as advance:
 
         def show(done: int, total: int) -> None:
             nonlocal percent
