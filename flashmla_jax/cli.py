@@ -305,8 +305,9 @@ def _generate(args: argparse.Namespace) -> int:
     longest = max(map(len, prompts))
     slots = min(args.slots, len(prompts))
     max_seqlen = longest + max(args.max_new_tokens, 1)  # which `submit` checks
+    params = deepseek.absorb(params, config)
     engine = Engine(
-        deepseek.absorb(params, config),
+        params,
         config,
         num_pages=slots * -(-max_seqlen // PAGE_SIZE),
         max_seqlen=max_seqlen,

@@ -6,33 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_generate import CONFIG
 
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.engine import Engine, _decode, _move_pages, _read, guess_next
 from flashmla_jax.generate import GREEDY, Sampling, sample
-from flashmla_jax.layers import YarnScaling
-from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
+from flashmla_jax.models import deepseek, init_params
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-CONFIG = DeepSeekConfig(
-    model_type="deepseek_v3",
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    qk_nope_head_dim=16,
-    v_head_dim=16,
-    moe_intermediate_size=32,
-    n_routed_experts=4,
-    n_shared_experts=1,
-    num_experts_per_tok=2,
-    routed_scaling_factor=0.5,
-    first_k_dense_replace=1,
-    rope_scaling=YarnScaling(factor=40, original_max_position_embeddings=64, mscale_all_dim=1.0),
-)
 # The same sizes in all tests, so that they share their programs. With drafts, a row of the block
 # table has a place for all pages too.
 PAGES, SLOTS, CHUNK, DRAFT = 8, 3, 48, 3

@@ -113,7 +113,10 @@ def _cudnn_attention(
     causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
     if _cudnn is None:
-        raise NotImplementedError("this jax has no cuDNN attention where it is looked for")
+        raise NotImplementedError(
+            f"jax {jax.__version__} has no cuDNN attention where it is looked for; use "
+            "implementation='xla' or None"
+        )
     missing = q.shape[-1] - v.shape[-1]
     if missing < 0:
         raise NotImplementedError(f"cuDNN needs v no wider than q and k, got {v.shape}, {q.shape}")

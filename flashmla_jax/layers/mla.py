@@ -339,7 +339,7 @@ def transpose_kernels(params: Params) -> dict[str, Any]:
     """Nested parameters with a `weight` [out, in] in place of each `kernel` [in, out].
 
     The product of a single token, which XLA makes a sum on a GPU, then reads the weights in the
-    order in which they lie, several times as fast.
+    order in which they lie.
     """
     transposed: dict[str, Any] = {}
     for name, value in params.items():

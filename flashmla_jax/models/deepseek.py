@@ -1,14 +1,15 @@
 """DeepSeek-V2, DeepSeek-V3 and their kin: the configuration, and the model as pure functions.
 
-Three functions run the same network:
+Four functions run the same network:
 
 - `forward` evaluates whole sequences with no cache, every position at once;
 - `prefill` does so for prompts of different lengths and keeps their latents in a `PagedKVCache`;
-- `decode_step` appends the next tokens and attends to the cache through `flash_mla_with_kvcache`.
+- `decode_step` appends the next tokens and attends to the cache through `flash_mla_with_kvcache`;
+- `extend` reads many next tokens of some sequences, after what the cache has of them.
 
-Each is one `jax.jit` whose static arguments are the configuration and options, so lengths and
-tables may change from call to call without a new compilation. The last two donate the cache they
-are given.
+Each but `extend`, a part of programs, is one `jax.jit` whose static arguments are the configuration
+and options, so lengths and tables may change from call to call without a new compilation. `prefill`
+and `decode_step` donate the cache they are given.
 
 Parameters are nested dicts with the checkpoint's names and Flax's leaves, kernels `[in, out]`;
 those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:

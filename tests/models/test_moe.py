@@ -239,8 +239,7 @@ def test_experts_do_not_multiply_every_token_with_every_expert():
     """The loop runs over blocks of rows, whose number does not follow that of the experts."""
 
     def num_blocks(num_experts: int) -> int:
-        loop = functools.partial(moe._loop, precision=None)
-        jaxpr = jax.make_jaxpr(lambda case: loop(**case))(shapes_of(num_experts)).jaxpr
+        jaxpr = jax.make_jaxpr(lambda case: moe._loop(**case))(shapes_of(num_experts)).jaxpr
         (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
         return scan.params["length"]
 
