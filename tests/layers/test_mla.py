@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
+import mla_oracle
 import numpy as np
 import pytest
 
@@ -61,86 +61,6 @@ def make_params(config: mla.MLAConfig, seed: int = 0) -> dict:
     return params
 
 
-# --- The oracle: one token and one head at a time ------------------------------------------------
-
-
-def oracle_inv_freq(config: mla.MLAConfig) -> list[float]:
-    """Frequencies by DeepSeek's rule, pair by pair."""
-    yarn, out = config.rope_scaling, []
-
-    def correction(rotations: float) -> float:
-        length = yarn.original_max_position_embeddings
-        return 64 * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    for pair in range(32):
-        frequency = config.rope_theta ** (-2 * pair / 64)
-        if yarn is not None:
-            low = max(math.floor(correction(yarn.beta_fast)), 0)
-            high = min(math.ceil(correction(yarn.beta_slow)), 63)
-            keep = 1 - min(max((pair - low) / (high - low), 0.0), 1.0)
-            frequency = frequency / yarn.factor * (1 - keep) + frequency * keep
-        out.append(frequency)
-    return out
-
-
-def oracle_mscale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def oracle_rotate(config: mla.MLAConfig, x: np.ndarray, position: int) -> np.ndarray:
-    """Rotation of 64 numbers, as a product of complex numbers."""
-    yarn, magnitude = config.rope_scaling, 1.0
-    if yarn is not None:
-        magnitude = oracle_mscale(yarn.factor, yarn.mscale)
-        magnitude /= oracle_mscale(yarn.factor, yarn.mscale_all_dim)
-    pairs = x[0::2] + 1j * x[1::2]
-    pairs = pairs * magnitude * np.exp(1j * position * np.array(oracle_inv_freq(config)))
-    out = np.empty(64)
-    out[0::2], out[1::2] = pairs.real, pairs.imag
-    return out
-
-
-def oracle_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
-
-
-def oracle_layer(params: dict, config: mla.MLAConfig, x: np.ndarray) -> tuple:
-    """The output [s, hidden] and cached tokens [s, 576] of one sequence `x` [s, hidden]."""
-    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    x = x.astype(np.float64)
-    nope, v_dim, s = config.qk_nope_head_dim, config.v_head_dim, len(x)
-
-    def linear(y: np.ndarray, name: str) -> np.ndarray:
-        return y @ p[name]["kernel"] + p[name].get("bias", 0.0)
-
-    if config.q_lora_rank is None:
-        q = linear(x, "q_proj")
-    else:
-        q = linear(oracle_norm(linear(x, "q_a_proj"), p["q_a_layernorm"]["scale"]), "q_b_proj")
-    q = q.reshape(s, config.num_heads, nope + 64)
-    compressed = linear(x, "kv_a_proj_with_mqa")
-    latent = oracle_norm(compressed[:, :512], p["kv_a_layernorm"]["scale"])
-    k_rope = np.stack([oracle_rotate(config, compressed[t, 512:], t) for t in range(s)])
-    kv = linear(latent, "kv_b_proj")
-
-    scale = (nope + 64) ** -0.5
-    if config.rope_scaling is not None:
-        yarn = config.rope_scaling
-        scale *= oracle_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
-    heads = np.zeros((s, config.num_heads, v_dim))
-    for head in range(config.num_heads):
-        begin = head * (nope + v_dim)
-        k_nope, v = kv[:, begin : begin + nope], kv[:, begin + nope : begin + nope + v_dim]
-        for t in range(s):
-            q_rope = oracle_rotate(config, q[t, head, nope:], t)
-            scores = scale * (k_nope[: t + 1] @ q[t, head, :nope] + k_rope[: t + 1] @ q_rope)
-            weights = np.exp(scores - scores.max())
-            heads[t, head] = weights @ v[: t + 1] / weights.sum()
-    return linear(heads.reshape(s, -1), "o_proj"), np.concatenate([latent, k_rope], axis=-1)
-
-
-# --- Tests ---------------------------------------------------------------------------------------
-
 prefill = jax.jit(mla.prefill, static_argnums=1)
 prefill_into_cache = jax.jit(
     mla.prefill_into_cache, static_argnums=(1, 4), static_argnames="prefix_chunk"
@@ -176,7 +96,7 @@ def test_rope_frequencies(yarn):
     config = dataclasses.replace(SMALL, rope_scaling=yarn, rope_theta=50000.0)
     frequencies = mla.rope_frequencies(config)
     assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, oracle_inv_freq(config), rtol=1e-6)
+    np.testing.assert_allclose(frequencies, mla_oracle.inv_freq(config), rtol=1e-6)
 
 
 def test_rope_angles_are_float32_at_long_positions():
@@ -188,7 +108,7 @@ def test_rope_angles_are_float32_at_long_positions():
         rotated = mla.apply_rope(jnp.asarray(x, dtype), cos[0, 0], sin[0, 0])
         assert rotated.dtype == dtype
         np.testing.assert_allclose(
-            rotated.astype(np.float32), oracle_rotate(config, x, position), atol=atol
+            rotated.astype(np.float32), mla_oracle.rotate(config, x, position), atol=atol
         )
 
 
@@ -197,7 +117,7 @@ def test_rms_norm_is_float32_inside():
     scale = np.linspace(0.5, 1.5, 300)
     out = mla.rms_norm(jnp.asarray(x, jnp.float16), jnp.asarray(scale, jnp.float16), 1e-6)
     assert out.dtype == jnp.float16
-    np.testing.assert_allclose(np.asarray(out, np.float64), oracle_norm(x, scale), atol=5e-3)
+    np.testing.assert_allclose(np.asarray(out, np.float64), mla_oracle.norm(x, scale), atol=5e-3)
 
 
 @pytest.mark.parametrize("config", [SMALL, WITHOUT_Q_LORA], ids=["q_lora", "no_q_lora"])
@@ -206,7 +126,7 @@ def test_prefill_matches_float64(config):
     x = np.random.default_rng(1).standard_normal((2, 21, config.hidden_size)).astype(np.float32)
     out, kv = prefill(params, config, x)
     for i in range(len(x)):
-        want_out, want_kv = oracle_layer(params, config, x[i])
+        want_out, want_kv = mla_oracle.layer(params, config, x[i])
         np.testing.assert_allclose(out[i], want_out, atol=5e-6)
         np.testing.assert_allclose(kv[i], want_kv, atol=1e-5)
 
@@ -217,7 +137,7 @@ def test_decode_matches_float64_across_a_page_border(config):
     params, lengths, steps = make_params(config), [60, 17], [1, 3, 1]
     rng = np.random.default_rng(2)
     x = rng.standard_normal((2, max(lengths) + sum(steps), config.hidden_size)).astype(np.float32)
-    want = [oracle_layer(params, config, x[i]) for i in range(2)]
+    want = [mla_oracle.layer(params, config, x[i]) for i in range(2)]
 
     cache = PagedKVCache.create(
         num_layers=2, num_pages=3, batch=2, max_pages_per_seq=2, dtype=jnp.float32
@@ -282,7 +202,7 @@ def test_prefill_into_cache_matches_float64(prefix_chunk, absorbed):
     ends = np.cumsum(CALLS, axis=0)
     rng = np.random.default_rng(5)
     x = rng.standard_normal((4, ends.max(), SMALL.hidden_size)).astype(np.float32)
-    want = [oracle_layer(params, SMALL, x[i, : ends[-1, i]]) for i in range(4)]
+    want = [mla_oracle.layer(params, SMALL, x[i, : ends[-1, i]]) for i in range(4)]
     if absorbed:
         params = mla.absorb(params, SMALL)
 
@@ -313,7 +233,7 @@ def test_prefill_into_cache_in_bfloat16():
     """Parts merged by their log-sum-exp are as good as attention to all at once."""
     params = make_params(SMALL)
     x = jax.random.normal(jax.random.key(0), (1, 160, SMALL.hidden_size), jnp.bfloat16)
-    want, _ = oracle_layer(params, SMALL, np.asarray(x[0], np.float32))
+    want, _ = mla_oracle.layer(params, SMALL, np.asarray(x[0], np.float32))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     cache = PagedKVCache.create(num_layers=1, num_pages=3, batch=1, max_pages_per_seq=3)
     errors = []
@@ -423,7 +343,7 @@ def test_a_step_with_absorbed_weights_does_not_prepare_them():
 def test_decode_with_absorbed_weights_matches_float64():
     params = make_params(SMALL)
     x = np.random.default_rng(6).standard_normal((1, 70, SMALL.hidden_size)).astype(np.float32)
-    want, _ = oracle_layer(params, SMALL, x[0])
+    want, _ = mla_oracle.layer(params, SMALL, x[0])
     params = mla.absorb(params, SMALL)
     cache = PagedKVCache.create(
         num_layers=1, num_pages=2, batch=1, max_pages_per_seq=2, dtype=jnp.float32
@@ -456,7 +376,7 @@ def test_derivative_is_that_of_the_definition():
             moved = [leaf.astype(np.float64) for leaf in leaves]
             moved[i] = moved[i] + eps * direction
             moved_params, moved_x = jax.tree.unflatten(treedef, moved)
-            ends.append(np.sum(oracle_layer(moved_params, SMALL, moved_x)[0] * ct))
+            ends.append(np.sum(mla_oracle.layer(moved_params, SMALL, moved_x)[0] * ct))
         want = (ends[0] - ends[1]) / 2e-5
         assert np.sum(grad * direction) == pytest.approx(want, rel=1e-3, abs=1e-3)
 
