@@ -407,6 +407,33 @@ def test_cache_of_any_size(platforms) -> None:
         assert freed.num_used == np.sum(-(-seqlens // PAGE_SIZE))
 
 
+def test_one_pool_of_any_size_in_a_scan() -> None:
+    def step(cache, num_tokens, kv):
+        def body(cache, operands):
+            cache = cache.append(*operands)
+            return cache, cache.gather(operands[0])
+
+        cache, ok = cache.allocate(num_tokens)
+        cache, dense = jax.lax.scan(body, cache, (jnp.arange(len(kv)), kv))
+        return cache, ok, dense
+
+    create = functools.partial(fm.PagedKVCache.create, num_layers=2, one_pool=True)
+    batch, num_pages, pages = export.symbolic_shape("batch, num_pages, pages")
+    spec = jax.eval_shape(
+        functools.partial(create, num_pages=num_pages, batch=batch, max_pages_per_seq=pages)
+    )
+    assert spec.num_layers == 2
+    operands = struct(batch, dtype=jnp.int32), struct(2, batch, 5, 1, HEAD_DIM, dtype=jnp.bfloat16)
+    program = through_bytes(exported(step, spec, *operands))
+    rng = np.random.default_rng()
+    for batch, num_pages, pages in [(2, 4, 2), (3, 3, 1)]:
+        kv = rng.standard_normal((2, batch, 5, 1, HEAD_DIM)).astype(jnp.bfloat16)
+        cache = create(num_pages=num_pages, batch=batch, max_pages_per_seq=pages)
+        cache, ok, dense = program.call(cache, np.full(batch, 5, np.int32), kv)
+        assert ok.all()
+        np.testing.assert_array_equal(dense[:, :, :5], kv)
+
+
 def test_a_full_pool_is_told() -> None:
     program = exported(make_step.step, *make_step.shapes())
     cache = fm.PagedKVCache.create(num_layers=2, num_pages=1, batch=2, max_pages_per_seq=1)

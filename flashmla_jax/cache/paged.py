@@ -1,4 +1,4 @@
-"""The paged KV cache: one pool of pages per layer, and a block table that all layers share.
+"""The paged KV cache: a pool of pages per layer, and a block table that all layers share.
 
 A decoding step, inside one `jax.jit` that donates the cache:
 
@@ -13,6 +13,15 @@ generation: sequences grow, fork, shrink and end without recompilation.
 
 Pages are counted. A page that several sequences hold (`fork`, `adopt`) is not written by any of
 them: who appends to it gets a page of its own, into which `append` copies what was there before.
+
+A loop over layers inside the program (`lax.scan`) carries a cache with one pool for all layers:
+
+    cache = PagedKVCache.create(..., one_pool=True)
+
+    def body(cache, layer):                     # an array, int32[]
+        cache = cache.append(layer, kv)
+        view = cache.at_layer(layer)            # the pool, and page numbers in it
+        out, lse = flash_mla_with_kvcache(q, view.pages[0], view.block_table, view.cache_seqlens)
 """
 
 from __future__ import annotations
@@ -45,8 +54,10 @@ class PagedKVCache:
     updated in place; without donation every step copies them.
 
     Attributes:
-      pages: per layer, [num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM]. A buffer per layer, because
-        a scan over one stacked buffer would copy it.
+      pages: per layer, [num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM]: buffers of their own,
+        because a scan over one stacked buffer would copy it. Or one for all layers, for a scan to
+        carry: [num_layers * num_pages, ...], of which those from `layer * num_pages` on are layer
+        `layer`'s.
       block_table: int32[batch, max_pages_per_seq]; -1 beyond a sequence's pages.
       cache_seqlens: int32[batch], tokens in each sequence, those of the last `allocate` included.
       page_refs: int32[num_pages]: how many sequences hold a page, and one more if it is retained.
@@ -77,18 +88,21 @@ class PagedKVCache:
         max_pages_per_seq: int,
         dtype: Any = jnp.bfloat16,
         num_kv_heads: int = 1,
+        one_pool: bool = False,
     ) -> PagedKVCache:
         """An empty cache.
 
         Under `jax.eval_shape` with symbolic sizes, what `jax.export` takes in its place.
 
         Args:
-          num_layers: layers that keep tokens; each has its own pool.
-          num_pages: pages in a pool, shared by all sequences.
+          num_layers: layers that keep tokens.
+          num_pages: pages of each layer, shared by all sequences.
           batch: sequences.
           max_pages_per_seq: pages that one sequence can hold.
           dtype: bfloat16, float16 or, on CPU, float32.
           num_kv_heads: KV heads per token; 1 for the DeepSeek models.
+          one_pool: whether all layers' pages are in one array, so that `layer` may be an array in
+            `append`, `at_layer` and `gather`. By default each layer has its own.
 
         Raises:
           ValueError: for a size below 1 (below 0 for `batch`), another dtype, or a sequence that
@@ -112,9 +126,10 @@ class PagedKVCache:
             )
         if jnp.dtype(dtype) not in DTYPES:
             raise ValueError(f"dtype must be bfloat16, float16 or float32, got {jnp.dtype(dtype)}")
-        shape = (num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM)
+        pools, per_pool = (1, num_layers) if one_pool else (num_layers, 1)
+        shape = (per_pool * num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM)
         return cls(
-            pages=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
+            pages=tuple(jnp.zeros(shape, dtype) for _ in range(pools)),
             block_table=jnp.full((batch, max_pages_per_seq), -1, jnp.int32),
             cache_seqlens=jnp.zeros(batch, jnp.int32),
             page_refs=jnp.zeros(num_pages, jnp.int32),
@@ -127,11 +142,11 @@ class PagedKVCache:
     @property
     def num_layers(self) -> int:
         """Layers."""
-        return len(self.pages)
+        return sum(pool.shape[-4] // self.num_pages for pool in self.pages)
 
     @property
     def num_pages(self) -> int:
-        """Pages in the pool of each layer."""
+        """Pages of each layer."""
         return self.page_refs.shape[-1]
 
     @property
@@ -219,32 +234,72 @@ class PagedKVCache:
         num_tokens = self._per_sequence("num_tokens", num_tokens)
         return self._on_books(_reserve, num_tokens, refuses=True)
 
-    def append(self, layer: int, kv: jax.Array, *, cuda_graph: bool = True) -> PagedKVCache:
+    def append(
+        self, layer: int | jax.Array, kv: jax.Array, *, cuda_graph: bool = True
+    ) -> PagedKVCache:
         """Writes one layer's new tokens into the room that the last `allocate` made.
 
         Row `j < num_new[i]` of `kv[i]` becomes token `cache_seqlens[i] - num_new[i] + j`. Rows
         from `num_new[i]` on are padding and are not written.
 
+        Every layer has to append before the next `allocate`: that forgets which pages are still to
+        be copied from, and may give them away.
+
         Args:
-          layer: which layer, a Python int.
+          layer: which layer, see `at_layer`.
           kv: [batch, s, num_kv_heads, HEAD_DIM] in the cache's dtype, with `s >= max(num_new)`.
           cuda_graph: see `flash_mla_with_kvcache`.
 
         Returns:
           The cache with this layer's pool updated.
         """
-        self._check_layer(layer)
+        view = self.at_layer(layer)
         pool = cache_append(
-            self.pages[layer],
+            view.pages[0],
             kv,
-            self.block_table,
-            self.cache_seqlens - self.num_new,
-            self.num_new,
-            self.copy_from,
+            view.block_table,
+            view.cache_seqlens - view.num_new,
+            view.num_new,
+            view.copy_from,
             cuda_graph=cuda_graph,
         )
-        pages = (*self.pages[:layer], pool, *self.pages[layer + 1 :])
-        return dataclasses.replace(self, pages=pages)
+        return self._with_pool(layer, pool)
+
+    def at_layer(self, layer: int | jax.Array) -> PagedKVCache:
+        """What one layer reads: its pool alone, and tables with the numbers of its pages there.
+
+        For attention to `view.pages[0]`, and to look at. Sequences are changed, and tokens
+        appended, in the cache itself.
+
+        Args:
+          layer: which layer; int32[] is possible where one pool holds all.
+
+        Returns:
+          A cache that shares the arrays of this one. Of a cache with one pool it has all of that,
+          and `block_table` and `copy_from` point to the layer's share.
+
+        Raises:
+          ValueError: there is no such layer, or it is an array and layers have their own pools.
+        """
+        if not isinstance(layer, jax.Array):
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
+        elif len(self.pages) > 1:
+            raise ValueError(
+                f"layer must be an int for a cache with a pool per layer, got {layer}: an array "
+                "needs one pool for all layers (create(..., one_pool=True))"
+            )
+        if len(self.pages) > 1:
+            return dataclasses.replace(self, pages=(self.pages[layer],))
+        if self.num_layers == 1:
+            return self
+
+        def shift(page: jax.Array) -> jax.Array:
+            exists = (page >= 0) & (page < self.num_pages)
+            return jnp.where(exists, page + layer * self.num_pages, -1).astype(jnp.int32)
+
+        table, copy_from = shift(self.block_table), shift(self.copy_from)
+        return dataclasses.replace(self, block_table=table, copy_from=copy_from)
 
     def truncate(self, seqlens: jax.typing.ArrayLike) -> PagedKVCache:
         """Forgets the last tokens of sequences, as when drafted tokens were wrong.
@@ -338,27 +393,27 @@ class PagedKVCache:
         """
         return self._on_books(_release, self._list_of_pages(pages))
 
-    def gather(self, layer: int, max_seqlen: int | None = None) -> jax.Array:
+    def gather(self, layer: int | jax.Array, max_seqlen: int | None = None) -> jax.Array:
         """One layer's tokens in a dense array, in which those beyond a sequence's length are 0.
 
         Args:
-          layer: which layer, a Python int.
+          layer: which layer, see `at_layer`.
           max_seqlen: how many tokens of each sequence; by default as many as it can have.
 
         Returns:
           [batch, max_seqlen, num_kv_heads, HEAD_DIM] in the cache's dtype.
         """
-        self._check_layer(layer)
+        view = self.at_layer(layer)
+        pool = view.pages[0]
         if max_seqlen is None:
             max_seqlen = self.max_seqlen
         if fewer(max_seqlen, 0):
             raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
         position = jnp.arange(max_seqlen, dtype=jnp.int32)
         # Pages that are not there are out of bounds on either side, and filled.
-        page = self.block_table.at[:, position // PAGE_SIZE].get(mode="fill", fill_value=-1)
-        exists = (position < self.cache_seqlens[:, None]) & (page >= 0)
-        page = jnp.where(exists, page, self.num_pages)
-        pool = self.pages[layer]
+        page = view.block_table.at[:, position // PAGE_SIZE].get(mode="fill", fill_value=-1)
+        exists = (position < view.cache_seqlens[:, None]) & (page >= 0)
+        page = jnp.where(exists, page, pool.shape[0])
         return pool.at[page, position % PAGE_SIZE].get(
             mode="fill",
             fill_value=0,
@@ -389,9 +444,11 @@ class PagedKVCache:
         if broken:
             raise RuntimeError("the cache is corrupt: " + "; ".join(broken))
 
-    def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
+    def _with_pool(self, layer: int | jax.Array, pool: jax.Array) -> PagedKVCache:
+        """The cache with `pool` in place of `at_layer(layer).pages[0]`."""
+        pages = list(self.pages)
+        pages[0 if len(pages) == 1 else int(layer)] = pool
+        return dataclasses.replace(self, pages=tuple(pages))
 
     def _per_sequence(
         self, name: str, value: jax.typing.ArrayLike, dtype: Any = jnp.integer

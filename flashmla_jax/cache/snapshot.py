@@ -98,14 +98,14 @@ def snapshot(cache: PagedKVCache, sequences: Sequence[int]) -> Snapshot:
     """
     sequences = _checked(cache, sequences)
     seqlens = np.asarray(cache.cache_seqlens)
-    table = np.asarray(cache.block_table)
+    tables = _block_tables(cache)
     tokens = []
     for i in sequences:
         length = int(seqlens[i])
-        pages = table[i, : -(-length // PAGE_SIZE)]
         own = np.empty((cache.num_layers, length, cache.num_kv_heads, HEAD_DIM), cache.dtype)
-        for layer, pool in enumerate(cache.pages):
-            rows = np.asarray(_read(pool, _padded(pages)))
+        for layer, table in enumerate(tables):
+            pages = table[i, : -(-length // PAGE_SIZE)]
+            rows = np.asarray(_read(cache.at_layer(layer).pages[0], _padded(pages)))
             own[layer] = rows.reshape(-1, *own.shape[2:])[:length]
         tokens.append(own)
     return Snapshot(tuple(tokens))
@@ -151,18 +151,25 @@ def restore(
     num_tokens = np.zeros(cache.batch, np.int32)
     num_tokens[sequences] = saved.seqlens
     cache, granted = _make_room(cache, num_tokens)
-    ok, table = np.asarray(granted)[sequences], np.asarray(cache.block_table)
-    pools = list(cache.pages)
+    ok = np.asarray(granted)[sequences]
+    tables = _block_tables(cache)
     for i, x, has_room in zip(sequences, saved.tokens, ok, strict=True):
         if not has_room:
             continue
         count = -(-x.shape[1] // PAGE_SIZE)
-        pages = _padded(table[i, :count])
-        for layer in range(cache.num_layers):
+        for layer, table in enumerate(tables):
+            pages = _padded(table[i, :count])
             rows = np.zeros((len(pages) * PAGE_SIZE, *x.shape[2:]), x.dtype)
             rows[: x.shape[1]] = x[layer]
-            pools[layer] = _write(pools[layer], rows, pages, np.int32(x.shape[1]))
-    return dataclasses.replace(cache, pages=tuple(pools)), ok
+            pool = cache.at_layer(layer).pages[0]
+            pool = _write(pool, rows, pages, np.int32(x.shape[1]))
+            cache = cache._with_pool(layer, pool)
+    return cache, ok
+
+
+def _block_tables(cache: PagedKVCache) -> list[np.ndarray]:
+    """That of each layer, on the host."""
+    return [np.asarray(cache.at_layer(i).block_table) for i in range(cache.num_layers)]
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -33,9 +33,8 @@ kernel of `kv_b_proj` by its two halves, in the order in which they are multipli
 
 Every function takes either form.
 
-A cache has a pool of pages per layer; or one pool for all, of `num_layers * num_pages` pages, of
-which those from `layer * num_pages` on are layer `layer`'s. Then `layer` may be traced: a scan over
-layers carries the one pool, and updates it in place.
+A scan over layers, whose number is an array, carries a cache with one pool for all of them
+(`PagedKVCache.create(..., one_pool=True)`), and updates it in place.
 
 Sources: DeepSeek-V2 (arXiv:2405.04434), section 2.1 and appendix C; YaRN (arXiv:2309.00071); the
 `inference/model.py` of DeepSeek-V3 and `modeling_deepseek_v3.py` of Hugging Face transformers.
@@ -449,7 +448,7 @@ def prefill_into_cache(
         the rest is padding and may hold anything.
       cache: has made room for them, once for all layers: `cache, ok = cache.allocate(...)` with at
         most `s` tokens, and 0 for a sequence that is to be left alone.
-      layer: whose pages of the cache are meant, see the module's docstring.
+      layer: whose pages of the cache are meant, see `PagedKVCache.at_layer`.
       precision: of all products.
       prefix_chunk: cached tokens of a sequence that are expanded at a time, a multiple of the page
         size, 64.
@@ -469,7 +468,7 @@ def prefill_into_cache(
         raise ValueError(f"prefix_chunk must be a multiple of {PAGE_SIZE}, got {prefix_chunk}")
     if not is_symbolic_dim(cache.max_pages_per_seq):
         prefix_chunk = min(prefix_chunk, cache.max_seqlen)
-    one_layer, index = _one_layer(cache, layer, x)
+    _check(cache, x)
     token = jnp.arange(x.shape[1], dtype=jnp.int32)
     # What padding holds, NaN say, would pass the mask as 0 * NaN.
     x = jnp.where((token < cache.num_new[:, None])[..., None], x, 0)
@@ -478,7 +477,8 @@ def prefill_into_cache(
     cos, sin = rope_tables(config, start[:, None] + token)
     q = jnp.concatenate(project_q(params, config, x, cos, sin, precision), axis=-1)
     kv = compress_kv(params, config, x, cos, sin, precision)
-    one_layer = one_layer.append(index, kv[:, :, None].astype(cache.dtype))
+    cache = cache.append(layer, kv[:, :, None].astype(cache.dtype))
+    view = cache.at_layer(layer)
     attend = functools.partial(
         mha.attention,
         softmax_scale=config.softmax_scale,
@@ -494,7 +494,7 @@ def prefill_into_cache(
     ) -> tuple[jax.Array, jax.Array]:
         begin = chunk * prefix_chunk
         lengths = jnp.clip(prefix - begin, 0, prefix_chunk)
-        cached = _gather(one_layer, index, begin // PAGE_SIZE, prefix_chunk // PAGE_SIZE)
+        cached = _gather(view, begin // PAGE_SIZE, prefix_chunk // PAGE_SIZE)
         cached = jnp.where((jnp.arange(prefix_chunk) < lengths[:, None])[..., None], cached, 0)
         k, v = expand_kv(params, config, cached.astype(x.dtype), precision)
         out, lse = attend(q, k, v, kv_lengths=lengths)
@@ -505,8 +505,7 @@ def prefill_into_cache(
     num_chunks = -(-jnp.max(prefix, initial=0) // prefix_chunk)
     state = out.astype(jnp.float32), lse
     out, _ = jax.lax.fori_loop(0, num_chunks, attend_to_chunk, state)
-    out = _project_out(params, out.astype(x.dtype), precision)
-    return out, dataclasses.replace(cache, pages=one_layer.pages)
+    return _project_out(params, out.astype(x.dtype), precision), cache
 
 
 def decode(
@@ -525,7 +524,7 @@ def decode(
       x: [batch, s_q, hidden], the newest `s_q` tokens of every sequence.
       cache: has made room for them, once for all layers: `cache, ok = cache.allocate(...)` with
         `s_q` tokens, or 0 for a sequence that is to be left alone, whose output then means nothing.
-      layer: whose pages of the cache are meant, see the module's docstring.
+      layer: whose pages of the cache are meant, see `PagedKVCache.at_layer`.
       precision: of the projections and of W_UK and W_UV.
 
     Returns:
@@ -534,12 +533,13 @@ def decode(
     Raises:
       ValueError: for `x` of another batch than the cache's.
     """
-    one_layer, index = _one_layer(cache, layer, x)
+    _check(cache, x)
     s_q = x.shape[1]
     positions = cache.cache_seqlens[:, None] - s_q + jnp.arange(s_q, dtype=jnp.int32)
     cos, sin = rope_tables(config, positions)
     kv = compress_kv(params, config, x, cos, sin, precision)
-    one_layer = one_layer.append(index, kv[:, :, None].astype(cache.dtype))
+    cache = cache.append(layer, kv[:, :, None].astype(cache.dtype))
+    view = cache.at_layer(layer)
 
     q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
     w_uk, w_uv = split_kv_b(params, config)
@@ -548,16 +548,15 @@ def decode(
 
     out, _ = flash_mla_with_kvcache(
         q,
-        one_layer.pages[index],
-        one_layer.block_table,
-        one_layer.cache_seqlens,
+        view.pages[0],
+        view.block_table,
+        view.cache_seqlens,
         head_dim_v=config.kv_lora_rank,
         softmax_scale=config.softmax_scale,
         causal=True,
     )
     out = jnp.einsum("bshc,hvc->bshv", out.astype(x.dtype), w_uv, precision=precision)
-    out = _project_out(params, out, precision)
-    return out, dataclasses.replace(cache, pages=one_layer.pages)
+    return _project_out(params, out, precision), cache
 
 
 def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -566,45 +565,21 @@ def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLik
     return linear(out.reshape(*out.shape[:2], heads * size), params["o_proj"], precision)
 
 
-def _one_layer(
-    cache: PagedKVCache, layer: int | jax.Array, x: jax.Array
-) -> tuple[PagedKVCache, int]:
-    """The cache as a layer sees it, and its pool's place there.
-
-    Where all layers share a pool, page numbers become those of this layer's share of it.
-    """
+def _check(cache: PagedKVCache, x: jax.Array) -> None:
     if x.ndim != 3 or x.shape[0] != cache.batch:
         raise ValueError(
             f"x must be [batch, s, hidden] with the cache's batch {cache.batch}, got {x.shape}"
         )
     if cache.num_kv_heads != 1:
         raise ValueError(f"MLA caches one KV head per token, the cache has {cache.num_kv_heads}")
-    if len(cache.pages) > 1:
-        if isinstance(layer, jax.Array):
-            raise ValueError(
-                f"layer must be an int for a cache with a pool per layer, got {layer}: an array "
-                "needs one pool for all layers"
-            )
-        return cache, layer
-    num_layers = cache.pages[0].shape[0] // cache.num_pages
-    if not isinstance(layer, jax.Array) and not 0 <= layer < num_layers:
-        raise ValueError(f"layer must be in [0, {num_layers}), got {layer}")
-    if num_layers == 1:
-        return cache, 0
-
-    def shift(page: jax.Array) -> jax.Array:
-        return jnp.where(page < 0, page, page + layer * cache.num_pages)
-
-    table, copy_from = shift(cache.block_table), shift(cache.copy_from)
-    return dataclasses.replace(cache, block_table=table, copy_from=copy_from), 0
 
 
-def _gather(cache: PagedKVCache, layer: int, first: jax.Array, num_pages: int) -> jax.Array:
+def _gather(view: PagedKVCache, first: jax.Array, num_pages: int) -> jax.Array:
     """The tokens of `num_pages` pages of each sequence from its page `first` on, [batch, s, 576].
 
-    Anything where a sequence has no such page.
+    Of the layer that `view` is for; anything where a sequence has no such page.
     """
     slots = first + jnp.arange(num_pages, dtype=jnp.int32)
-    pages = cache.block_table.at[:, slots].get(mode="clip")
-    tokens = cache.pages[layer].at[pages].get(mode="clip")
-    return tokens.reshape(cache.batch, num_pages * PAGE_SIZE, HEAD_DIM)
+    pages = view.block_table.at[:, slots].get(mode="clip")
+    tokens = view.pages[0].at[pages].get(mode="clip")
+    return tokens.reshape(view.batch, num_pages * PAGE_SIZE, HEAD_DIM)

@@ -41,10 +41,9 @@ def device(request):
         yield device
 
 
-def make_cache(dtype=jnp.bfloat16):
-    return PagedKVCache.create(
-        num_layers=LAYERS, num_pages=64, batch=BATCH, max_pages_per_seq=8, dtype=dtype
-    )
+def make_cache(dtype=jnp.bfloat16, **options):
+    sizes = {"num_layers": LAYERS, "num_pages": 64, "batch": BATCH, "max_pages_per_seq": 8}
+    return PagedKVCache.create(**sizes, dtype=dtype, **options)
 
 
 def copies(compiled, pool):
@@ -137,6 +136,28 @@ def test_many_steps_in_one_program():
         return jax.lax.fori_loop(0, 5, lambda _, c: decode(c, num_tokens, kv, q)[0], cache)
 
     assert_in_place(steps, make_cache(), *inputs())
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_scan_over_layers(rows):
+    """Which carries one pool for all of them."""
+
+    def step(cache, num_tokens, kv, q):
+        def layer(carry, number):
+            cache, q = carry
+            cache = cache.append(number, kv)
+            view = cache.at_layer(number)
+            out, _ = flashmla_jax.flash_mla_with_kvcache(
+                q, view.pages[0], view.block_table, view.cache_seqlens, causal=True
+            )
+            return (cache, q.at[..., : out.shape[-1]].add(out)), None
+
+        cache, ok = cache.allocate(num_tokens)
+        (cache, q), _ = jax.lax.scan(layer, (cache, q), jnp.arange(LAYERS))
+        return cache, ok, q
+
+    assert_in_place(step, make_cache(one_pool=True), *inputs(rows))
 
 
 def attend_from(holder, put, cache, args):

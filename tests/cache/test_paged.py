@@ -284,6 +284,62 @@ def test_lives_like_a_plain_cache(dtype, life):
     live(poison(make_cache(dtype=dtype)), Model(), life, functools.partial(random_kv, dtype=dtype))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(operations, min_size=1, max_size=12))
+def test_one_pool_lives_like_a_plain_cache(life):
+    live(poison(make_cache(one_pool=True)), Model(), life, random_kv)
+
+
+@jax.jit
+def scan_over_layers(cache, num_tokens, kv):
+    """Like `step`, with a layer's number that is an array; and what each layer holds then."""
+
+    def body(cache, operands):
+        layer, kv = operands
+        cache = cache.append(layer, kv)
+        return cache, (cache.gather(layer), cache.at_layer(layer).block_table)
+
+    cache, ok = cache.allocate(num_tokens)
+    return (ok, *jax.lax.scan(body, cache, (jnp.arange(LAYERS), kv)))
+
+
+def test_one_pool_in_a_scan():
+    """Sequences that begin alike, on shared pages, and go on apart: layers have what they have."""
+    caches = make_cache(), poison(make_cache(one_pool=True))
+    for seed, sources, counts in (
+        (0, (-1, -1, -1), (70, 0, 3)),
+        (1, (-1, 0, 0), (2, 60, 0)),
+        (2, (-1, -1, -1), (1, 1, 64)),
+    ):
+        plain, pool = (jax.jit(PagedKVCache.fork)(c, np.int32(sources)) for c in caches)
+        kv = random_kv(seed)
+        plain, ok = step(plain, np.int32(counts), kv)
+        ok_too, pool, (dense, tables) = scan_over_layers(pool, np.int32(counts), kv)
+        assert ok.all()
+        assert ok_too.all()
+        caches = plain, pool
+        pool.check()
+        for layer in range(LAYERS):
+            np.testing.assert_array_equal(dense[layer], plain.gather(layer))
+            view = pool.at_layer(layer)
+            np.testing.assert_array_equal(tables[layer], view.block_table)
+            np.testing.assert_array_equal(
+                view.block_table,
+                np.where(pool.block_table < 0, -1, pool.block_table + layer * PAGES),
+            )
+            rows = view.pages[0][view.block_table[1]].reshape(-1, 1, HEAD_DIM)
+            length = int(pool.cache_seqlens[1])
+            np.testing.assert_array_equal(rows[:length], dense[layer][1, :length])
+
+
+def test_a_layer_of_pools_of_their_own():
+    cache, _ = step(make_cache(), np.int32((65, 0, 1)), random_kv(0))
+    view = cache.at_layer(1)
+    assert view.pages == (cache.pages[1],)
+    assert view.block_table is cache.block_table
+    np.testing.assert_array_equal(view.gather(0), cache.gather(1))
+
+
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(st.lists(operations, min_size=5, max_size=15))
 def test_books_are_kept(life):
@@ -459,6 +515,11 @@ def test_properties():
     assert cache.dtype == jnp.bfloat16
     assert cache.nbytes == LAYERS * PAGES * 64 * 2 * 576 * 2
     assert cache.usage == 0
+    together = make_cache(num_kv_heads=2, dtype=jnp.bfloat16, one_pool=True)
+    assert len(together.pages) == 1
+    for name in ("num_layers", "num_pages", "max_seqlen", "num_kv_heads", "dtype", "nbytes"):
+        assert getattr(together, name) == getattr(cache, name)
+    assert together.num_free == PAGES
 
 
 def test_several_kv_heads():
@@ -496,6 +557,10 @@ def test_methods_refuse():
         cache.allocate(np.float32((1, 2, 3)))
     with pytest.raises(ValueError, match=r"layer must be in \[0, 2\), got 2"):
         cache.append(2, random_kv(0)[0])
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 2\), got 2"):
+        make_cache(one_pool=True).at_layer(2)
+    with pytest.raises(ValueError, match=r"layer must be an int .* needs one pool .*one_pool=True"):
+        cache.append(jnp.int32(0), random_kv(0)[0])
     with pytest.raises(ValueError, match="new_kv must have k_cache's dtype float32, got float16"):
         cache.append(0, random_kv(0)[0].astype(np.float16))
     with pytest.raises(ValueError, match="mask must be bool, got int32"):

@@ -232,13 +232,6 @@ def scan_with_cache(method, stack, x, cache):
     return x, cache, ok
 
 
-def one_pool(cache):
-    """The cache with one pool for all layers: each has as many pages as the books count."""
-    pool = cache.pages[0]
-    shape = (LAYERS * pool.shape[0], *pool.shape[1:])
-    return dataclasses.replace(cache, pages=(jnp.zeros(shape, pool.dtype),))
-
-
 def test_scan_over_layers_without_a_cache(stack):
     """Values and gradients are those of the layers one by one."""
     x = jax.random.normal(jax.random.key(1), (1, 9, 20))
@@ -270,7 +263,7 @@ def test_scan_over_layers_with_a_cache(stack):
     x = x.at[1, :78].set(x[0, :78])
     want = nnx.jit(scan_without_cache)(x, stack)
     stack = nnx.jit(nnx.vmap(lambda layer: layer.absorb()))(stack)
-    cache = one_pool(make_cache(num_pages=50))
+    cache = make_cache(num_layers=LAYERS, num_pages=50, one_pool=True)
     dims = ",".join(map(str, cache.pages[0].shape))
 
     def compiled(method, tokens, **options):
