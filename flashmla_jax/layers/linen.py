@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mha, mla
+from flashmla_jax.layers._methods import Methods
 
 try:
     from flax import linen as nn
@@ -19,7 +20,7 @@ except ImportError as error:
     ) from error
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(Methods, nn.Module):
     """One MLA layer; its parameters carry the names of a DeepSeek checkpoint.
 
     Calling it attends causally over whole sequences, as in training. `prefill` does the same and
@@ -83,50 +84,11 @@ class MultiHeadLatentAttention(nn.Module):
 
         self.params = {name: self.param(name, init, name) for name in shapes}
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Causal attention over `x` [batch, s, hidden], sequences starting at position 0."""
-        return self.prefill(x)[0]
+    # Linen names and captures what a class's own methods do, not what it inherits.
+    __call__ = Methods.__call__
+    prefill = Methods.prefill
+    prefill_into_cache = Methods.prefill_into_cache
+    decode = Methods.decode
 
-    def prefill(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The output [batch, s, hidden] for `x` of that shape, and what to cache [batch, s, 576].
-
-        See `mla.prefill`; the second result goes to `PagedKVCache.append` as `kv[:, :, None]`.
-        """
-        x, params = self._promote(x)
-        return mla.prefill(
-            params, self.config, x, self.precision, implementation=self.implementation
-        )
-
-    def prefill_into_cache(
-        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array = 0
-    ) -> tuple[jax.Array, PagedKVCache]:
-        """Appends the next tokens, many of them, to the cache and attends to all before.
-
-        `x` is [batch, s, hidden], of which the cache's `num_new` count. See
-        `mla.prefill_into_cache`: the cache has made room for the tokens with `allocate`.
-        """
-        x, params = self._promote(x)
-        return mla.prefill_into_cache(
-            params,
-            self.config,
-            x,
-            cache,
-            layer,
-            self.precision,
-            implementation=self.implementation,
-        )
-
-    def decode(
-        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array = 0
-    ) -> tuple[jax.Array, PagedKVCache]:
-        """Appends the newest tokens `x` [batch, s_q, hidden] to the cache and attends from them.
-
-        See `mla.decode`: the cache has made room for the tokens with `allocate`.
-        """
-        x, params = self._promote(x)
-        return mla.decode(params, self.config, x, cache, layer, self.precision)
-
-    def _promote(self, x: jax.Array) -> tuple[jax.Array, Any]:
-        """`x` and the parameters, in one dtype."""
-        dtype = self.dtype or jnp.result_type(x, *jax.tree.leaves(self.params))
-        return x.astype(dtype), jax.tree.map(lambda p: p.astype(dtype), self.params)
+    def _parameters(self) -> Mapping[str, Any]:
+        return self.params

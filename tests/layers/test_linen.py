@@ -65,6 +65,12 @@ def test_computes_what_mla_defines(trained):
     jax.tree.map(np.testing.assert_array_equal, both, want)
 
 
+def test_linen_captures_intermediates(trained):
+    layer, variables, out = trained
+    _, captured = jax.jit(functools.partial(layer.apply, capture_intermediates=True))(variables, X)
+    np.testing.assert_array_equal(captured["intermediates"]["__call__"][0], out)
+
+
 def test_attributes():
     layer = MultiHeadLatentAttention(
         CONFIG,
