@@ -5,48 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import GOLDENS, Golden, cached_tokens, load_golden
 
 from flashmla_jax import export_disabled_checks
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import YarnScaling
-from flashmla_jax.models import deepseek, load_checkpoint
+from flashmla_jax.models import deepseek
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-GOLDENS = Path(__file__).parent / "goldens"
 LOGITS = {"atol": 1e-5, "rtol": 0}
 LATENTS = {"atol": 2e-5, "rtol": 0}
 
 V3_JSON = json.loads((GOLDENS / "deepseek_v3" / "config.json").read_text())
 V2_JSON = json.loads((GOLDENS / "deepseek_v2_lite" / "config.json").read_text())
-
-
-class Golden(NamedTuple):
-    config: DeepSeekConfig
-    params: dict
-    prompts: np.ndarray
-    lengths: np.ndarray
-    next_ids: np.ndarray
-    prefill: np.ndarray
-    decode: np.ndarray
-    latents: np.ndarray
-
-    def cache(self, batch: int = 2, num_pages: int = 3) -> PagedKVCache:
-        return PagedKVCache.create(
-            num_layers=self.config.num_hidden_layers,
-            num_pages=num_pages,
-            batch=batch,
-            max_pages_per_seq=2,
-            dtype=self.params["embed_tokens"]["embedding"].dtype,
-        )
 
 
 @pytest.fixture(scope="module", params=["deepseek_v3", "deepseek_v2_lite"])
@@ -57,17 +35,6 @@ def golden(request) -> Golden:
 @pytest.fixture(scope="module")
 def v3() -> Golden:
     return load_golden("deepseek_v3")
-
-
-def load_golden(name: str) -> Golden:
-    config, params = load_checkpoint(GOLDENS / name, dtype=jnp.float32)
-    with np.load(GOLDENS / name / "goldens.npz") as arrays:
-        return Golden(config, params, **arrays)
-
-
-def cached_tokens(cache: PagedKVCache, layer: int, sequence: int) -> np.ndarray:
-    rows = cache.pages[layer][cache.block_table[sequence], :, 0].reshape(-1, 576)
-    return np.asarray(rows[: cache.cache_seqlens[sequence]])
 
 
 # --- Parity with Hugging Face --------------------------------------------------------------------

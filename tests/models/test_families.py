@@ -10,40 +10,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import GOLDENS, Golden, cached_tokens, load_golden
 
-from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.models import deepseek, load_checkpoint, save_checkpoint
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-GOLDENS = Path(__file__).parent / "goldens"
 MODELS = ["deepseek_v2", "kimi_k2", "glm4_moe_lite", "longcat_flash"]
 TOLERANCE = {"atol": 2e-5, "rtol": 0}
-
-
-class Golden(NamedTuple):
-    config: DeepSeekConfig
-    params: dict
-    prompts: np.ndarray
-    lengths: np.ndarray
-    next_ids: np.ndarray
-    prefill: np.ndarray
-    decode: np.ndarray
-    latents: np.ndarray
-
-
-def load_golden(name: str) -> Golden:
-    config, params = load_checkpoint(GOLDENS / name, dtype=jnp.float32)
-    with np.load(GOLDENS / name / "goldens.npz") as arrays:
-        return Golden(config, params, **arrays)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -58,15 +38,8 @@ def longcat() -> Golden:
 
 def test_prefill_and_decode_match_hugging_face(golden):
     params, config = golden.params, golden.config
-    cache = PagedKVCache.create(
-        num_layers=config.num_hidden_layers,
-        num_pages=3,
-        batch=2,
-        max_pages_per_seq=2,
-        dtype=jnp.float32,
-    )
     logits, cache, _ = deepseek.prefill(
-        params, config, golden.prompts, golden.lengths, cache, all_positions=True
+        params, config, golden.prompts, golden.lengths, golden.cache(), all_positions=True
     )
     for i, length in enumerate(golden.lengths):
         np.testing.assert_allclose(logits[i, :length], golden.prefill[i, :length], **TOLERANCE)
@@ -75,8 +48,7 @@ def test_prefill_and_decode_match_hugging_face(golden):
         logits, cache, _ = deepseek.decode_step(params, config, ids, cache)
         np.testing.assert_allclose(logits[:, 0], golden.decode[:, step], **TOLERANCE)
     for layer, latents in enumerate(golden.latents):
-        rows = cache.pages[layer][cache.block_table[0], :, 0].reshape(-1, 576)
-        np.testing.assert_allclose(rows[: len(latents)], latents, atol=5e-5)
+        np.testing.assert_allclose(cached_tokens(cache, layer, 0), latents, atol=5e-5)
 
 
 def test_a_saved_checkpoint_has_the_same_names_and_numbers(golden, tmp_path):

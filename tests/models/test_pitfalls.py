@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import load_golden
 
 from flashmla_jax.layers import mha, mla
 from flashmla_jax.layers.mla import MLAConfig, YarnScaling
-from flashmla_jax.models import deepseek, load_checkpoint, moe
+from flashmla_jax.models import deepseek, moe
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-5  # of the tests against Hugging Face
 
 right_split_kv_b, right_rms_norm, right_rope_tables = mla.split_kv_b, mla.rms_norm, mla.rope_tables
@@ -33,9 +32,8 @@ def goldens() -> dict:
     """Per model its configuration and parameters, a prompt, and the right logits."""
     loaded = {}
     for name in ("deepseek_v3", "deepseek_v2"):
-        config, params = load_checkpoint(GOLDENS / name, dtype=jnp.float32)
-        with np.load(GOLDENS / name / "goldens.npz") as arrays:
-            loaded[name] = config, params, arrays["prompts"][:1], arrays["prefill"][0]
+        golden = load_golden(name)
+        loaded[name] = golden.config, golden.params, golden.prompts[:1], golden.prefill[0]
     return loaded
 
 
