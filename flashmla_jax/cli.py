@@ -249,8 +249,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="tokens to guess and verify in a step, with the checkpoint's multi-token prediction or, "
-        "without one, from the text so far; default 0",
+        help="tokens to guess, with the checkpoint's multi-token prediction or, without one, from "
+        "the text so far, and to verify in a step; default 0",
     )
 
 
@@ -408,9 +408,7 @@ def _random_checkpoint(folder: Path) -> Path:
     return path
 
 
-def _load(
-    checkpoint: Path, dtype: str | None, mtp: bool = False
-) -> tuple[DeepSeekConfig, Params]:
+def _load(checkpoint: Path, dtype: str | None, mtp: bool = False) -> tuple[DeepSeekConfig, Params]:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
     if dtype is None:

@@ -252,9 +252,7 @@ class PrefixIndex:
             heapq.heappush(self._queue, (page.last_used, page.inserted, page))
 
 
-def _digests(
-    tokens: Sequence[int] | np.ndarray, num_pages: int, lookahead: int
-) -> Iterator[bytes]:
+def _digests(tokens: Sequence[int] | np.ndarray, num_pages: int, lookahead: int) -> Iterator[bytes]:
     """The hash of each of a sequence's first pages.
 
     It stands for all tokens up to the page's end, and so many after it.

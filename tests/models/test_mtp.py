@@ -137,9 +137,7 @@ def test_fp8(tmp_path):
     folder = write(tmp_path / "model", change)
     _, params = load_checkpoint(folder, dtype=jnp.float32)
     module, at = params["mtp"], "model.layers.3"
-    np.testing.assert_array_equal(
-        module["eh_proj"]["kernel"], products[f"{at}.eh_proj.weight"].T
-    )
+    np.testing.assert_array_equal(module["eh_proj"]["kernel"], products[f"{at}.eh_proj.weight"].T)
     np.testing.assert_array_equal(
         module["mlp"]["experts"]["down_proj"]["weight"][5],
         products[f"{at}.mlp.experts.5.down_proj.weight"],
@@ -154,7 +152,9 @@ def test_round_trip(checkpoint, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     names = load_file(tmp_path / "model" / "model.safetensors").keys()
     all_names = load_file(checkpoint / "model.safetensors").keys()
-    assert names == {name for name in all_names if not name.endswith(COPIES) or "layers" not in name}
+    assert names == {
+        name for name in all_names if not name.endswith(COPIES) or "layers" not in name
+    }
 
     without = {name: value for name, value in params.items() if name != "mtp"}
     save_checkpoint(tmp_path / "without", config, without)
