@@ -9,8 +9,8 @@ step together with the others until it is finished. In between
 - when pages run out, those that nobody uses go first, and then the youngest request: it gives back
   its slot, waits at the head of the queue, and is read again with what it had generated;
 - with `draft > 0`, the next tokens are guessed, and a step reads them all to see which ones were
-  right. A model's multi-token prediction module guesses them, applied again to what it predicted
-  for every token more; or, without one, those that followed the same words before (prompt lookup
+  right. Guesses come from the model's multi-token prediction module, which for each token more goes
+  on from its own output; without one, from what followed the same words before (prompt lookup
   decoding).
 
 None of this changes what is generated, beyond rounding: every token is chosen from the model's

@@ -11,9 +11,9 @@ Each but `extend`, a part of programs, is one `jax.jit` whose static arguments a
 and options, so lengths and tables may change from call to call without a new compilation. `prefill`
 and `decode_step` donate the cache they are given.
 
-The multi-token prediction module of DeepSeek-V3 and some others runs after them, to guess one token more: it
-reads the hidden state of each token beside the embedding of the token after it (`mtp_extend`,
-`mtp_decode`), and keeps a layer of the cache to itself, the one after the model's.
+The multi-token prediction module of DeepSeek-V3 and some others runs after them, to guess one token
+more: it reads the hidden state of each token beside the embedding of the token after it
+(`mtp_extend`, `mtp_decode`), and has a layer of the cache to itself, the one after the model's.
 
 Parameters are nested dicts with the checkpoint's names and Flax's leaves, kernels `[in, out]`;
 those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:
