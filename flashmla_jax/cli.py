@@ -249,7 +249,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="tokens to guess from the text so far and verify in a step; default 0",
+        help="tokens to guess, with the checkpoint's multi-token prediction or, without one, from "
+        "the text so far, and to verify in a step; default 0",
     )
 
 
@@ -295,7 +296,8 @@ def _generate(args: argparse.Namespace) -> int:
     if tokenizer is not None:
         encode = _as_message(tokenizer) if args.chat else tokenizer.encode
         prompts = [encode(text) for text in args.prompt]
-    config, params = _load(args.checkpoint, args.dtype)
+    mtp = args.draft > 0 and not args.check
+    config, params = _load(args.checkpoint, args.dtype, mtp)
     if args.check:
         run = Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
         return _run(run, params, config, tokenizer, check=True)
@@ -332,8 +334,7 @@ def _generate(args: argparse.Namespace) -> int:
     tokens = sum(len(request.tokens) for request in requests)
     _report("prompts", f"{stats.read_tokens} tokens read, {stats.prefix_tokens} found in the cache")
     _report_speed("generated", tokens, seconds, f" in {stats.steps} steps")
-    if args.draft:
-        _report("drafts", f"{stats.accepted} of {stats.drafted} tokens were right")
+    _report_drafts(engine)
     _report_cache(engine.cache, int(engine.cache.high_water))
     return 0
 
@@ -348,7 +349,7 @@ def _serve_bench(args: argparse.Namespace) -> int:
         sampling=Sampling(args.temperature, seed=args.seed),
         seed=args.seed,
     )
-    config, params = _load(args.checkpoint, args.dtype)
+    config, params = _load(args.checkpoint, args.dtype, mtp=args.draft > 0)
     num_pages = args.num_pages
     if num_pages is None:
         num_pages = args.slots * -(-load.max_seqlen // PAGE_SIZE)
@@ -367,9 +368,7 @@ def _serve_bench(args: argparse.Namespace) -> int:
         report = serve(engine, load, config.vocab_size, advance)
     for name, value in report.lines():
         _report(name, value)
-    if args.draft:
-        stats = engine.stats
-        _report("drafts", f"{stats.accepted} of {stats.drafted} tokens were right")
+    _report_drafts(engine)
     if args.plot is not None:
         report.plot(args.plot)
         _report("plot", str(args.plot))
@@ -409,7 +408,7 @@ def _random_checkpoint(folder: Path) -> Path:
     return path
 
 
-def _load(checkpoint: Path, dtype: str | None) -> tuple[DeepSeekConfig, Params]:
+def _load(checkpoint: Path, dtype: str | None, mtp: bool = False) -> tuple[DeepSeekConfig, Params]:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
     if dtype is None:
@@ -423,7 +422,7 @@ def _load(checkpoint: Path, dtype: str | None) -> tuple[DeepSeekConfig, Params]:
                 advance()
                 percent += 1
 
-        return load_checkpoint(checkpoint, dtype=_DTYPES[dtype], progress=show)
+        return load_checkpoint(checkpoint, dtype=_DTYPES[dtype], mtp=mtp, progress=show)
 
 
 def _as_message(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
@@ -587,6 +586,13 @@ def _report_sequence(
 ) -> None:
     text = repr(tokenizer.decode(tokens)) if tokenizer else ",".join(map(str, tokens))
     _report(f"sequence {number}", f"{len(prompt)} prompt tokens, {len(tokens)} new: {text}")
+
+
+def _report_drafts(engine: Engine) -> None:
+    if engine.drafter is not None:
+        way = {"mtp": "multi-token prediction", "ngram": "n-grams"}[engine.drafter]
+        stats = engine.stats
+        _report("drafts", f"{stats.accepted} of {stats.drafted} tokens were right, from {way}")
 
 
 def _report_cache(cache: PagedKVCache, used: int) -> None:

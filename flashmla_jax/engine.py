@@ -8,8 +8,10 @@ step together with the others until it is finished. In between
   request whose beginning is known starts from them (`cache.prefix`);
 - when pages run out, those that nobody uses go first, and then the youngest request: it gives back
   its slot, waits at the head of the queue, and is read again with what it had generated;
-- with `draft > 0`, tokens that followed the same words before are guessed to follow again, and a
-  step reads them all to see which ones were right (prompt lookup decoding).
+- with `draft > 0`, the next tokens are guessed, and a step reads them all to see which ones were
+  right. Guesses come from the model's multi-token prediction module, which for each token more goes
+  on from its own output; without one, from what followed the same words before (prompt lookup
+  decoding).
 
 None of this changes what is generated, beyond rounding: every token is chosen from the model's
 logits after all tokens before it, greedily or with a random number made from the request's seed and
@@ -23,8 +25,15 @@ parameters are data. The scheduler is plain Python. It knows what the device's a
 it need not wait for it: without drafts a step is started before the tokens of the one before are
 read.
 
+The multi-token prediction module has a layer of the same cache. Of a token it needs the hidden
+state and the token after it, which are both there when the token has been read: the next one is in
+the prompt, or has just been chosen. So every program fills that layer together with the others. The
+last tokens of two equal pages differ there if other tokens follow, and then the pages count as
+different ones.
+
 Sources: vLLM (arXiv:2309.06180) for paging, preemption and hashed prefixes; Sarathi
-(arXiv:2308.16369) for chunks of prompts between decoding steps.
+(arXiv:2308.16369) for chunks of prompts between decoding steps; DeepSeek-V3 (arXiv:2412.19437) for
+drafts from multi-token prediction.
 """
 
 from __future__ import annotations
@@ -34,7 +43,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -196,10 +205,12 @@ class Engine:
     Attributes:
       cache: the cache after the newest program that was started.
       stats: counts.
+      drafter: what guesses tokens, "mtp" or "ngram"; None without drafts.
     """
 
     cache: PagedKVCache
     stats: EngineStats
+    drafter: Literal["mtp", "ngram"] | None
 
     def __init__(
         self,
@@ -212,6 +223,7 @@ class Engine:
         chunk: int = 256,
         prompts_at_once: int = 1,
         draft: int = 0,
+        drafter: Literal["mtp", "ngram"] | None = None,
         prefix_cache: bool = True,
     ) -> None:
         """Makes an empty cache.
@@ -226,11 +238,13 @@ class Engine:
           chunk: how many tokens of a prompt a step reads at most.
           prompts_at_once: how many prompts a step reads from.
           draft: how many tokens to guess and verify in a step; 0 for none.
+          drafter: what guesses them: the model's multi-token prediction module, whose parameters
+            are `mtp`, or what the text so far repeats. None for the module if it is there.
           prefix_cache: whether to keep pages for prompts that begin alike.
 
         Raises:
-          ValueError: for a number that is too small, or a max_seqlen beyond the positions that the
-            model has.
+          ValueError: for a number that is too small, a max_seqlen beyond the positions that the
+            model has, or a drafter that there is not.
         """
         least = {
             "slots": (slots, 1),
@@ -248,22 +262,35 @@ class Engine:
                 f"max_seqlen must be at most the model's {config.max_position_embeddings} "
                 f"positions, got {max_seqlen}"
             )
+        if drafter not in (None, "mtp", "ngram"):
+            raise ValueError(f'drafter must be "mtp", "ngram" or None, got {drafter!r}')
+        if drafter == "mtp" and "mtp" not in params:
+            raise ValueError('drafter="mtp" needs parameters with "mtp", these have none')
+        if drafter is None:
+            drafter = "mtp" if "mtp" in params else "ngram"
+        self.drafter = drafter if draft else None
+        uses_mtp = self.drafter == "mtp"
         self._params, self._config = params, config
         self._max_seqlen, self._chunk, self._draft = max_seqlen, chunk, draft
         self._prompts_at_once = min(prompts_at_once, slots)
         embedding = params["embed_tokens"]["embedding"]
-        self.cache, self._tokens = _beside(
+        self.cache, self._newest = _beside(
             embedding,
             (
                 PagedKVCache.create(
-                    num_layers=config.num_hidden_layers,
+                    num_layers=config.num_hidden_layers + uses_mtp,
                     num_pages=num_pages,
                     batch=slots,
                     # Drafts have a place there too before they are found wrong.
                     max_pages_per_seq=_pages_for(max_seqlen - 1 + draft),
                     dtype=embedding.dtype,
                 ),
-                jnp.zeros(slots, jnp.int32),
+                _Newest(
+                    tokens=jnp.zeros(slots, jnp.int32),
+                    ahead=jnp.zeros((slots, config.hidden_size), embedding.dtype)
+                    if uses_mtp
+                    else None,
+                ),
             ),
         )
         self.stats = EngineStats()
@@ -271,7 +298,7 @@ class Engine:
         self._waiting: collections.deque[Request] = collections.deque()
         self._slots: list[_Run | None] = [None] * slots
         self._results: list[_Result] = []
-        self._index = PrefixIndex()
+        self._index = PrefixIndex(lookahead=int(uses_mtp))
         self._keeps_prefixes = prefix_cache
         self._owed = _Books()
 
@@ -379,7 +406,7 @@ class Engine:
             self._decode(decoding, self._guess(decoding))
         self.stats.steps += bool(reading or decoding)
         self._collect(before)
-        if self._draft:  # which are found in the tokens
+        if self._draft:  # as many tokens as were right
             self._collect_all()
         if self._waiting or self._running or self._results:
             return True
@@ -493,18 +520,20 @@ class Engine:
         """Starts the program that reads the next chunk of each run's prompt."""
         self._keep_books()
         rows = self._prompts_at_once
-        ids = np.zeros((rows, self._chunk), np.int32)
+        ids = np.zeros((rows, self._chunk + 1), np.int32)
         slots = np.full(rows, len(self._slots), np.int32)
         num_tokens, is_last = np.zeros(rows, np.int32), np.zeros(rows, np.bool_)
         rules = _Rules.make(rows, dict(enumerate(runs)))
         for row, run in enumerate(runs):
             count = min(self._chunk, run.target - run.length)
-            ids[row, :count] = run.request.ids[run.length : run.length + count]
+            # With the token after them, unless that is still to be chosen.
+            tokens = run.request.ids[run.length : run.length + count + 1]
+            ids[row, : len(tokens)] = tokens
             run.length += count
             slots[row], num_tokens[row], is_last[row] = run.slot, count, not run.is_reading
             run.asked += not run.is_reading
             self.stats.read_tokens += count
-        new, num_new, self._tokens, ok, table, self.cache = _read(
+        new, num_new, self._newest, ok, table, self.cache = _read(
             self._params,
             self._config,
             ids,
@@ -512,7 +541,7 @@ class Engine:
             num_tokens,
             is_last,
             rules,
-            self._tokens,
+            self._newest,
             self.cache,
         )
         lengths = [(run, run.length) for run in runs]
@@ -525,10 +554,10 @@ class Engine:
         is_active = np.zeros(slots, np.bool_)
         is_active[[run.slot for run in runs]] = True
         rules = _Rules.make(slots, {run.slot: run for run in runs})
-        new, num_new, self._tokens, ok, table, self.cache = _decode(
+        new, num_new, self._newest, ok, table, self.cache = _decode(
             self._params,
             self._config,
-            self._tokens,
+            self._newest,
             drafts,
             is_active,
             rules,
@@ -545,13 +574,16 @@ class Engine:
     def _guess(self, runs: list[_Run]) -> np.ndarray:
         """int32[slots, draft] guesses, or int32[slots, 0] if there are none or no pages for them.
 
-        -1 where there is no guess.
+        -1 where there is no guess, or the model is to make one.
         """
         none = np.zeros((len(self._slots), 0), np.int32)
         growth = [max(_pages_for(r.length + 1 + self._draft) - r.claimed, 0) for r in runs]
         if not self._draft or sum(growth) > self._num_free:
             return none
         drafts = np.full((len(self._slots), self._draft), -1, np.int32)
+        if self.drafter == "mtp":
+            self.stats.drafted += len(runs) * self._draft
+            return drafts
         for run in runs:
             if run.asked == len(run.request.tokens):  # so that its last token is known here
                 guess = guess_next(run.request.ids, self._draft)
@@ -750,6 +782,21 @@ class _Rules:
         return jax.lax.cond(jnp.any(is_drawn), draw_all, lambda: most_likely)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Newest:
+    """What is known of the newest token of each slot, which is not read yet.
+
+    Attributes:
+      tokens: int32[slots].
+      ahead: [slots, hidden], what multi-token prediction makes of it, and of all before: the hidden
+        state from which the token after it is guessed. None without such guesses.
+    """
+
+    tokens: jax.Array
+    ahead: jax.Array | None
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
 def _move_pages(
     cache: PagedKVCache,
@@ -774,68 +821,125 @@ def _read(
     num_tokens: jax.Array,
     is_last: jax.Array,
     rules: _Rules,
-    last_tokens: jax.Array,
+    newest: _Newest,
     cache: PagedKVCache,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, PagedKVCache]:
+) -> tuple[jax.Array, jax.Array, _Newest, jax.Array, jax.Array, PagedKVCache]:
     """Reads the next tokens of some slots, and chooses the first new token of those at the end.
 
     Args:
       params: the model's.
       config: the model's.
-      ids: int32[rows, chunk], padded at the end.
+      ids: int32[rows, chunk + 1], and the one after them, if it is known; padded at the end.
       slots: int32[rows], whose they are; one past the last slot for a row that is not used.
-      num_tokens: int32[rows], how many they are.
+      num_tokens: int32[rows], how many they are, at most `chunk`.
       is_last: bool[rows], whether a prompt ends with them.
       rules: of each row.
-      last_tokens: int32[slots], the newest token of each slot.
+      newest: of each slot.
       cache: donated.
 
     Returns:
-      As `_decode`: new int32[slots, 1], num_new, last_tokens, ok, the block table and the cache.
+      As `_decode`: new int32[slots, 1], num_new, the newest, ok, the block table and the cache.
     """
-    logits, cache, ok = deepseek.extend(params, config, ids, slots, num_tokens, cache)
+    logits, hidden, cache, ok = deepseek.extend(
+        params, config, ids[:, :-1], slots, num_tokens, cache
+    )
     chosen = rules.choose(logits[:, None])[:, 0]
     at = jnp.where(is_last, slots, cache.batch)
-    last_tokens = last_tokens.at[at].set(chosen, mode="drop")
-    num_new = jnp.zeros_like(last_tokens).at[at].set(1, mode="drop")
-    return last_tokens[:, None], num_new, last_tokens, ok, cache.block_table, cache
+    tokens = newest.tokens.at[at].set(chosen, mode="drop")
+    num_new = jnp.zeros_like(tokens).at[at].set(1, mode="drop")
+    ahead = newest.ahead
+    if ahead is not None:
+        row, last = jnp.arange(slots.shape[0]), jnp.maximum(num_tokens - 1, 0)
+        next_ids = ids[:, 1:]
+        next_ids = next_ids.at[row, last].set(jnp.where(is_last, chosen, next_ids[row, last]))
+        hidden, cache = deepseek.mtp_extend(params, config, hidden, next_ids, slots, cache)
+        ahead = ahead.at[at].set(hidden[row, last], mode="drop")
+    newest = _Newest(tokens, ahead)
+    return tokens[:, None], num_new, newest, ok, cache.block_table, cache
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _decode(
     params: Params,
     config: DeepSeekConfig,
-    last_tokens: jax.Array,
+    newest: _Newest,
     drafts: jax.Array,
     is_active: jax.Array,
     rules: _Rules,
     cache: PagedKVCache,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, PagedKVCache]:
+) -> tuple[jax.Array, jax.Array, _Newest, jax.Array, jax.Array, PagedKVCache]:
     """Reads the newest token of slots and what is guessed to follow, and chooses what does.
 
     Args:
       params: the model's.
       config: the model's.
-      last_tokens: int32[slots], the newest token of each slot, not read yet.
-      drafts: int32[slots, n], guesses, -1 for none; n may be 0.
+      newest: of each slot.
+      drafts: int32[slots, n], guesses, -1 for none; n may be 0. With multi-token prediction, which
+        makes them, only their number counts.
       is_active: bool[slots], which take part.
       rules: of each slot.
       cache: donated.
 
     Returns:
-      new int32[slots, 1 + n] and num_new int32[slots], which of them count; the newest tokens;
+      new int32[slots, 1 + n] and num_new int32[slots], which of them count; the newest;
       ok bool[slots]; the block table and the cache, which has forgotten the wrong guesses.
     """
-    before = cache.cache_seqlens
-    ids = jnp.concatenate([last_tokens[:, None], jnp.maximum(drafts, 0)], axis=1)
-    logits, cache, ok = deepseek.decode_step(params, config, ids, cache, is_active)
-    new = rules.choose(logits)
+    before, num_drafts = cache.cache_seqlens, drafts.shape[1]
+    cache, ok = cache.allocate(jnp.where(is_active, 1 + num_drafts, 0))
+    if newest.ahead is not None:
+        drafts, cache = _look_ahead(params, config, newest.ahead, num_drafts, cache)
+    ids = jnp.concatenate([newest.tokens[:, None], jnp.maximum(drafts, 0)], axis=1)
+    hidden, cache = deepseek.decode_hidden(params, config, ids, cache)
+    new = rules.choose(deepseek.head(params, config, hidden))
     # A token counts if all guesses before it were right.
     is_right = (new[:, :-1] == drafts).astype(jnp.int32)
     num_new = 1 + jnp.sum(jnp.cumprod(is_right, axis=1), axis=1)
     num_new = jnp.where(is_active & ok, num_new, 0).astype(jnp.int32)
-    if drafts.shape[1] > 0:
+
+    def update(old: jax.Array, per_token: jax.Array) -> jax.Array:
+        """What the last token that counts has; the old where there is none."""
+        at = jnp.maximum(num_new - 1, 0)
+        last = jnp.take_along_axis(per_token, jnp.expand_dims(at, range(1, per_token.ndim)), axis=1)
+        return jnp.where(jnp.expand_dims(num_new > 0, range(1, old.ndim)), last[:, 0], old)
+
+    ahead = newest.ahead
+    if ahead is not None:
+        hidden, cache = deepseek.mtp_decode(params, config, hidden, new, cache)
+        ahead = update(ahead, hidden)
+    if num_drafts > 0:
         cache = cache.truncate(before + num_new)
-    newest = jnp.take_along_axis(new, jnp.maximum(num_new - 1, 0)[:, None], axis=1)[:, 0]
-    last_tokens = jnp.where(num_new > 0, newest, last_tokens)
-    return new, num_new, last_tokens, ok, cache.block_table, cache
+    newest = _Newest(update(newest.tokens, new), ahead)
+    return new, num_new, newest, ok, cache.block_table, cache
+
+
+def _look_ahead(
+    params: Params, config: DeepSeekConfig, ahead: jax.Array, count: int, cache: PagedKVCache
+) -> tuple[jax.Array, PagedKVCache]:
+    """Guesses tokens with multi-token prediction.
+
+    Args:
+      params: the model's.
+      config: the model's.
+      ahead: [slots, hidden], see `_Newest`.
+      count: how many tokens, at least 0.
+      cache: has made room for them.
+
+    Returns:
+      int32[slots, count], and the cache, whose last layer has what is to be replaced when the model
+      has read the tokens.
+    """
+    start, takes_part = cache.cache_seqlens - cache.num_new, (cache.num_new > 0).astype(jnp.int32)
+    hidden, drafts = ahead[:, None], jnp.zeros((ahead.shape[0], 0), jnp.int32)
+    for i in range(count):
+        if i > 0:
+            view = dataclasses.replace(
+                cache,
+                cache_seqlens=start + i * takes_part,
+                num_new=takes_part,
+                copy_from=cache.copy_from if i == 1 else jnp.full_like(cache.copy_from, -1),
+            )
+            hidden, view = deepseek.mtp_decode(params, config, hidden, drafts[:, -1:], view)
+            cache = dataclasses.replace(cache, pages=view.pages)
+        guess = jnp.argmax(deepseek.head(params, config, hidden), axis=-1).astype(jnp.int32)
+        drafts = jnp.concatenate([drafts, guess], axis=1)
+    return drafts, cache

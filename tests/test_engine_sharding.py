@@ -1,5 +1,7 @@
 """The engine with parameters that are divided over devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -19,26 +21,28 @@ def test_on_eight_devices() -> None:
 
 
 @meshes
-@pytest.mark.parametrize("draft", [0, DRAFT])
-def test_heads_divided(draft: int) -> None:
+@pytest.mark.parametrize(("draft", "mtp"), [(0, 0), (DRAFT, 0), (DRAFT, 1)])
+def test_heads_divided(draft: int, mtp: int) -> None:
     """The cache is on all devices, and each program is compiled once."""
     mesh = make_mesh(heads=2)
-    specs = {name: P(*axes) for name, axes in head_partitioning(CONFIG.mla, "heads").items()}
+    config = dataclasses.replace(CONFIG, num_nextn_predict_layers=mtp)
+    specs = {name: P(*axes) for name, axes in head_partitioning(config.mla, "heads").items()}
 
     def place(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
         names = [getattr(key, "key", None) for key in path]
         spec = specs.get(names[-2], P()) if "self_attn" in names else P()
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
-    params = init_params(CONFIG, jax.random.key(0), np.float32)
+    params = init_params(config, jax.random.key(0), np.float32)
     sharded = jax.tree_util.tree_map_with_path(place, params)
     programs = (_read, _decode, _move_pages)
-    engine = make_engine((sharded, CONFIG), draft=draft).compile()
+    engine = make_engine((sharded, config), draft=draft).compile()
+    assert engine.drafter == ("mtp" if mtp else "ngram" if draft else None)
     compiled = [program._cache_size() for program in programs]
     requests = [engine.submit(prompt_of(i % 2, n), 12) for i, n in enumerate((70, 3, 100, 130, 90))]
     run(engine)
     assert engine.stats.prefix_tokens > 0
-    check_tokens((params, CONFIG), requests)
+    check_tokens((params, config), requests)
     assert [program._cache_size() for program in programs] == compiled
-    assert engine.cache.pages[0].sharding.is_fully_replicated
+    assert all(pool.sharding.is_fully_replicated for pool in engine.cache.pages)
     assert engine.cache.pages[0].sharding.device_set == set(mesh.devices.flat)

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flashmla_jax import cli
 from flashmla_jax.cache.layout import PAGE_SIZE
@@ -171,8 +172,34 @@ def test_generate_runs_prompts_in_slots(capsys, model):
     assert tokens == generate(*model, prompts, 6, sampling=Sampling(1.0, seed=3))
     assert tokens[0] != tokens[3]
     assert re.search(r"^generated +24 tokens in \d+ steps, .* tokens/s$", out, re.M)
-    assert re.search(r"^drafts +\d+ of \d+ tokens were right$", out, re.M)
+    assert re.search(r"^drafts +\d+ of \d+ tokens were right, from n-grams$", out, re.M)
     assert re.search(r"^cache +2 of 2 pages of 64 tokens in use", out, re.M)
+
+
+def test_drafts_from_multi_token_prediction(capsys, tmp_path):
+    """The checkpoint's module is read and used where drafts are asked for."""
+    tensors = load_file(CHECKPOINT / "model.safetensors")
+    save_file(tensors | load_file(CHECKPOINT / "mtp.safetensors"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((CHECKPOINT / "config.json").read_text())
+    argv = ["--checkpoint", tmp_path, "--max-new-tokens", 12, "--prompt-ids", "1,2,3", "7"]
+    outs = []
+    for draft in (0, 2):
+        code, out, _ = run(capsys, "generate", *argv, "--draft", draft)
+        assert code == 0
+        outs.append(out)
+    plain, drafted = outs
+    sequences = r"^sequence .*$"
+    assert re.findall(sequences, plain, re.M) == re.findall(sequences, drafted, re.M)
+    assert "drafts" not in plain
+    way = "from multi-token prediction"
+    assert re.search(rf"^drafts +\d+ of [1-9]\d* tokens were right, {way}$", drafted, re.M)
+    assert "MiB in 3 layers" in plain
+    assert "MiB in 4 layers" in drafted
+
+    argv = ["--checkpoint", tmp_path, "--requests", 2, "--prompt-lengths", 3, "--new-tokens", 4]
+    code, out, _ = run(capsys, "serve-bench", *argv, "--draft", 1)
+    assert code == 0
+    assert way in out
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,14 @@ class _Page:
 class PrefixIndex:
     """The full pages of a `PagedKVCache` whose contents are known, on the host."""
 
-    def __init__(self) -> None:
-        """An index that knows nothing."""
+    def __init__(self, *, lookahead: int = 0) -> None:
+        """An index that knows nothing.
+
+        Args:
+          lookahead: on how many tokens after it a page's contents depend; 1 if the cache has a
+            layer for multi-token prediction.
+        """
+        self._lookahead = lookahead
         self._by_digest: dict[bytes, _Page] = {}
         self._by_number: dict[int, _Page] = {}
         self._num_pinned = 0
@@ -97,7 +103,8 @@ class PrefixIndex:
           The pages in order, and how many tokens they hold: `PAGE_SIZE` each.
         """
         pages = []
-        for digest in _digests(tokens, max(len(tokens) - 1, 0) // PAGE_SIZE):
+        num_pages = max(len(tokens) - max(self._lookahead, 1), 0) // PAGE_SIZE
+        for digest in _digests(tokens, num_pages, self._lookahead):
             page = self._by_digest.get(digest)
             if page is None:
                 break
@@ -111,7 +118,7 @@ class PrefixIndex:
 
         Args:
           tokens: the sequence from its first token on, at least the `PAGE_SIZE * len(pages)` that
-            the pages hold.
+            the pages hold, and with a lookahead so many more.
           pages: its first full pages, in order.
 
         Returns:
@@ -121,12 +128,13 @@ class PrefixIndex:
           ValueError: for too few tokens, or a page that the index knows with other contents; then
             nothing has changed.
         """
-        if len(tokens) < len(pages) * PAGE_SIZE:
+        if len(pages) and len(tokens) < len(pages) * PAGE_SIZE + self._lookahead:
             raise ValueError(
                 f"tokens must fill the pages: {len(pages)} pages hold {len(pages) * PAGE_SIZE}, "
-                f"got {len(tokens)}"
+                f"got {len(tokens)} with a lookahead of {self._lookahead}"
             )
-        chain = list(zip(_digests(tokens, len(pages)), map(int, pages), strict=True))
+        digests = _digests(tokens, len(pages), self._lookahead)
+        chain = list(zip(digests, map(int, pages), strict=True))
         new = [number for digest, number in chain if digest not in self._by_digest]
         for i, number in enumerate(new):
             if number in self._by_number or number in new[:i]:
@@ -244,10 +252,14 @@ class PrefixIndex:
             heapq.heappush(self._queue, (page.last_used, page.inserted, page))
 
 
-def _digests(tokens: Sequence[int] | np.ndarray, num_pages: int) -> Iterator[bytes]:
-    """The hash of each of a sequence's first pages, which stands for all tokens up to its end."""
-    ids = np.asarray(tokens[: num_pages * PAGE_SIZE], np.dtype("<i4"))
+def _digests(tokens: Sequence[int] | np.ndarray, num_pages: int, lookahead: int) -> Iterator[bytes]:
+    """The hash of each of a sequence's first pages.
+
+    It stands for all tokens up to the page's end, and so many after it.
+    """
+    ids = np.asarray(tokens[: num_pages * PAGE_SIZE + lookahead], np.dtype("<i4"))
     digest = b""
-    for page in ids.reshape(num_pages, PAGE_SIZE):
+    for start in range(0, num_pages * PAGE_SIZE, PAGE_SIZE):
+        page = ids[start : start + PAGE_SIZE + lookahead]
         digest = hashlib.sha256(digest + page.tobytes()).digest()
         yield digest

@@ -22,7 +22,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ def load_checkpoint(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     *,
     shardings: Shardings | None = None,
+    mtp: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DeepSeekConfig, dict[str, Any]]:
     """Reads a checkpoint, one tensor at a time.
@@ -84,12 +85,13 @@ def load_checkpoint(
         "layers.3.mlp.experts.up_proj.weight", and its shape in the model to one; or a tree like the
         parameters, in which a sharding may also stand for all that would be below it. A process
         reads the tensors of which its own devices get a part, and nothing goes through others.
+      mtp: whether to read the multi-token prediction module, if there is one (`config.has_mtp`, and
+        the tensors, which many conversions drop). Its copies of embedding and head are not read.
       progress: called after each tensor with the bytes read so far and the bytes to read.
 
     Returns:
       The configuration and the parameters, laid out as `flashmla_jax.models.deepseek` describes.
-      Layers past `num_hidden_layers`, where DeepSeek-V3 keeps its multi-token prediction, are left
-      out.
+      Other layers past `num_hidden_layers` than the module are left out.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -102,9 +104,10 @@ def load_checkpoint(
     path = Path(path)
     if config is None:
         config = DeepSeekConfig.from_json(path)
-    parameters = list(_parameters(config))
     checkpoint = _Checkpoint(path)
-    checkpoint.check_names([name for p in parameters for name in p.names], config)
+    mtp = mtp and config.has_mtp and checkpoint.has_mtp(config)
+    parameters = list(_parameters(config, mtp))
+    checkpoint.check_names([name for p in parameters for name in p.names], config, mtp)
     for parameter in parameters:
         checkpoint.check(parameter)
     places = {p.path: _Placement.of(p, shardings) for p in parameters}
@@ -122,7 +125,7 @@ def load_checkpoint(
                 progress(done, total)
         return place.assemble()
 
-    return config, _build(config, read)
+    return config, _build(config, parameters, read)
 
 
 def save_checkpoint(
@@ -139,14 +142,16 @@ def save_checkpoint(
     Args:
       path: the folder to make; it must not exist, or be empty.
       config: goes to `config.json`.
-      params: as `load_checkpoint` returns them, float32, float16 or bfloat16.
+      params: as `load_checkpoint` returns them, float32, float16 or bfloat16; with or without
+        `mtp`, of which no copies of embedding and head are written.
       max_shard_size: bytes of tensors per file, which only a tensor larger than that exceeds; a
         file's tensors are in host memory together. With more than one file there is a
         `model.safetensors.index.json`.
 
     Raises:
       FileExistsError: `path` exists and is not an empty folder.
-      ValueError: a parameter is missing, or has the wrong shape or dtype.
+      ValueError: a parameter is missing, or has the wrong shape or dtype; or there is `mtp` where
+        the configuration has none.
       OSError: a file cannot be written.
       ImportError: the `safetensors` package is missing.
     """
@@ -155,8 +160,11 @@ def save_checkpoint(
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder")
 
+    mtp = "mtp" in params
+    if mtp and not config.has_mtp:
+        raise ValueError(f"the parameters have mtp, with {config.num_nextn_predict_layers=}")
     tensors = [
-        tensor for parameter in _parameters(config) for tensor in _tensors(parameter, params)
+        tensor for parameter in _parameters(config, mtp) for tensor in _tensors(parameter, params)
     ]
     shards: list[list[_Tensor]] = [[]]
     size = 0
@@ -209,7 +217,8 @@ def init_params(
       dtype: of the parameters; the routers' are float32.
 
     Returns:
-      Parameters laid out as `flashmla_jax.models.deepseek` describes.
+      Parameters laid out as `flashmla_jax.models.deepseek` describes, with `mtp` if the
+      configuration has it.
     """
     numbers = itertools.count()
 
@@ -223,7 +232,7 @@ def init_params(
             return _normal(jax.random.fold_in(key, number), shape, to, 1.0)
         return jnp.full(shape, 1 if parameter.leaf == "scale" else 0, to)
 
-    return _build(config, draw)
+    return _build(config, _parameters(config, config.has_mtp), draw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,10 +295,17 @@ class _Parameter:
         return node
 
 
-def _parameters(config: DeepSeekConfig) -> Iterator[_Parameter]:
-    """All parameters of a model: the one list that loading, saving and initialising go by."""
+def _parameters(config: DeepSeekConfig, mtp: bool) -> Iterator[_Parameter]:
+    """All parameters of a model: the one list that loading, saving and initialising go by.
+
+    `mtp` says whether there are those of the multi-token prediction module.
+    """
     for parameter in _model(config):
         yield _as_longcat(parameter) if config.is_longcat else parameter
+    for parameter in _mtp(config) if mtp else ():
+        rest = parameter.path.removeprefix("mtp.")
+        stored_path = f"layers.{config.num_hidden_layers}.{rest}"
+        yield dataclasses.replace(parameter, stored_path=stored_path)
 
 
 def _as_longcat(parameter: _Parameter) -> _Parameter:
@@ -311,19 +327,32 @@ def _model(config: DeepSeekConfig) -> Iterator[_Parameter]:
     hidden = config.hidden_size
     yield _Parameter("embed_tokens.embedding", (config.vocab_size, hidden))
     for layer in range(config.num_hidden_layers):
-        at = f"layers.{layer}"
-        yield _Parameter(f"{at}.input_layernorm.scale", (hidden,))
-        yield from _attention(f"{at}.self_attn", config)
-        yield _Parameter(f"{at}.post_attention_layernorm.scale", (hidden,))
-        if config.is_moe(layer):
-            yield from _moe(f"{at}.mlp", config)
-        else:
-            yield from _mlp(f"{at}.mlp", hidden, config.intermediate_size)
+        yield from _layer(f"layers.{layer}", layer, config)
         if config.has_shortcut(layer):
-            yield from _moe(f"{at}.shortcut", config)
+            yield from _moe(f"layers.{layer}.shortcut", config)
     yield _Parameter("norm.scale", (hidden,))
     if not config.tie_word_embeddings:
         yield _Parameter("lm_head.kernel", (config.vocab_size, hidden))
+
+
+def _mtp(config: DeepSeekConfig) -> Iterator[_Parameter]:
+    hidden = config.hidden_size
+    yield _Parameter("mtp.enorm.scale", (hidden,))
+    yield _Parameter("mtp.hnorm.scale", (hidden,))
+    yield _Parameter("mtp.eh_proj.kernel", (hidden, 2 * hidden))
+    yield from _layer("mtp", config.num_hidden_layers, config)
+    yield _Parameter("mtp.shared_head.norm.scale", (hidden,))
+
+
+def _layer(at: str, layer: int, config: DeepSeekConfig) -> Iterator[_Parameter]:
+    hidden = config.hidden_size
+    yield _Parameter(f"{at}.input_layernorm.scale", (hidden,))
+    yield from _attention(f"{at}.self_attn", config)
+    yield _Parameter(f"{at}.post_attention_layernorm.scale", (hidden,))
+    if config.is_moe(layer):
+        yield from _moe(f"{at}.mlp", config)
+    else:
+        yield from _mlp(f"{at}.mlp", hidden, config.intermediate_size)
 
 
 def _attention(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:
@@ -367,10 +396,14 @@ def _moe(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:
         yield from _mlp(f"{at}.shared_experts", hidden, size * config.n_shared_experts)
 
 
-def _build(config: DeepSeekConfig, make: Callable[[_Parameter], jax.Array]) -> dict[str, Any]:
+def _build(
+    config: DeepSeekConfig,
+    parameters: Iterable[_Parameter],
+    make: Callable[[_Parameter], jax.Array],
+) -> dict[str, Any]:
     """The nested parameters of a model, each made by `make`."""
     params: dict[str, Any] = {"layers": [{} for _ in range(config.num_hidden_layers)]}
-    for parameter in _parameters(config):
+    for parameter in parameters:
         node: Any = params
         *parents, leaf = parameter.path.split(".")
         for key in parents:
@@ -552,16 +585,28 @@ class _Checkpoint:
         else:
             raise FileNotFoundError(f"{path} has neither {_SINGLE} nor {_INDEX}")
 
-    def check_names(self, names: list[str], config: DeepSeekConfig) -> None:
-        """Raises unless the checkpoint has the tensors `names` and no others that matter."""
+    def has_mtp(self, config: DeepSeekConfig) -> bool:
+        """Whether there is a module for multi-token prediction, to go by its projection."""
+        return f"model.layers.{config.num_hidden_layers}.eh_proj.weight" in self._file_of
+
+    def check_names(self, names: list[str], config: DeepSeekConfig, mtp: bool) -> None:
+        """Raises unless the checkpoint has the tensors `names` and no others that matter.
+
+        Those of multi-token prediction matter with `mtp`, but for its copies of others.
+        """
         missing = [name for name in names if name not in self._file_of]
         known = {*names, *(name + _SCALE for name in names)}
+        known |= {
+            f"model.layers.{config.num_hidden_layers}.{copy}.weight{suffix}"
+            for copy in ("embed_tokens", "shared_head.head")
+            for suffix in ("", _SCALE)
+        }
         unexpected = []
         for name in self._file_of:
             layer = re.match(r"model\.layers\.(\d+)\.", name)
-            is_mtp = layer is not None and int(layer[1]) >= config.num_hidden_layers
-            is_mtp |= name.startswith("model.mtp.")  # LongCat's
-            if name not in known and not is_mtp and not name.endswith(".rotary_emb.inv_freq"):
+            is_left_out = layer is not None and int(layer[1]) >= config.num_hidden_layers + mtp
+            is_left_out |= name.startswith("model.mtp.")  # LongCat's
+            if name not in known and not is_left_out and not name.endswith(".rotary_emb.inv_freq"):
                 unexpected.append(name)
         quantised = r"(weight_scale|weight_packed|qweight|qzeros|scales|g_idx)$"
         if names_of_it := [name for name in unexpected if re.search(quantised, name)]:

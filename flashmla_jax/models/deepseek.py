@@ -11,6 +11,10 @@ Each but `extend`, a part of programs, is one `jax.jit` whose static arguments a
 and options, so lengths and tables may change from call to call without a new compilation. `prefill`
 and `decode_step` donate the cache they are given.
 
+The multi-token prediction module of DeepSeek-V3 and some others runs after them, to guess one token
+more: it reads the hidden state of each token beside the embedding of the token after it
+(`mtp_extend`, `mtp_decode`), and has a layer of the cache to itself, the one after the model's.
+
 Parameters are nested dicts with the checkpoint's names and Flax's leaves, kernels `[in, out]`;
 those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:
 
@@ -28,6 +32,9 @@ those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:
     layers[i].shortcut                          LongCat only, see below: gate and experts
     norm.scale                                  [hidden]
     lm_head.kernel                              [hidden, vocab]     unless tied to the embedding
+    mtp.{enorm,hnorm,shared_head.norm}.scale    [hidden]            the module, if it is there: it
+    mtp.eh_proj.kernel                          [2 * hidden, hidden]    shares embedding and head
+    mtp                                         and what a layer has
 
 Activations have the dtype of the embedding. Routing and logits are float32.
 
@@ -40,7 +47,11 @@ multiplied by `sqrt(hidden / rank)`.
 Sources: DeepSeek-V2 (arXiv:2405.04434), DeepSeek-V3 (arXiv:2412.19437), and the
 `modeling_deepseek.py` that DeepSeek publishes beside each model's weights; Kimi-K2
 (arXiv:2507.20534); LongCat-Flash (arXiv:2509.01322); `modeling_glm4_moe_lite.py` and
-`modeling_longcat_flash.py` of Hugging Face transformers.
+`modeling_longcat_flash.py` of Hugging Face transformers. Multi-token prediction is section 2.2 of
+DeepSeek-V3; what its equations leave open is as in `deepseek_mtp.py` of vLLM and
+`deepseek_nextn.py` of SGLang: the projection takes the embedding first and then the hidden state;
+and that is the one after the model's final norm, or after the module's own, where the module goes
+on from what it predicted (vllm-project/vllm#45895).
 """
 
 from __future__ import annotations
@@ -112,6 +123,8 @@ class DeepSeekConfig:
     """The fields of a Hugging Face `config.json` that decide what is computed; hashable.
 
     Names and meanings are those of the file. `rope_scaling` is parsed, and `None` for plain RoPE.
+    `num_nextn_predict_layers` says that there may be parameters for multi-token prediction, see
+    `has_mtp`; a model does without them.
 
     Raises:
       ValueError: fields contradict each other.
@@ -148,6 +161,7 @@ class DeepSeekConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    num_nextn_predict_layers: int = 0
     zero_expert_num: int = 0
     mla_scale_q_lora: bool = False
     mla_scale_kv_lora: bool = False
@@ -214,6 +228,11 @@ class DeepSeekConfig:
         """Whether layer `layer` has routed experts rather than one dense MLP."""
         is_sparse = self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
         return is_sparse and not self.is_longcat
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether there may be a multi-token prediction module: there is code for one, as in V3."""
+        return self.num_nextn_predict_layers == 1 and not self.is_longcat
 
     def has_shortcut(self, layer: int) -> bool:
         """Whether routed experts start beside layer `layer`, to be added after the next one."""
@@ -430,7 +449,7 @@ def extend(
     rows: jax.Array,
     num_tokens: jax.Array,
     cache: PagedKVCache,
-) -> tuple[jax.Array, PagedKVCache, jax.Array]:
+) -> tuple[jax.Array, jax.Array, PagedKVCache, jax.Array]:
     """Reads the next tokens of some sequences into a cache, after what they have there.
 
     Unlike `prefill`, it goes on where a sequence is, be that a prefix that others share or the
@@ -446,22 +465,13 @@ def extend(
 
     Returns:
       logits: float32[rows, vocab], after each row's last token; meaningless without one.
+      hidden: [rows, s, hidden], of every token, after the final norm.
       cache: with the tokens in it.
       ok: bool[batch]. False if the cache had too few free pages: then the sequence is as before.
     """
     per_sequence = jnp.zeros(cache.batch, jnp.int32).at[rows].set(num_tokens, mode="drop")
     cache, ok = cache.allocate(per_sequence)
-
-    def of_rows(array: jax.Array, fill_value: int) -> jax.Array:
-        return array.at[rows].get(mode="fill", fill_value=fill_value)
-
-    view = dataclasses.replace(
-        cache,
-        block_table=of_rows(cache.block_table, -1),
-        cache_seqlens=of_rows(cache.cache_seqlens, 0),
-        num_new=of_rows(cache.num_new, 0),
-        copy_from=of_rows(cache.copy_from, -1),
-    )
+    view = _of_rows(cache, rows)
     hidden = _embed(params, ids)
     precision = _precision(hidden.dtype)
     shortcut = None
@@ -470,10 +480,25 @@ def extend(
             mla.prefill_into_cache, cache=view, layer=layer, precision=precision
         )
         hidden, shortcut, view = _layer(layer_params, config, hidden, shortcut, attend)
+    hidden = _final_norm(params, config, hidden)
     last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    logits = _logits(params, config, hidden)
-    return logits, dataclasses.replace(cache, pages=view.pages), ok
+    logits = head(params, config, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    return logits, hidden, dataclasses.replace(cache, pages=view.pages), ok
+
+
+def _of_rows(cache: PagedKVCache, rows: jax.Array) -> PagedKVCache:
+    """The cache of some sequences: `rows` int32[any], or the cache's batch for an empty one."""
+
+    def of_rows(array: jax.Array, fill_value: int) -> jax.Array:
+        return array.at[rows].get(mode="fill", fill_value=fill_value)
+
+    return dataclasses.replace(
+        cache,
+        block_table=of_rows(cache.block_table, -1),
+        cache_seqlens=of_rows(cache.cache_seqlens, 0),
+        num_new=of_rows(cache.num_new, 0),
+        copy_from=of_rows(cache.copy_from, -1),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -506,6 +531,24 @@ def decode_step(
     if active is not None:
         num_tokens = jnp.where(active, num_tokens, 0)
     cache, ok = cache.allocate(num_tokens)
+    hidden, cache = decode_hidden(params, config, ids, cache)
+    return jnp.where(ok[:, None, None], head(params, config, hidden), jnp.nan), cache, ok
+
+
+def decode_hidden(
+    params: Params, config: DeepSeekConfig, ids: jax.Array, cache: PagedKVCache
+) -> tuple[jax.Array, PagedKVCache]:
+    """`decode_step` between allocation and head. Not jitted: a part of programs.
+
+    Args:
+      params: see the module's docstring.
+      config: the model's configuration.
+      ids: int32[batch, s_q].
+      cache: has made room for `s_q` tokens of a sequence, or none: then its result means nothing.
+
+    Returns:
+      The hidden states [batch, s_q, hidden] after the final norm, and the cache with the tokens.
+    """
     hidden = _embed(params, ids)
     precision = _precision(hidden.dtype)
 
@@ -513,7 +556,85 @@ def decode_step(
     for layer, layer_params in enumerate(params["layers"]):
         attend = functools.partial(mla.decode, cache=cache, layer=layer, precision=precision)
         hidden, shortcut, cache = _layer(layer_params, config, hidden, shortcut, attend)
-    return jnp.where(ok[:, None, None], _logits(params, config, hidden), jnp.nan), cache, ok
+    return _final_norm(params, config, hidden), cache
+
+
+def mtp_extend(
+    params: Params,
+    config: DeepSeekConfig,
+    hidden: jax.Array,
+    next_ids: jax.Array,
+    rows: jax.Array,
+    cache: PagedKVCache,
+) -> tuple[jax.Array, PagedKVCache]:
+    """Multi-token prediction over what `extend` has just read. A part of programs, like that.
+
+    Args:
+      params: see the module's docstring; with `mtp`.
+      config: the model's configuration.
+      hidden: [rows, s, hidden], as `extend` returns them.
+      next_ids: int32[rows, s], the token after each, the one after the last included.
+      rows: int32[rows], as for `extend`.
+      cache: as `extend` returns it, with a layer more than the model has.
+
+    Returns:
+      hidden: [rows, s, hidden], of which `head` makes logits of the token after the next.
+      cache: with the module's layer of the tokens.
+    """
+    attend = functools.partial(
+        mla.prefill_into_cache,
+        cache=_of_rows(cache, rows),
+        layer=config.num_hidden_layers,
+        precision=_precision(hidden.dtype),
+    )
+    hidden, view = _mtp(params, config, hidden, next_ids, attend)
+    return hidden, dataclasses.replace(cache, pages=view.pages)
+
+
+def mtp_decode(
+    params: Params,
+    config: DeepSeekConfig,
+    hidden: jax.Array,
+    next_ids: jax.Array,
+    cache: PagedKVCache,
+) -> tuple[jax.Array, PagedKVCache]:
+    """Multi-token prediction over what `decode_hidden` has just read. A part of programs, too.
+
+    To guess further, what it returns takes the place of the hidden state of the next token.
+
+    Args:
+      params: see the module's docstring; with `mtp`.
+      config: the model's configuration.
+      hidden: [batch, s_q, hidden], of the newest tokens, after the final norm.
+      next_ids: int32[batch, s_q], the token after each.
+      cache: has made room for the tokens, and a layer more than the model has.
+
+    Returns:
+      As `mtp_extend`: the hidden states [batch, s_q, hidden], and the cache.
+    """
+    attend = functools.partial(
+        mla.decode,
+        cache=cache,
+        layer=config.num_hidden_layers,
+        precision=_precision(hidden.dtype),
+    )
+    return _mtp(params, config, hidden, next_ids, attend)
+
+
+def head(params: Params, config: DeepSeekConfig, hidden: jax.Array) -> jax.Array:
+    """`hidden` [..., hidden], after the final norm, to logits float32[..., vocab]."""
+    weights = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+    if "kernel" in weights:
+        weight = weights["kernel"].T
+    else:
+        weight = weights["embedding"] if config.tie_word_embeddings else weights["weight"]
+    return jnp.einsum(
+        "...h,vh->...v",
+        hidden,
+        weight,
+        precision=_precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
@@ -528,12 +649,17 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
     Returns:
       The same, after `mla.absorb` and `mla.transpose_kernels`.
     """
-    layers = [
-        mla.transpose_kernels({**layer, "self_attn": mla.absorb(layer["self_attn"], config.mla)})
-        for layer in params["layers"]
-    ]
-    others = {name: value for name, value in params.items() if name != "layers"}
-    return {**mla.transpose_kernels(others), "layers": layers}
+
+    def absorb_layer(layer: Params) -> dict[str, Any]:
+        attention = mla.absorb(layer["self_attn"], config.mla)
+        return mla.transpose_kernels({**layer, "self_attn": attention})
+
+    others = {name: value for name, value in params.items() if name not in ("layers", "mtp")}
+    absorbed = mla.transpose_kernels(others)
+    absorbed["layers"] = [absorb_layer(layer) for layer in params["layers"]]
+    if "mtp" in params:
+        absorbed["mtp"] = absorb_layer(params["mtp"])
+    return absorbed
 
 
 def _check_ids(ids: jax.Array, per_sequence: jax.Array | None = None) -> None:
@@ -556,20 +682,12 @@ def _embed(params: Params, ids: jax.Array) -> jax.Array:
 
 
 def _logits(params: Params, config: DeepSeekConfig, hidden: jax.Array) -> jax.Array:
-    """`hidden` [..., hidden] to float32[..., vocab]."""
-    hidden = mla.rms_norm(hidden, params["norm"]["scale"], config.rms_norm_eps)
-    head = params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
-    if "kernel" in head:
-        weight = head["kernel"].T
-    else:
-        weight = head["embedding"] if config.tie_word_embeddings else head["weight"]
-    return jnp.einsum(
-        "...h,vh->...v",
-        hidden,
-        weight,
-        precision=_precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    """`hidden` [..., hidden], before the final norm, to float32[..., vocab]."""
+    return head(params, config, _final_norm(params, config, hidden))
+
+
+def _final_norm(params: Params, config: DeepSeekConfig, hidden: jax.Array) -> jax.Array:
+    return mla.rms_norm(hidden, params["norm"]["scale"], config.rms_norm_eps)
 
 
 def _run_sequences(
@@ -611,6 +729,26 @@ def _layer(
     if shortcut is not None:
         hidden = hidden + shortcut
     return hidden, _moe(params["shortcut"], config, x) if "shortcut" in params else None, state
+
+
+def _mtp(
+    params: Params,
+    config: DeepSeekConfig,
+    hidden: jax.Array,
+    next_ids: jax.Array,
+    attend: Callable[[Params, MLAConfig, jax.Array], tuple[jax.Array, _State]],
+) -> tuple[jax.Array, _State]:
+    """The multi-token prediction module on `hidden` [batch, s, hidden], for `attend` see `_layer`.
+
+    `next_ids` int32[batch, s] are the tokens after those of `hidden`.
+    """
+    module, eps = params["mtp"], config.rms_norm_eps
+    embedding = mla.rms_norm(_embed(params, next_ids), module["enorm"]["scale"], eps)
+    hidden = mla.rms_norm(hidden, module["hnorm"]["scale"], eps)
+    x = jnp.concatenate([embedding, hidden], axis=-1)
+    x = mla.linear(x, module["eh_proj"], _precision(x.dtype))
+    x, _, state = _layer(module, config, x, None, attend)
+    return mla.rms_norm(x, module["shared_head"]["norm"]["scale"], eps), state
 
 
 def _attention(params: Params, config: DeepSeekConfig) -> Params:

@@ -151,6 +151,21 @@ def test_a_page_is_known_by_all_tokens_before_it():
     assert index.match([*reversed(page), *page, 0])[0] == []
 
 
+def test_lookahead():
+    """A page is known by the token after it, too."""
+    index = PrefixIndex(lookahead=1)
+    tokens = list(range(2 * PAGE_SIZE + 1))
+    with pytest.raises(ValueError, match=r"2 pages hold 128, got 128 with a lookahead of 1"):
+        index.insert(tokens[:-1], [5, 3])
+    assert index.insert(tokens, [5, 3]) == [5, 3]
+    assert index.match(tokens) == ([5, 3], 2 * PAGE_SIZE)
+    assert index.match([*tokens[:-1], 7]) == ([5], PAGE_SIZE)
+    assert index.match(tokens[:-1]) == ([5], PAGE_SIZE)
+    assert index.match(tokens[:PAGE_SIZE]) == index.match([]) == ([], 0)
+    assert index.insert(tokens[:10], []) == []
+    assert index.insert([*tokens[:-1], 7], [5, 4]) == [4]
+
+
 def test_arrays_of_any_integers_are_the_same_tokens():
     index = PrefixIndex()
     tokens = np.arange(PAGE_SIZE + 1)

@@ -13,6 +13,14 @@ in bfloat16) and `goldens.npz`:
     decode    float32[2, 8, vocab]    logits of the cached decode steps
     latents   float32[layers, 48, 576]   the cache of the first sequence after the last step
 
+DeepSeek-V3 also has a module for multi-token prediction, which transformers does not run; here it
+is put together from transformers' layers, as vLLM and SGLang do it. It is in files of its own, for
+checkpoints come with and without it: `mtp.safetensors`, named as in published checkpoints with the
+copies of embedding and head, and `mtp.npz`:
+
+    logits    float32[2, 47, vocab]      after each token of prompt and next_ids but the last, of
+                                         which there are 47 and 30, of the token after the next
+
 The models are tiny, but every number is computed in float32 from weights that are bfloat16 numbers,
 so a correct model agrees to rounding. What makes the goldens tell right from wrong:
 
@@ -51,6 +59,10 @@ from transformers import (
     Glm4MoeLiteForCausalLM,
     LongcatFlashConfig,
     LongcatFlashForCausalLM,
+)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3RMSNorm,
 )
 
 HERE = Path(__file__).parent
@@ -204,10 +216,51 @@ LONGCAT_DROPS = (
 )
 
 
-def randomise(model: torch.nn.Module) -> None:
+class Predictor(torch.nn.Module):
+    """Multi-token prediction: layer `num_hidden_layers` of a checkpoint."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.config = config
+        self.enorm, self.hnorm = DeepseekV3RMSNorm(size, eps), DeepseekV3RMSNorm(size, eps)
+        self.eh_proj = torch.nn.Linear(2 * size, size, bias=False)
+        self.layer = DeepseekV3DecoderLayer(config, config.num_hidden_layers)
+        self.norm = DeepseekV3RMSNorm(size, eps)
+
+    def logits(self, model: DeepseekV3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+        """float32[1, s - 1, vocab] for int64[1, s]; transformers' last state is after the norm."""
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        embedding = model.model.embed_tokens(ids[:, 1:])
+        x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
+        s = x.shape[1]
+        positions = torch.arange(s)[None]
+        mask = torch.full((s, s), -torch.inf).triu(1)[None, None]
+        x = self.layer(
+            x,
+            attention_mask=mask,
+            position_ids=positions,
+            position_embeddings=model.model.rotary_emb(x, positions),
+        )
+        return model.lm_head(self.norm(x))
+
+    def tensors(self, model: DeepseekV3ForCausalLM) -> dict[str, torch.Tensor]:
+        """Under the names of published checkpoints."""
+        renamed = {"layer": "", "norm": "shared_head.norm."}
+        tensors = {}
+        for name, tensor in checkpoint_tensors(self).items():
+            first, _, rest = name.partition(".")
+            tensors[renamed.get(first, f"{first}.") + rest] = tensor
+        tensors["embed_tokens.weight"] = model.model.embed_tokens.weight.detach().bfloat16()
+        tensors["shared_head.head.weight"] = model.lm_head.weight.detach().bfloat16()
+        at = f"model.layers.{self.config.num_hidden_layers}"
+        return {f"{at}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     """Draws every weight, in numbers that bfloat16 has."""
     is_sigmoid = model.config.model_type != "longcat_flash"
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in tensors:
@@ -301,6 +354,25 @@ def make(name: str, config: dict[str, Any]) -> None:
         decode=decode,
         latents=latents,
     )
+    if model_type == "deepseek_v3":
+        make_mtp(folder, model, prompts, next_ids)
+
+
+def make_mtp(
+    folder: Path, model: DeepseekV3ForCausalLM, prompts: np.ndarray, next_ids: np.ndarray
+) -> None:
+    predictor = Predictor(model.config).float().eval()
+    randomise(predictor, seed=1)
+    longest = max(LENGTHS) + STEPS - 1
+    logits = np.zeros((len(LENGTHS), longest, model.config.vocab_size), np.float32)
+    with torch.no_grad():
+        for i, length in enumerate(LENGTHS):
+            ids = np.concatenate([prompts[i, :length], next_ids[i]])[None]
+            out = predictor.logits(model, torch.from_numpy(ids).long())[0]
+            logits[i, : len(out)] = out
+    print(f"{folder.name}: those of mtp, {logits[0].std():.2f}")
+    save_file(predictor.tensors(model), folder / "mtp.safetensors", metadata={"format": "pt"})
+    np.savez_compressed(folder / "mtp.npz", logits=logits)
 
 
 if __name__ == "__main__":
