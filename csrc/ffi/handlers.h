@@ -14,6 +14,8 @@ inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v2";
 // The same on a GPU, but never recorded in CUDA graphs.
 inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
 inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";
+// On a GPU only, and of no exported program.
+inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v1";
 
 extern "C" {
 XLA_FFI_Error* DenseDecodeCpu(XLA_FFI_CallFrame* call_frame);
@@ -23,6 +25,7 @@ XLA_FFI_Error* DenseDecodeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* DenseDecodeCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCudaNoGraph(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* FewTokensCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

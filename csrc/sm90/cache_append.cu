@@ -8,13 +8,13 @@
 #include <cstdint>
 
 #include "sm90/kernels.h"
+#include "sm90/page_row.cuh"
 
 namespace flashmla::sm90 {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int64_t kFewTokens = 1024;
-constexpr int kCopyVectors = 3;
 
 // 16-byte vectors of a token that one thread of a team has in registers.
 template <int kTeam, int kVectors>
@@ -54,32 +54,14 @@ __global__ void __launch_bounds__(kTeams* kTeam) CacheAppendKernel(const CacheAp
   Vectors<kTeam, kVectors> vectors;
   vectors.Load(source, rank, size);
 
-  const int64_t from = j == 0 ? p.copy_from[i] : -1;
-  const int64_t position = int64_t{p.start[i]} + j;
-  if (j >= p.count[i] || position < 0) return;
-  const int64_t slot = position / kPageSize;  // in the table
-  const int64_t row = position % kPageSize;   // in the page
-  if (slot >= p.max_pages_per_seq) return;
-  const int64_t page = p.block_table[i * p.max_pages_per_seq + slot];
-  if (page < 0 || page >= p.num_pages) return;
-
-  auto* target = static_cast<uint4*>(p.k_cache) + (page * kPageSize + row) * size;
-  vectors.Store(target, rank, size);
+  const PageRow place(p, i, j);
+  if (!place.exists()) return;
+  vectors.Store(place.data, rank, size);
   for (int v = rank + kTeam * kVectors; v < size; v += kTeam * kVectors) {
     vectors.Load(source, v, size);
-    vectors.Store(target, v, size);
+    vectors.Store(place.data, v, size);
   }
-  if (from < 0 || from >= p.num_pages || from == page) return;
-
-  // Copy on write: what precedes the first token in its page. Rare, so by one team alone.
-  const auto* shared = static_cast<const uint4*>(p.k_cache) + from * kPageSize * size;
-  const int end = static_cast<int>(row) * size;
-  target -= end;
-  for (int v = rank; v < end; v += kTeam * kCopyVectors) {
-    Vectors<kTeam, kCopyVectors> copied;
-    copied.Load(shared, v, end);
-    copied.Store(target, v, end);
-  }
+  place.CopyShared(rank, kTeam);
 }
 
 template <int kTeams, int kTeam, int kVectors>

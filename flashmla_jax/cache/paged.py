@@ -480,11 +480,17 @@ class PagedKVCache:
         left to XLA. A function that refuses also returns a bool[batch].
         """
         books = dataclasses.replace(self, pages=())
-        if not refuses:
-            changed = _sharding.auto(function, books)(books, *arguments)
-            return dataclasses.replace(changed, pages=self.pages)
-        changed, ok = _sharding.auto(function, (books, self.num_new))(books, *arguments)
-        return dataclasses.replace(changed, pages=self.pages), ok
+        like = (books, self.num_new) if refuses else (books,)
+
+        def apply(*args: Any) -> Any:
+            results = function(*args)
+            # XLA for GPUs, of jax 0.11, cannot compile the books of one sequence as a part of a
+            # product that uses them.
+            return jax.lax.optimization_barrier(results if refuses else (results,))
+
+        changed, *ok = _sharding.auto(apply, like)(books, *arguments)
+        changed = dataclasses.replace(changed, pages=self.pages)
+        return (changed, *ok) if refuses else changed
 
 
 class CacheStats(NamedTuple):

@@ -69,7 +69,7 @@ import jax.numpy as jnp
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mla
 from flashmla_jax.layers.mla import MLAConfig, Params, YarnScaling
-from flashmla_jax.models import moe
+from flashmla_jax.models import few_tokens, moe
 
 _State = TypeVar("_State")
 
@@ -434,7 +434,7 @@ def prefill(
     cache, ok = cache.allocate(jnp.where(fits, lengths, -1))  # which it refuses
     hidden, latents = _run_sequences(params, config, ids)
     for layer, kv in enumerate(latents):
-        cache = cache.append(layer, kv[:, :, None].astype(cache.pages[layer].dtype))
+        cache = cache.append(layer, kv[:, :, None].astype(cache.dtype))
     if not all_positions:
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -550,13 +550,28 @@ def decode_hidden(
       The hidden states [batch, s_q, hidden] after the final norm, and the cache with the tokens.
     """
     hidden = _embed(params, ids)
-    precision = _precision(hidden.dtype)
+    if few_tokens.applies(params, config, ids, cache):
+        hidden, cache = jax.lax.platform_dependent(
+            params,
+            hidden,
+            cache,
+            cuda=lambda *args: few_tokens.decode_layers(args[0], config, *args[1:]),
+            default=lambda *args: _decode_layers(args[0], config, *args[1:]),
+        )
+    else:
+        hidden, cache = _decode_layers(params, config, hidden, cache)
+    return _final_norm(params, config, hidden), cache
 
+
+def _decode_layers(
+    params: Params, config: DeepSeekConfig, hidden: jax.Array, cache: PagedKVCache
+) -> tuple[jax.Array, PagedKVCache]:
+    precision = _precision(hidden.dtype)
     shortcut = None
     for layer, layer_params in enumerate(params["layers"]):
         attend = functools.partial(mla.decode, cache=cache, layer=layer, precision=precision)
         hidden, shortcut, cache = _layer(layer_params, config, hidden, shortcut, attend)
-    return _final_norm(params, config, hidden), cache
+    return hidden, cache
 
 
 def mtp_extend(
@@ -647,7 +662,9 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
       config: the model's configuration.
 
     Returns:
-      The same, after `mla.absorb` and `mla.transpose_kernels`.
+      The same, after `mla.absorb` and `mla.transpose_kernels`; with an empty `one_device` if all
+      of them are arrays on one device, for steps of a few tokens (`models.few_tokens`): divide or
+      copy parameters over devices before, not afterwards.
     """
 
     def absorb_layer(layer: Params) -> dict[str, Any]:
@@ -659,6 +676,10 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
     absorbed["layers"] = [absorb_layer(layer) for layer in params["layers"]]
     if "mtp" in params:
         absorbed["mtp"] = absorb_layer(params["mtp"])
+    leaves = jax.tree_util.tree_leaves(params)
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if not is_traced and len(set().union(*(leaf.devices() for leaf in leaves))) == 1:
+        absorbed["one_device"] = ()
     return absorbed
 
 

@@ -88,12 +88,19 @@ dense_decode_p = _ffi.define_primitive("flash_mla_with_kvcache", _abstract_eval)
 # --- Lowerings -------------------------------------------------------------------------------
 
 
-def _results(q: jax.Array) -> list[jax.ShapeDtypeStruct]:
+def _results(q: jax.Array | jax.ShapeDtypeStruct) -> list[jax.ShapeDtypeStruct]:
     batch, s_q, h_q, _ = q.shape
     return [
         jax.ShapeDtypeStruct((batch, s_q, h_q, HEAD_DIM_V), q.dtype),
         jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32),
     ]
+
+
+def results_and_workspace(
+    q: jax.ShapeDtypeStruct, h_kv: int, max_pages: int
+) -> list[jax.ShapeDtypeStruct]:
+    """What a call on a GPU writes, for calls that do more than that."""
+    return _results(q) + _workspace(q.shape, h_kv, max_pages, batch_invariant=False)
 
 
 def _workspace(

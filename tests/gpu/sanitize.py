@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 sys.path.append(str(ROOT))
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -69,6 +69,7 @@ def run_cases() -> None:
     import jax
     import numpy as np
     import oracle
+    import test_few_tokens
 
     import flashmla_jax as fm
 
@@ -104,6 +105,12 @@ def run_cases() -> None:
         pool = append(jax.device_put(problem.k_cache), new_kv, table, start, count)
         assert np.asarray(pool).tobytes() == expected.tobytes()
         print(f"cache_append, {h_kv} KV heads, {tokens} tokens: correct", flush=True)
+
+    for name, config in test_few_tokens.CONFIGS.items():
+        for seed, (batch, s_q) in enumerate([(1, 1), (1, 3), (2, 2)]):
+            params = test_few_tokens.make_params(config, seed, jax.numpy.bfloat16)
+            test_few_tokens.check(params, config, batch, s_q, seed, jax.numpy.bfloat16)
+        print(f"few tokens, {name}: correct", flush=True)
 
 
 def find_sanitizer() -> str:

@@ -1,0 +1,254 @@
+"""Decoding steps of a few tokens: all layers in one call on a Hopper GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashmla_jax as fm
+from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
+from flashmla_jax.ops import _ffi
+
+BATCH_AND_TOKENS = [(1, 1), (1, 2), (2, 1), (3, 1), (1, 4), (2, 2), (4, 1)]
+TOLERANCES = {jnp.bfloat16: 2e-2, jnp.float16: 2.5e-3}
+PROMPT, STEPS = 70, 3
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 320,
+    "intermediate_size": 448,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "moe_intermediate_size": 192,
+    "n_routed_experts": 24,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 5,
+    "first_k_dense_replace": 1,
+}
+V2 = {
+    "model_type": "deepseek_v2",
+    "q_lora_rank": None,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.5,
+}
+CONFIGS = {
+    "V2-Lite": DeepSeekConfig(**SIZES, **V2),
+    "V2": DeepSeekConfig(
+        **SIZES | V2 | {"topk_method": "group_limited_greedy", "q_lora_rank": 128},
+        n_group=4,
+        topk_group=2,
+    ),
+    "V3": DeepSeekConfig(
+        **SIZES,
+        model_type="deepseek_v3",
+        q_lora_rank=192,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+    ),
+    "small": DeepSeekConfig(  # fewer steps than warps; no shared experts; no groups
+        **SIZES
+        | {"hidden_size": 64, "moe_intermediate_size": 64, "n_shared_experts": 0}
+        | {"num_attention_heads": 1, "n_routed_experts": 2, "num_experts_per_tok": 1},
+        model_type="deepseek_v3",
+        q_lora_rank=64,
+    ),
+}
+
+
+def make_params(config: DeepSeekConfig, seed: int, dtype: Any) -> dict[str, Any]:
+    """Random ones, norms too. Rounding does not change which experts are chosen.
+
+    Either their correction biases differ by more than scores do, or their logits are multiples of
+    one number.
+    """
+    params = init_params(config, jax.random.key(seed), dtype)
+    rng = np.random.default_rng(seed)
+    for layer in params["layers"]:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            layer[norm]["scale"] *= rng.uniform(0.5, 1.5, config.hidden_size).astype(dtype)
+        for norm in {"q_a_layernorm", "kv_a_layernorm"} & layer["self_attn"].keys():
+            scale = layer["self_attn"][norm]["scale"]
+            scale *= rng.uniform(0.5, 1.5, scale.shape).astype(dtype)
+            layer["self_attn"][norm]["scale"] = scale
+        if "experts" not in layer["mlp"]:
+            continue
+        gate, experts = layer["mlp"]["gate"], config.n_routed_experts
+        order = rng.permutation(experts).astype(np.float32)
+        if "e_score_correction_bias" in gate:
+            gate["e_score_correction_bias"] = jnp.array(2 * order)
+        else:
+            direction = rng.standard_normal((config.hidden_size, 1), np.float32)
+            gate["kernel"] = jnp.array(direction * (order - experts / 2) / experts)
+    return params
+
+
+def decode(
+    params: Any, config: DeepSeekConfig, batch: int, s_q: int, seed: int, dtype: Any
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits of steps after prompts of different lengths, and the pools, of pages that are used."""
+    rng = np.random.default_rng(seed)
+    cache = fm.PagedKVCache.create(
+        num_layers=config.num_hidden_layers,
+        num_pages=2 * batch + 1,
+        batch=batch,
+        max_pages_per_seq=2,
+        dtype=dtype,
+    )
+    ids = rng.integers(0, config.vocab_size, (batch, PROMPT), np.int32)
+    lengths = rng.integers(55, PROMPT + 1, batch, np.int32)  # steps go on to another page
+    _, cache, ok = deepseek.prefill(params, config, ids, lengths, cache)
+    assert ok.all()
+    free = np.asarray(cache.page_refs) == 0
+    poison = jax.jit(lambda pool: jnp.where(free[:, None, None, None], jnp.nan, pool))
+    cache = dataclasses.replace(cache, pages=tuple(map(poison, cache.pages)))
+    logits = []
+    for _ in range(STEPS):
+        step = rng.integers(0, config.vocab_size, (batch, s_q), np.int32)
+        out, cache, ok = deepseek.decode_step(params, config, step, cache)
+        assert ok.all()
+        logits.append(np.asarray(out, np.float32))
+    tokens = []
+    for layer in range(config.num_hidden_layers):
+        of_layer = np.asarray(cache.gather(layer), np.float32)
+        rows = [of_layer[b, :n] for b, n in enumerate(cache.cache_seqlens.tolist())]
+        tokens.append(np.concatenate(rows))
+    return np.stack(logits), tokens
+
+
+def on_the_cpu(params: Any) -> Any:
+    """The same weights in float32, on the CPU."""
+    cpu = jax.devices("cpu")[0]
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.float32), cpu), params)
+
+
+def check(params: Any, config: DeepSeekConfig, batch: int, s_q: int, seed: int, dtype: Any) -> None:
+    """Against float32 on the CPU, which other tests compare with Hugging Face."""
+    absorbed = deepseek.absorb(params, config)
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = decode(on_the_cpu(params), config, batch, s_q, seed, jnp.float32)
+    actual = decode(absorbed, config, batch, s_q, seed, dtype)
+    for x, y in zip((actual[0], *actual[1]), (wanted[0], *wanted[1]), strict=True):
+        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        assert error < TOLERANCES[dtype], (batch, s_q, error)
+    again, _ = decode(absorbed, config, batch, s_q, seed, dtype)
+    np.testing.assert_array_equal(actual[0], again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_as_in_float32(name: str, dtype: Any) -> None:
+    for seed, (batch, s_q) in enumerate(BATCH_AND_TOKENS):
+        params = make_params(CONFIGS[name], seed, dtype)
+        check(params, CONFIGS[name], batch, s_q, seed, dtype)
+
+
+def lowered(params: Any, config: DeepSeekConfig, batch: int, s_q: int, **cache: Any) -> Any:
+    cache = fm.PagedKVCache.create(
+        **{"num_layers": config.num_hidden_layers, "num_pages": 9, "batch": batch} | cache,
+        max_pages_per_seq=4,
+    )
+    ids = jnp.zeros((batch, s_q), jnp.int32)
+    return deepseek.decode_step.lower(params, config, ids, cache)
+
+
+@pytest.mark.gpu
+def test_in_place() -> None:
+    """One call, and no copy of a pool."""
+    config = CONFIGS["V3"]
+    params = deepseek.absorb(make_params(config, 0, jnp.bfloat16), config)
+    for s_q in (1, 3):
+        text = lowered(params, config, 1, s_q).compile().as_text()
+        assert text.count(f'custom_call_target="{_ffi.FEW_TOKENS}"') == 1
+        assert _ffi.DENSE_DECODE not in text
+        pool = "bf16[9,64,1,576]"
+        assert not [line for line in text.splitlines() if f"= {pool}" in line and "copy(" in line]
+
+
+@pytest.mark.gpu
+def test_sequences_that_wait_or_were_forked() -> None:
+    """As with the kernels of XLA: copy on write, and sequences that are not continued."""
+    config = dataclasses.replace(CONFIGS["V3"], first_k_dense_replace=3)
+    absorbed = deepseek.absorb(make_params(config, 1, jnp.bfloat16), config)
+    results = []
+    for params in (absorbed, {k: v for k, v in absorbed.items() if k != "one_device"}):
+        rng = np.random.default_rng(4)
+        cache = fm.PagedKVCache.create(num_layers=3, num_pages=12, batch=3, max_pages_per_seq=3)
+        ids = rng.integers(0, 256, (3, 80), np.int32)
+        lengths = np.array([80, 0, 40], np.int32)
+        _, cache, _ = deepseek.prefill(params, config, ids, lengths, cache)
+        cache = cache.fork(jnp.array([-1, 0, -1]))
+        for active in ([True, True, False], [False, True, True], [True, True, True]):
+            step = rng.integers(0, 256, (3, 1), np.int32)
+            _, cache, ok = deepseek.decode_step(params, config, step, cache, np.array(active))
+            assert ok.all()
+        assert cache.cache_seqlens.tolist() == [82, 83, 42]
+        cache.check()
+        tokens = [
+            np.asarray(cache.gather(i)[b, :n], np.float32)
+            for i in range(3)
+            for b, n in enumerate((82, 83, 42))
+        ]
+        results.append(np.concatenate(tokens))
+    error = np.linalg.norm(results[0] - results[1]) / np.linalg.norm(results[1])
+    assert error < 2e-2
+    # What the prompts left is the same to the bit, copied or not.
+    np.testing.assert_array_equal(results[0][:80], results[1][:80])
+
+
+def test_absorb_says_what_is_on_one_device() -> None:
+    config = CONFIGS["small"]
+    params = init_params(config, jax.random.key(0))
+    assert deepseek.absorb(params, config)["one_device"] == ()
+    traced = jax.eval_shape(lambda params: deepseek.absorb(params, config), params)
+    assert "one_device" not in traced
+
+
+def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["V3"]
+    params = deepseek.absorb(init_params(config, jax.random.key(0)), config)
+    cache = fm.PagedKVCache.create(num_layers=3, num_pages=9, batch=1, max_pages_per_seq=4)
+
+    def applies(
+        params: Any = params,
+        config: DeepSeekConfig = config,
+        tokens: int = 1,
+        cache: fm.PagedKVCache = cache,
+    ) -> bool:
+        return few_tokens.applies(params, config, jnp.zeros((1, tokens), jnp.int32), cache)
+
+    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_, **__: "there is none")
+    assert not applies()
+    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_, **__: None)
+    assert applies()
+    assert applies(tokens=few_tokens.MAX_TOKENS)
+    assert not applies(tokens=few_tokens.MAX_TOKENS + 1)
+    assert not applies({k: v for k, v in params.items() if k != "one_device"})
+    create = functools.partial(
+        fm.PagedKVCache.create, num_layers=3, num_pages=9, batch=1, max_pages_per_seq=4
+    )
+    assert not applies(cache=create(dtype=jnp.float16))
+    assert not applies(cache=create(one_pool=True))
+    float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    assert not applies(float32, cache=create(dtype=jnp.float32))
+    for field, value in (
+        ("attention_bias", True),
+        ("hidden_size", 96),
+        ("moe_intermediate_size", 100),
+        ("v_head_dim", 96),
+        ("qk_nope_head_dim", 192),
+        ("intermediate_size", 2**20),
+    ):
+        assert not applies(config=dataclasses.replace(config, **{field: value})), field
+    # Elsewhere the program is the usual one, without the call.
+    text = lowered(params, config, 1, 1).compile().as_text()
+    assert (_ffi.FEW_TOKENS in text) == (jax.devices()[0].platform == "gpu")
