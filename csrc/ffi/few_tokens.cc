@@ -281,7 +281,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
 
       if (buffers.error().failure()) return buffers.error();
       if (!launch) continue;
-      sm90::Status status = sm90::FewProject(project, stream);
+      sm90::Status status = sm90::FewProject(project, layer == 0, stream);
       if (status.ok()) status = sm90::DenseDecode(attention, stream);
       if (status.ok()) status = sm90::FewOutput(output, stream);
       if (status.ok()) status = sm90::FewMlp(mlp, stream);

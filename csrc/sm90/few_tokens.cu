@@ -906,10 +906,13 @@ Status Failed(const char* what, cudaError_t error) {
   return {StatusCode::kInternal, std::string(what) + ": " + cudaGetErrorString(error)};
 }
 
-// One kernel of a call. Unless it is the first, it may start while the one before it ends.
-template <bool kFirst = false, typename... Params, typename... Arguments>
-Status Launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes,
-              cudaStream_t stream, const Arguments&... arguments) {
+// When a kernel may start: while the one before it ends, which has waited for those before; or when
+// all before it have ended.
+enum class Start { kEarly, kAfterAll };
+
+template <typename... Params, typename... Arguments>
+Status Launch(Start start, void (*kernel)(Params...), int64_t blocks, int threads,
+              int64_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return Failed("shared memory", error);
@@ -922,7 +925,7 @@ Status Launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t sh
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = kFirst ? 0 : 1;
+  config.numAttrs = start == Start::kEarly ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error == cudaSuccess ? Status{} : Failed("launch", error);
 }
@@ -957,7 +960,7 @@ constexpr int64_t Blocks(int64_t warps) { return (warps + kWarps - 1) / kWarps; 
 
 }  // namespace
 
-Status FewProject(const ProjectParams& p, cudaStream_t stream) {
+Status FewProject(const ProjectParams& p, bool is_first, cudaStream_t stream) {
   return Dispatch(p.dtype, p.tokens, [&](auto element, auto tokens, int64_t multiprocessors) {
     using T = decltype(element);
     constexpr int kTokens = decltype(tokens)::value;
@@ -972,8 +975,11 @@ Status FewProject(const ProjectParams& p, cudaStream_t stream) {
                              .rows = {low ? p.q_rank : queries, kHeadDim},
                              .w = {p.w_q, p.w_kv},
                              .out = {low ? p.q_low : p.q_expanded, p.kv_raw}};
-    Status status = Launch(LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors, kThreads,
-                           number * p.hidden_size, stream, first);
+    // Weights are read before the kernels before have ended: those of a call's first one may have
+    // been made by them.
+    const Start start = is_first ? Start::kAfterAll : Start::kEarly;
+    Status status = Launch(start, LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors,
+                           kThreads, number * p.hidden_size, stream, first);
     if (status.ok() && low) {
       const LinearParams second{.x = p.q_low,
                                 .norm = p.q_norm,
@@ -983,12 +989,12 @@ Status FewProject(const ProjectParams& p, cudaStream_t stream) {
                                 .rows = {queries, 0},
                                 .w = {p.w_q_b, nullptr},
                                 .out = {p.q_expanded, nullptr}};
-      status = Launch(LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors, kThreads,
-                      number * p.q_rank, stream, second);
+      status = Launch(Start::kEarly, LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors,
+                      kThreads, number * p.q_rank, stream, second);
     }
     if (!status.ok()) return status;
     const int64_t units = int64_t{p.heads} * kColumnGroups + kTokens * (p.heads + 1);
-    return Launch(AbsorbKernel<T, kTokens>, Blocks(units), kThreads, 0, stream, p);
+    return Launch(Start::kEarly, AbsorbKernel<T, kTokens>, Blocks(units), kThreads, 0, stream, p);
   });
 }
 
@@ -997,10 +1003,10 @@ Status FewOutput(const OutputParams& p, cudaStream_t stream) {
     using T = decltype(element);
     constexpr int kTokens = decltype(tokens)::value;
     const int values = p.heads * p.v_dim;
-    // Attention has made nearly all of the multiprocessors' L1 shared memory. They have to be idle
-    // to take it back: without it, too few of the experts' weights are on their way.
-    const Status status = Launch</*kFirst=*/true>(
-        ValuesKernel<T, kTokens>, Blocks(values / kValueRows), kThreads, 0, stream, p);
+    // An unbroken chain makes the experts' kernel slower: presumably, multiprocessors can take back
+    // the L1 that attention uses as shared memory only when they are idle. See docs/kernel.md.
+    const Status status = Launch(Start::kAfterAll, ValuesKernel<T, kTokens>,
+                                 Blocks(values / kValueRows), kThreads, 0, stream, p);
     if (!status.ok()) return status;
     const LinearParams linear{.x = p.values,
                               .norm = nullptr,
@@ -1010,8 +1016,8 @@ Status FewOutput(const OutputParams& p, cudaStream_t stream) {
                               .rows = {p.hidden_size, 0},
                               .w = {p.w_o, nullptr},
                               .out = {p.out, nullptr}};
-    return Launch(LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors, kThreads,
-                  kTokens * int64_t{sizeof(T)} * values, stream, linear);
+    return Launch(Start::kEarly, LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors,
+                  kThreads, kTokens * int64_t{sizeof(T)} * values, stream, linear);
   });
 }
 
@@ -1022,15 +1028,15 @@ Status FewMlp(const MlpParams& p, cudaStream_t stream) {
     const int64_t number = kTokens * int64_t{sizeof(T)};
     Status status;
     if (p.experts > 0) {
-      status =
-          Launch(RouterKernel<T, kTokens>, p.experts, kThreads, number * p.hidden_size, stream, p);
+      status = Launch(Start::kEarly, RouterKernel<T, kTokens>, p.experts, kThreads,
+                      number * p.hidden_size, stream, p);
     }
     if (status.ok()) {
-      status = Launch(ExpertsKernel<T, kTokens>, Experts::kBlocks * multiprocessors,
+      status = Launch(Start::kEarly, ExpertsKernel<T, kTokens>, Experts::kBlocks * multiprocessors,
                       kThreads + kWarp, number * p.hidden_size, stream, p);
     }
     if (!status.ok()) return status;
-    return Launch(DownKernel<T, kTokens>, Down::kBlocks * multiprocessors, kThreads,
+    return Launch(Start::kEarly, DownKernel<T, kTokens>, Down::kBlocks * multiprocessors, kThreads,
                   number * p.act_size(), stream, p);
   });
 }

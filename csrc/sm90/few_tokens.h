@@ -107,7 +107,8 @@ struct MlpParams {
   constexpr int act_size() const { return experts_per_token * expert_size + shared_size; }
 };
 
-Status FewProject(const ProjectParams& params, cudaStream_t stream);
+// In this order, and of a call for several layers the first one `is_first`.
+Status FewProject(const ProjectParams& params, bool is_first, cudaStream_t stream);
 Status FewOutput(const OutputParams& params, cudaStream_t stream);
 Status FewMlp(const MlpParams& params, cudaStream_t stream);
 
