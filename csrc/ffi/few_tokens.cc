@@ -148,7 +148,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   // Numbers of rows and steps fit into 31 bits.
   const auto check_sizes = [&](std::initializer_list<int64_t> sizes) {
     for (const int64_t n : sizes) {
-      if (n >= 0 && n <= (1 << 20) && n % sm90::kFewAlignment == 0) continue;
+      if (n > 0 && n <= (1 << 20) && n % sm90::kFewAlignment == 0) continue;
       buffers.Fail("sizes must be multiples of 64, got " + std::to_string(n));
     }
   };
@@ -227,7 +227,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
 
       const int64_t q_rank = buffers.Size(at + kQNorm);
       const int64_t queries = int64_t{heads} * sm90::kQueryDim;
-      check_sizes({q_rank});
+      if (q_rank > 0) check_sizes({q_rank});
       project.q_rank = static_cast<int>(q_rank);
       project.hidden = layer == 0 ? hidden : mlp.out;
       project.norm = buffers.In(at + kNorm, type, size);
@@ -255,7 +255,8 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
       const int64_t expert_size = experts > 0 ? buffers.Dimension(at + kGate, 1) : 0;
       const int64_t shared_size = buffers.Size(at + kSharedGate) / size;
       const int64_t chosen = experts > 0 ? experts_per_token : 0;
-      check_sizes({expert_size, shared_size});
+      if (experts > 0) check_sizes({expert_size});
+      if (shared_size > 0) check_sizes({shared_size});
       if (experts > sm90::kMaxExperts || chosen > sm90::kMaxExpertsPerToken || chosen > experts ||
           (experts > 0 && (chosen < 1 || groups < 1 || groups > sm90::kMaxExpertGroups ||
                            experts % groups != 0))) {

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTeams* kTeam) CacheAppendKernel(const CacheAp
     vectors.Load(source, v, size);
     vectors.Store(place.data, v, size);
   }
-  place.CopyShared(rank, kTeam);
+  place.CopyShared<3>(rank, kTeam);
 }
 
 template <int kTeams, int kTeam, int kVectors>

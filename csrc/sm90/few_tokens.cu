@@ -21,8 +21,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
+#include <climits>
 #include <cstdint>
+#include <string>
+#include <type_traits>
 
 #include "sm90/few_tokens.h"
 #include "sm90/page_row.cuh"
@@ -78,6 +80,7 @@ __device__ __forceinline__ void Unpack(uint4 piece, float (&numbers)[kPiece]) {
   }
 }
 
+// Weights are read once.
 __device__ __forceinline__ uint4 LoadWeight(const uint4* address) { return __ldcs(address); }
 
 template <typename T>
@@ -149,6 +152,11 @@ struct Sums {
     Mma(T(), second, low.z, high.z, low.w, high.w, weights.second.z, weights.second.w);
   }
 
+  __device__ __forceinline__ void Clear() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) first[i] = second[i] = 0;
+  }
+
   // Column 2 i is the first half of row i, column 2 i + 1 the second one.
   __device__ __forceinline__ float First() const { return first[0] + first[3]; }
   __device__ __forceinline__ float Second() const { return second[0] + second[3]; }
@@ -166,7 +174,7 @@ struct Partial {
       to[0] = own.First();
       to[kHalfTile] = own.Second();
     }
-    own = Sums();
+    own.Clear();
   }
 
   // Sums that are all this token's.
@@ -178,7 +186,7 @@ struct Partial {
       to[0] += own.First();
       to[kHalfTile] += own.Second();
     }
-    own = Sums();
+    own.Clear();
   }
 
   __device__ __forceinline__ float Total(int token, int row) const {
@@ -220,10 +228,9 @@ struct Batch {
   int count = 0;
   bool ends_row = false;
 
-  // Weights are read once.
   __device__ __forceinline__ Weights Load(int i) const {
     const uint4* from = weights.first + i * kStepPieces;
-    return {__ldcs(from), __ldcs(from + weights.second)};
+    return {LoadWeight(from), LoadWeight(from + weights.second)};
   }
 };
 
@@ -286,17 +293,21 @@ __device__ __forceinline__ void LoadScale(const void* scale, int size, uint4* no
 
 // x [kTokens, size] over its root mean square, times the factors that LoadScale has loaded, to
 // shared memory. As the models have it, the quotient is rounded before it is multiplied. By the
-// first kThreads of a block.
-template <typename T, int kTokens>
+// first kThreads of a block; from L2, if they have not waited for the kernel before themselves.
+template <typename T, int kTokens, bool kWaited = true>
 __device__ __forceinline__ void Normalize(const void* x, int size, float eps, uint4* normed) {
   __shared__ float partial[kTokens][kWarps];
   const int pieces = size / kPiece;
+  const auto piece_of = [&](int token, int piece) {
+    const uint4* address = Pieces<T>(x, 0) + token * pieces + piece;
+    return kWaited ? *address : __ldcg(address);
+  };
   float squares[kTokens] = {};
   for (int piece = threadIdx.x; piece < pieces; piece += kThreads) {
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       float numbers[kPiece];
-      Unpack<T>(Pieces<T>(x, 0)[token * pieces + piece], numbers);
+      Unpack<T>(piece_of(token, piece), numbers);
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) squares[token] += numbers[i] * numbers[i];
     }
@@ -320,7 +331,7 @@ __device__ __forceinline__ void Normalize(const void* x, int size, float eps, ui
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       float numbers[kPiece];
-      Unpack<T>(Pieces<T>(x, 0)[token * pieces + piece], numbers);
+      Unpack<T>(piece_of(token, piece), numbers);
       T results[kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
@@ -487,7 +498,7 @@ __global__ void __launch_bounds__(kThreads) AbsorbKernel(const ProjectParams p) 
   if (token >= kTokens) return;
   const PageRow place(p.kv, token / p.kv.num_tokens, token % p.kv.num_tokens);
   if (!place.exists()) return;
-  place.CopyShared(lane, kWarp);
+  place.CopyShared<8>(lane, kWarp);
   const int64_t row = int64_t{token} * kHeadDim;
   Rotate<T>(p, token, p.kv_raw, row + kHeadDimV, place.data, kHeadDimV);
   constexpr int kEach = kHeadDimV / kWarp / kPiece;
@@ -614,7 +625,7 @@ struct Choice {
   float weights[kMaxExpertsPerToken];
 };
 
-// Larger floats have larger keys, and none has key 0.
+// Larger numbers have larger keys, above 0.
 __device__ __forceinline__ uint32_t OrderedKey(float x) {
   const uint32_t bits = __float_as_uint(x);
   return bits & 0x80000000 ? ~bits : bits | 0x80000000;
@@ -717,7 +728,7 @@ __global__ void __launch_bounds__(kThreads + kWarp, Experts::kBlocks)
   }
   __syncthreads();
   if (threadIdx.x >= kThreads) {
-    // The kernel before has waited for all others.
+    // The other warps read nothing that this kernel's predecessor writes, but for the choice.
     ptx::WaitForPreviousKernel();
     ptx::LetNextKernelStart();
     if (p.experts == 0) return;
@@ -747,7 +758,6 @@ __global__ void __launch_bounds__(kThreads + kWarp, Experts::kBlocks)
     if (!shared) {
       if (waits) {
         ptx::MbarrierWait(&chosen, 0);
-        ptx::LetNextKernelStart();
         waits = false;
       }
       const int token = kTokens > 1 ? (tile - shared_tiles) / tiles_of_token : 0;
@@ -769,11 +779,10 @@ __global__ void __launch_bounds__(kThreads + kWarp, Experts::kBlocks)
     Load(batch, weights);
   }
   LoadScale<T, kTokens>(p.norm, p.hidden_size, x);
-  if (p.experts == 0) {
-    ptx::WaitForPreviousKernel();
-    ptx::LetNextKernelStart();
-  }
-  Normalize<T, kTokens>(p.hidden, p.hidden_size, p.norm_eps, x);
+  // With experts, the router comes in between, which has waited for the hidden states before it let
+  // this kernel start.
+  if (p.experts == 0) ptx::WaitForPreviousKernel();
+  Normalize<T, kTokens, /*kWaited=*/false>(p.hidden, p.hidden_size, p.norm_eps, x);
   if (!starts_shared && tile < tiles) {
     batch = start_tile(tile);
     Load(batch, weights);
@@ -892,10 +901,11 @@ __global__ void __launch_bounds__(kThreads, Down::kBlocks) DownKernel(const MlpP
       }
     }
     Meet();
-    if (threadIdx.x >= kTokens * kTileRows) continue;
-    const int token = threadIdx.x / kTileRows, row = threadIdx.x % kTileRows;
-    const int64_t place = int64_t{token} * p.hidden_size + tile * kTileRows + row;
-    Store<T>(p.out, place, partial.Total(token, row) + Number<T>(p.hidden, place));
+    if (threadIdx.x < kTokens * kTileRows) {
+      const int token = threadIdx.x / kTileRows, row = threadIdx.x % kTileRows;
+      const int64_t place = int64_t{token} * p.hidden_size + tile * kTileRows + row;
+      Store<T>(p.out, place, partial.Total(token, row) + Number<T>(p.hidden, place));
+    }
   }
 }
 

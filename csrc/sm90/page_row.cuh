@@ -9,8 +9,6 @@ namespace flashmla::sm90 {
 
 // The row of a page for new token j of sequence i, and what must be copied into the page before.
 struct PageRow {
-  static constexpr int kCopies = 3;  // that a thread has under way
-
   uint4* data = nullptr;          // nullptr: the token has no place
   const uint4* shared = nullptr;  // copy on write: the page whose first rows come before
   int size;                       // vectors of a row
@@ -33,7 +31,9 @@ struct PageRow {
 
   __device__ __forceinline__ bool exists() const { return data != nullptr; }
 
-  // Copies what comes before, if anything does: rare, so by one team of threads.
+  // Copies what comes before, if anything does: rare, so by one team of threads, each of which has
+  // so many copies under way.
+  template <int kCopies>
   __device__ __forceinline__ void CopyShared(int rank, int team) const {
     if (shared == nullptr) return;
     const int end = rows * size;

@@ -663,8 +663,8 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
 
     Returns:
       The same, after `mla.absorb` and `mla.transpose_kernels`; with an empty `one_device` if all
-      of them are arrays on one device, for steps of a few tokens (`models.few_tokens`): divide or
-      copy parameters over devices before, not afterwards.
+      of them are arrays on one device, for steps of a few tokens (`models.few_tokens`). Divide
+      parameters over devices before, not afterwards; and to differentiate such steps, drop it.
     """
 
     def absorb_layer(layer: Params) -> dict[str, Any]:
@@ -677,8 +677,10 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
     if "mtp" in params:
         absorbed["mtp"] = absorb_layer(params["mtp"])
     leaves = jax.tree_util.tree_leaves(params)
-    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if not is_traced and len(set().union(*(leaf.devices() for leaf in leaves))) == 1:
+    has_devices = all(
+        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves
+    )
+    if has_devices and len(set().union(*(leaf.devices() for leaf in leaves))) == 1:
         absorbed["one_device"] = ()
     return absorbed
 

@@ -2,8 +2,8 @@
 
 For one token, a step's time is that of reading the weights, if nothing else takes any. What XLA
 makes of the layers is some twenty-five kernels each, every one of which begins when the one before
-it has ended. Here a layer is nine, which start while others end and have their weights on the way
-by then. See docs/kernel.md.
+it has ended. Here a layer is nine or ten, which start while others end and have their weights on
+the way by then. See docs/kernel.md.
 
 XLA cannot divide such a call over devices: `deepseek.absorb` notes whether the parameters are on
 one device.
@@ -34,6 +34,7 @@ Params = Mapping[str, Any]
 MAX_TOKENS = 4
 _NOPE_DIM = 128
 _ALIGNMENT = 64  # of all sizes
+_MAX_HEADS = 1024
 _MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN, _MAX_EXPERT_GROUPS = 512, 16, 32
 # A thread block's shared memory has all tokens' vectors, beside a little else.
 _MAX_VECTOR_BYTES = 200 * 1024
@@ -69,9 +70,16 @@ def _fits(config: DeepSeekConfig, tokens: int) -> bool:
         config.v_head_dim,
     )
     widest = max(*sizes, config.num_attention_heads * config.v_head_dim, act)
+    has_more = (
+        config.is_longcat
+        or config.zero_expert_num
+        or config.mla_scale_q_lora
+        or config.mla_scale_kv_lora
+        or config.attention_bias
+    )
     return (
-        not config.is_longcat
-        and not config.attention_bias
+        not has_more
+        and config.num_attention_heads <= _MAX_HEADS
         and config.qk_nope_head_dim == _NOPE_DIM
         and all(size % _ALIGNMENT == 0 for size in sizes)
         and tokens * widest * 2 <= _MAX_VECTOR_BYTES

@@ -54,6 +54,15 @@ CONFIGS = {
         topk_group=2,
         routed_scaling_factor=2.5,
     ),
+    "large": DeepSeekConfig(  # several batches of a row, tiles of a block; attention in wide shape
+        **SIZES
+        | {"hidden_size": 2304, "num_attention_heads": 20, "n_routed_experts": 40}
+        | {"num_hidden_layers": 2, "moe_intermediate_size": 576},
+        model_type="deepseek_v3",
+        q_lora_rank=2304,
+        n_group=5,
+        topk_group=2,
+    ),
     "small": DeepSeekConfig(  # fewer steps than warps; no shared experts; no groups
         **SIZES
         | {"hidden_size": 64, "moe_intermediate_size": 64, "n_shared_experts": 0}
@@ -65,10 +74,10 @@ CONFIGS = {
 
 
 def make_params(config: DeepSeekConfig, seed: int, dtype: Any) -> dict[str, Any]:
-    """Random ones, norms too. Rounding does not change which experts are chosen.
+    """Random ones, norms too. Rounding changes which experts are chosen next to never.
 
-    Either their correction biases differ by more than scores do, or their logits are multiples of
-    one number.
+    Either correction biases differ by more than scores do, or there are none, and a token's logits
+    are multiples of one number.
     """
     params = init_params(config, jax.random.key(seed), dtype)
     rng = np.random.default_rng(seed)
@@ -83,10 +92,11 @@ def make_params(config: DeepSeekConfig, seed: int, dtype: Any) -> dict[str, Any]
             continue
         gate, experts = layer["mlp"]["gate"], config.n_routed_experts
         order = rng.permutation(experts).astype(np.float32)
-        if "e_score_correction_bias" in gate:
+        if "e_score_correction_bias" in gate and seed % 2:
             gate["e_score_correction_bias"] = jnp.array(2 * order)
         else:
             direction = rng.standard_normal((config.hidden_size, 1), np.float32)
+            direction *= 4 * config.hidden_size**-0.5
             gate["kernel"] = jnp.array(direction * (order - experts / 2) / experts)
     return params
 
@@ -133,12 +143,15 @@ def on_the_cpu(params: Any) -> Any:
 def check(params: Any, config: DeepSeekConfig, batch: int, s_q: int, seed: int, dtype: Any) -> None:
     """Against float32 on the CPU, which other tests compare with Hugging Face."""
     absorbed = deepseek.absorb(params, config)
+    is_certain = config.topk_method == "noaux_tc" and seed % 2
     with jax.default_device(jax.devices("cpu")[0]):
         wanted = decode(on_the_cpu(params), config, batch, s_q, seed, jnp.float32)
     actual = decode(absorbed, config, batch, s_q, seed, dtype)
     for x, y in zip((actual[0], *actual[1]), (wanted[0], *wanted[1]), strict=True):
-        error = np.linalg.norm(x - y) / np.linalg.norm(y)
-        assert error < TOLERANCES[dtype], (batch, s_q, error)
+        errors = np.linalg.norm(x - y, axis=-1) / np.linalg.norm(y, axis=-1)
+        # Logits next to 0 may change their signs, and the token its experts.
+        assert np.median(errors) < TOLERANCES[dtype], (batch, s_q, errors)
+        assert np.max(errors) < TOLERANCES[dtype] or not is_certain, (batch, s_q, errors)
     again, _ = decode(absorbed, config, batch, s_q, seed, dtype)
     np.testing.assert_array_equal(actual[0], again)
 
@@ -193,16 +206,13 @@ def test_sequences_that_wait_or_were_forked() -> None:
             assert ok.all()
         assert cache.cache_seqlens.tolist() == [82, 83, 42]
         cache.check()
-        tokens = [
-            np.asarray(cache.gather(i)[b, :n], np.float32)
-            for i in range(3)
-            for b, n in enumerate((82, 83, 42))
-        ]
-        results.append(np.concatenate(tokens))
-    error = np.linalg.norm(results[0] - results[1]) / np.linalg.norm(results[1])
-    assert error < 2e-2
-    # What the prompts left is the same to the bit, copied or not.
-    np.testing.assert_array_equal(results[0][:80], results[1][:80])
+        tokens = np.stack([np.asarray(cache.gather(layer), np.float32) for layer in range(3)])
+        prompts = [tokens[:, 0, :80], tokens[:, 1, :80], tokens[:, 2, :40]]
+        new = [tokens[:, 0, 80:82], tokens[:, 1, 80:83], tokens[:, 2, 40:42]]
+        results.append([np.concatenate(x, axis=1) for x in (prompts, new)])
+    (prompts, new), (prompts_of_xla, new_of_xla) = results
+    np.testing.assert_array_equal(prompts, prompts_of_xla)  # copied or not
+    assert np.linalg.norm(new - new_of_xla) / np.linalg.norm(new_of_xla) < 2e-2
 
 
 def test_absorb_says_what_is_on_one_device() -> None:
@@ -242,6 +252,8 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not applies(float32, cache=create(dtype=jnp.float32))
     for field, value in (
         ("attention_bias", True),
+        ("mla_scale_q_lora", True),
+        ("mla_scale_kv_lora", True),
         ("hidden_size", 96),
         ("moe_intermediate_size", 100),
         ("v_head_dim", 96),
