@@ -106,8 +106,9 @@ def run_cases() -> None:
         assert np.asarray(pool).tobytes() == expected.tobytes()
         print(f"cache_append, {h_kv} KV heads, {tokens} tokens: correct", flush=True)
 
-    for name, config in test_few_tokens.CONFIGS.items():
-        for seed, (batch, s_q) in enumerate([(1, 1), (1, 3), (2, 2)]):
+    for name in ("V3", "small"):
+        config = test_few_tokens.CONFIGS[name]
+        for seed, (batch, s_q) in enumerate([(1, 1), (2, 2)]):
             params = test_few_tokens.make_params(config, seed, jax.numpy.bfloat16)
             test_few_tokens.check(params, config, batch, s_q, seed, jax.numpy.bfloat16)
         print(f"few tokens, {name}: correct", flush=True)
