@@ -57,3 +57,14 @@ def on_cpu() -> Iterator[None]:
     """For modules that compare float32 tightly: it runs on the CPU only, and in full there."""
     with jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forgets a module's programs after it.
+
+    XLA maps memory for each program on the CPU, and a process may have so many maps
+    (vm.max_map_count): beyond, the compiler crashes.
+    """
+    yield
+    jax.clear_caches()
