@@ -412,13 +412,16 @@ def test_compile_changes_nothing(model):
     check_tokens(model, requests)
 
 
-def test_pools_stay_in_place(model):
-    engine = make_engine(model)
+def check_pools_stay_in_place(engine):
     addresses = [pool.unsafe_buffer_pointer() for pool in engine.cache.pages]
     for i in range(4):
         engine.submit(prompt_of(i, 70), 5)
     while engine.step():
         assert [pool.unsafe_buffer_pointer() for pool in engine.cache.pages] == addresses
+
+
+def test_pools_stay_in_place(model):
+    check_pools_stay_in_place(make_engine(model))
 
 
 def test_a_callback_may_submit(model):

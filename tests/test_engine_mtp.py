@@ -13,6 +13,7 @@ from test_engine import (
     MAX_SEQLEN,
     PAGES,
     check_end,
+    check_pools_stay_in_place,
     check_step,
     check_tokens,
     prompt_of,
@@ -324,12 +325,7 @@ def test_compile_changes_nothing(model):
 
 
 def test_pools_stay_in_place(model):
-    engine = make_engine(model)
-    addresses = [pool.unsafe_buffer_pointer() for pool in engine.cache.pages]
-    for i in range(4):
-        engine.submit(prompt_of(i, 70), 5)
-    while engine.step():
-        assert [pool.unsafe_buffer_pointer() for pool in engine.cache.pages] == addresses
+    check_pools_stay_in_place(make_engine(model))
 
 
 def test_absorbed_parameters(model):

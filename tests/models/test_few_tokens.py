@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import flashmla_jax as fm
 from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
 from flashmla_jax.ops import _ffi
 
+ROOT = Path(__file__).parents[2]
 BATCH_AND_TOKENS = [(1, 1), (2, 1), (1, 3), (2, 2)]
 TOLERANCES = {jnp.bfloat16: 2e-2, jnp.float16: 2.5e-3}
 CACHED, STEPS = 130, 3
@@ -245,6 +248,9 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert applies()
     assert applies(tokens=few_tokens.MAX_TOKENS)
     assert not applies(tokens=few_tokens.MAX_TOKENS + 1)
+    for other in CONFIGS.values():  # what the tests above are about
+        absorbed = deepseek.absorb(init_params(other, jax.random.key(0)), other)
+        assert applies(absorbed, other, few_tokens.MAX_TOKENS)
     assert not applies({k: v for k, v in params.items() if k != "one_device"})
     create = functools.partial(
         fm.PagedKVCache.create, num_layers=3, num_pages=9, batch=1, max_pages_per_seq=4
@@ -267,3 +273,24 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     # Elsewhere the program is the usual one, without the call.
     text = lowered(params, config, 1, 1).compile().as_text()
     assert (_ffi.FEW_TOKENS in text) == (jax.devices()[0].platform == "gpu")
+
+
+def test_same_numbers_in_c() -> None:
+    """Limits, and the order of operands and results."""
+    header = (ROOT / "csrc/sm90/few_tokens.h").read_text()
+    limits = {k: int(v) for k, v in re.findall(r"constexpr int k(\w+) = (\d+);", header)}
+    assert limits == {
+        "MaxFewTokens": few_tokens.MAX_TOKENS,
+        "FewAlignment": few_tokens._ALIGNMENT,
+        "NopeDim": few_tokens._NOPE_DIM,
+        "MaxExperts": few_tokens._MAX_EXPERTS,
+        "MaxExpertsPerToken": few_tokens._MAX_EXPERTS_PER_TOKEN,
+        "MaxExpertGroups": few_tokens._MAX_EXPERT_GROUPS,
+    }
+    handler = (ROOT / "csrc/ffi/few_tokens.cc").read_text()
+    enums = {
+        name: [re.sub(r"(?<!^)(?=[A-Z])", "_", x).lower() for x in re.findall(r"\bk(\w+),", body)]
+        for name, body in re.findall(r"enum (\w+) {(.*?)};", handler, re.DOTALL)
+    }
+    assert enums["LayerOperand"] == ["cache", *few_tokens._Layer._fields, "layer_operands"]
+    assert len(enums["Result"]) == 1 + few_tokens._NUM_WORKSPACES + 1
