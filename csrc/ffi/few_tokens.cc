@@ -153,14 +153,15 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
     }
   };
   check_sizes({size, v_dim});
-  if (heads < 1 || heads > 1024 || num_layers < 1) buffers.Fail("heads must be 1 to 1024");
+  if (heads < 1 || heads > sm90::kMaxFewHeads) {
+    buffers.Fail("heads must be 1 to " + std::to_string(sm90::kMaxFewHeads));
+  }
+  if (num_layers < 1) buffers.Fail("no layers");
   if (buffers.error().failure()) return buffers.error();
 
   // What is the same in all layers
-  sm90::ProjectParams project{};
-  project.dtype = *dtype;
-  project.tokens = static_cast<int>(tokens);
-  project.hidden_size = static_cast<int>(size);
+  const sm90::FewTokens step{*dtype, static_cast<int>(tokens), static_cast<int>(size)};
+  sm90::ProjectParams project{step};
   project.heads = heads;
   project.norm_eps = norm_eps;
   project.latent_eps = latent_eps;
@@ -200,20 +201,14 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   attention.partial_stats = buffers.Out<float>(kPartialStats, kF32, partial_rows * 4);
   attention.merges = buffers.Out<int32_t>(kMerges, kS32, attention.max_partitions() * kMergeWords);
 
-  sm90::OutputParams output{};
-  output.dtype = *dtype;
-  output.tokens = static_cast<int>(tokens);
-  output.hidden_size = static_cast<int>(size);
+  sm90::OutputParams output{step};
   output.heads = heads;
   output.v_dim = v_dim;
   output.attended = attention.out;
   output.values = buffers.Out(kValues, type, tokens * heads * v_dim);
   output.out = buffers.Out(kMiddle, type, tokens * size);
 
-  sm90::MlpParams mlp{};
-  mlp.dtype = *dtype;
-  mlp.tokens = static_cast<int>(tokens);
-  mlp.hidden_size = static_cast<int>(size);
+  sm90::MlpParams mlp{step};
   mlp.norm_eps = norm_eps;
   mlp.router = {sigmoid, normalize, groups, groups_chosen, group_best, scale};
   mlp.hidden = output.out;

@@ -14,7 +14,7 @@ inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v2";
 // The same on a GPU, but never recorded in CUDA graphs.
 inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
 inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";
-// On a GPU only, and of no exported program.
+// On a GPU only.
 inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v1";
 
 extern "C" {

@@ -6,8 +6,6 @@
 
 #if FLASHMLA_WITH_CUDA
 #include <cuda_runtime_api.h>
-
-#include "sm90/few_tokens.h"
 #endif
 
 namespace nb = nanobind;
@@ -52,7 +50,6 @@ nb::dict BuildInfo() {
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   info["compiler"] = __VERSION__;
 #if FLASHMLA_WITH_CUDA
-  info["max_few_tokens"] = sm90::kMaxFewTokens;
   info["cuda_version"] = CUDART_VERSION;
   info["cuda_architectures"] = nb::make_tuple("sm_90a");
 #else

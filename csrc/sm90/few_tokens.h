@@ -15,15 +15,20 @@ inline constexpr int kFewAlignment = 64;  // of all sizes
 inline constexpr int kNopeDim = 128;
 inline constexpr int kRopeDim = kHeadDim - kHeadDimV;
 inline constexpr int kQueryDim = kNopeDim + kRopeDim;  // of an expanded query head
+inline constexpr int kMaxFewHeads = 1024;
 inline constexpr int kMaxExperts = 512;
 inline constexpr int kMaxExpertsPerToken = 16;
 inline constexpr int kMaxExpertGroups = 32;
 
-// Hidden states to queries of the absorbed form, and to new tokens of the cache.
-struct ProjectParams {
+// What is the same in all of a step's calls.
+struct FewTokens {
   DType dtype;
   int tokens;
   int hidden_size;
+};
+
+// Hidden states to queries of the absorbed form, and to new tokens of the cache.
+struct ProjectParams : FewTokens {
   int heads;
   int q_rank;  // 0 where the queries have no low rank
   float norm_eps;
@@ -49,10 +54,7 @@ struct ProjectParams {
 };
 
 // Attention's results of the absorbed form to the next hidden states.
-struct OutputParams {
-  DType dtype;
-  int tokens;
-  int hidden_size;
+struct OutputParams : FewTokens {
   int heads;
   int v_dim;
 
@@ -76,10 +78,7 @@ struct Router {
 };
 
 // Hidden states through the gated MLP, or the mixture of experts, to the next ones.
-struct MlpParams {
-  DType dtype;
-  int tokens;
-  int hidden_size;
+struct MlpParams : FewTokens {
   int experts;  // 0: only those that are shared
   int expert_size;
   int experts_per_token;

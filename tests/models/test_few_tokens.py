@@ -283,6 +283,7 @@ def test_same_numbers_in_c() -> None:
         "MaxFewTokens": few_tokens.MAX_TOKENS,
         "FewAlignment": few_tokens._ALIGNMENT,
         "NopeDim": few_tokens._NOPE_DIM,
+        "MaxFewHeads": few_tokens._MAX_HEADS,
         "MaxExperts": few_tokens._MAX_EXPERTS,
         "MaxExpertsPerToken": few_tokens._MAX_EXPERTS_PER_TOKEN,
         "MaxExpertGroups": few_tokens._MAX_EXPERT_GROUPS,
