@@ -120,7 +120,15 @@ std::vector<Layer> MakeLayers() {
   kv.block_table = kv.start = kv.count = kv.copy_from = Zeros<int32_t>(kTokens);
   kv.k_cache = Random(kPageSize * kHeadDim);
   first.output.v_dim = kVDim;
-  first.output.attended = Random(kTokens * kHeads * kHeadDimV);
+  DenseDecodeParams& attention = first.output.attention;
+  attention.s_q = attention.h_kv = 1;
+  attention.h_q = kHeads;
+  attention.dtype = DType::kBF16;
+  attention.out = Random(kTokens * kHeads * kHeadDimV);
+  attention.partial_out = Random<float>(2 * kMaxPartitions * kHeads * kHeadDimV);
+  attention.partial_stats = Random<float>(2 * kMaxPartitions * kHeads * 4);
+  attention.merges = Zeros<int32_t>(kMaxPartitions * kMergeWords);
+  first.output.partitions = 132;
   first.output.values = Random(kTokens * kHeads * kVDim);
   first.output.out = first.mlp.out = Random(kTokens * kHidden);
   first.mlp.router = {false, false, 1, 1, 1, 1.f};
@@ -152,6 +160,19 @@ std::vector<Layer> MakeLayers() {
   return layers;
 }
 
+// What attention over sequences of 4 K tokens leaves to merge.
+void RecordMerges(const DenseDecodeParams& attention, int sequences) {
+  const int parts = std::min(64, 132 / sequences), stride = 2 * kHeads;
+  std::vector<int32_t> words(kMaxPartitions * kMergeWords);
+  for (int i = 0; i < sequences; ++i) {
+    const int row = i * parts * stride;
+    const int32_t merge[] = {i, parts, row, row, stride, 0, parts};
+    std::ranges::copy(merge, words.begin() + i * kMergeWords);
+  }
+  CHECK(cudaMemcpy(attention.merges, words.data(), words.size() * sizeof(int32_t),
+                   cudaMemcpyHostToDevice));
+}
+
 void Main() {
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
@@ -164,8 +185,9 @@ void Main() {
   for (int tokens = 1; tokens <= sm90::kMaxFewTokens; ++tokens) {
     for (Layer& layer : layers) {
       layer.project.tokens = layer.output.tokens = layer.mlp.tokens = layer.dense.tokens = tokens;
-      layer.project.kv.batch = tokens;
+      layer.project.kv.batch = layer.output.attention.batch = tokens;
     }
+    RecordMerges(layers[0].output.attention, tokens);
     const auto print = [&](const char* name, double bytes, auto enqueue) {
       const double us = Microseconds(stream, [&] { std::ranges::for_each(layers, enqueue); });
       std::printf("%s %.2f (%.0f)  ", name, us, bytes / us / 1e3);

@@ -14,13 +14,10 @@ namespace {
 // As flashmla_jax/models/few_tokens.py passes them: these, and then those of each layer.
 enum Operand {
   kHidden,  // [batch, s, hidden_size]
-  kCos,     // [batch, s, 32]
-  kSin,
+  kRope,    // [2, batch, s, 32]: cosines and sines
   kBlockTable,
   kCacheSeqlens,
-  kStart,
-  kCount,
-  kCopyFrom,
+  kNew,  // [3, batch]: where the new tokens start, how many they are, and the page to copy from
   kOperands,
 };
 // What a layer lacks is empty.
@@ -165,8 +162,8 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   project.heads = heads;
   project.norm_eps = norm_eps;
   project.latent_eps = latent_eps;
-  project.cos = buffers.In<float>(kCos, kF32, tokens * sm90::kRopeDim / 2);
-  project.sin = buffers.In<float>(kSin, kF32, tokens * sm90::kRopeDim / 2);
+  project.cos = buffers.In<float>(kRope, kF32, tokens * sm90::kRopeDim);
+  project.sin = project.cos + tokens * sm90::kRopeDim / 2;
   project.q = buffers.Out(kQueries, type, tokens * heads * kHeadDim);
   project.q_expanded = buffers.Out(kQExpanded, type, tokens * heads * sm90::kQueryDim);
   project.kv_raw = buffers.Out(kKvRaw, type, tokens * kHeadDim);
@@ -176,9 +173,9 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   kv.max_pages_per_seq = buffers.Dimension(kBlockTable, 1);
   kv.token_bytes = kHeadDim * Bytes(*dtype);
   kv.block_table = buffers.In<int32_t>(kBlockTable, kS32, batch * kv.max_pages_per_seq);
-  kv.start = buffers.In<int32_t>(kStart, kS32, batch);
-  kv.count = buffers.In<int32_t>(kCount, kS32, batch);
-  kv.copy_from = buffers.In<int32_t>(kCopyFrom, kS32, batch);
+  kv.start = buffers.In<int32_t>(kNew, kS32, 3 * batch);
+  kv.count = kv.start + batch;
+  kv.copy_from = kv.count + batch;
 
   DenseDecodeParams attention{};
   attention.batch = batch;
@@ -204,7 +201,6 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   sm90::OutputParams output{step};
   output.heads = heads;
   output.v_dim = v_dim;
-  output.attended = attention.out;
   output.values = buffers.Out(kValues, type, tokens * heads * v_dim);
   output.out = buffers.Out(kMiddle, type, tokens * size);
 
@@ -241,6 +237,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
       }
       attention.num_pages = kv.num_pages;
       attention.k_cache = kv.k_cache;
+      output.attention = attention;
 
       output.w_uv = buffers.In(at + kWUv, type, int64_t{heads} * v_dim * kHeadDimV);
       output.w_o = buffers.In(at + kWO, type, size * heads * v_dim);
@@ -278,7 +275,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
       if (buffers.error().failure()) return buffers.error();
       if (!launch) continue;
       sm90::Status status = sm90::FewProject(project, layer == 0, stream);
-      if (status.ok()) status = sm90::DenseDecode(attention, stream);
+      if (status.ok()) status = sm90::DenseDecodeParts(attention, stream, &output.partitions);
       if (status.ok()) status = sm90::FewOutput(output, stream);
       if (status.ok()) status = sm90::FewMlp(mlp, stream);
       if (status.ok()) continue;

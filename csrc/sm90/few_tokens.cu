@@ -26,6 +26,7 @@
 #include <string>
 #include <type_traits>
 
+#include "sm90/dense_decode/schedule.cuh"
 #include "sm90/few_tokens.h"
 #include "sm90/page_row.cuh"
 #include "sm90/ptx.cuh"
@@ -526,48 +527,210 @@ __global__ void __launch_bounds__(kThreads) AbsorbKernel(const ProjectParams p) 
 
 // --- Attention's results ---------------------------------------------------------------------
 
-// Rows of w_uv, all of one head, that a warp multiplies.
-constexpr int kValueRows = 4;
+// A head has a cluster of thread blocks. Each merges some columns of what the partitions of a
+// sequence have left, as dense decode's combine does, shares them with the others, and multiplies
+// all columns with some of the head's rows of w_uv.
+constexpr int kHeadBlocks = 4;
+constexpr int kBlockColumns = kHeadDimV / kHeadBlocks;
+constexpr int kValueRows = 4;                             // that a warp multiplies at a time
 constexpr int kValuePieces = kHeadDimV / kPiece / kWarp;  // of a row in a lane
+constexpr int kPartsEach = 9;                             // loads of a lane on their way
 
-template <typename T, int kTokens>
-__global__ void __launch_bounds__(kThreads) ValuesKernel(const OutputParams p) {
-  const int lane = threadIdx.x % kWarp;
-  const int unit = WarpOfGrid();  // a warp has one: the grid is large enough
-  if (unit >= p.heads * p.v_dim / kValueRows) return;
-  uint4 loaded[kValueRows][kValuePieces];
-#pragma unroll
-  for (int row = 0; row < kValueRows; ++row) {
-#pragma unroll
-    for (int i = 0; i < kValuePieces; ++i) {
-      const int64_t from = (int64_t{unit} * kValueRows + row) * kHeadDimV;
-      loaded[row][i] = LoadWeight(Pieces<T>(p.w_uv, from) + lane + i * kWarp);
-    }
+// What all blocks of a cluster write to each other, and what a block merges with.
+template <int kTokens>
+struct ValuesMemory {
+  Merge merges[kTokens];  // of each sequence; without parts, its result is there already
+  float weights[kTokens][kMaxPartitions];
+  float sums[kTokens][kWarps][kBlockColumns];
+  float attended[kTokens][kHeadDimV];
+};
+
+// A token's place in the partial results: those of this row of a part's.
+struct PartRows {
+  const Merge& merge;
+  int first_row;
+
+  __device__ PartRows(const OutputParams& p, const Merge* merges, int token, int head)
+      : merge(merges[token / static_cast<uint32_t>(p.attention.s_q)]) {
+    const int s_q = static_cast<int>(p.attention.s_q);
+    const int row = token % static_cast<uint32_t>(s_q) * p.heads + head;
+    const int rows_of_part = min(s_q * p.heads, kRowTile);
+    first_row = row / kRowTile * p.partitions * kMergesEach * rows_of_part + row % kRowTile;
   }
+  __device__ int64_t operator()(int part) const {
+    return first_row + (part == 0 ? merge.first_row : merge.next_row + part * merge.stride);
+  }
+};
+
+__device__ __forceinline__ void UnpackPart(float, uint4 part, float (&numbers)[4]) {
+  numbers[0] = __uint_as_float(part.x), numbers[1] = __uint_as_float(part.y);
+  numbers[2] = __uint_as_float(part.z), numbers[3] = __uint_as_float(part.w);
+}
+__device__ __forceinline__ void UnpackPart(__half, uint4 part, float (&numbers)[kPiece]) {
+  Unpack<__half>(part, numbers);
+}
+
+// The weights of all parts for some columns, by a warp; of those that do not exist, zero.
+__device__ __forceinline__ void Weigh(const float* stats, const PartRows& rows, bool upper,
+                                      float (&weights)[kMaxPartitions]) {
+  constexpr int kPerLane = (kMaxPartitions + kWarp - 1) / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  float share[kPerLane], factor[kPerLane], top = -INFINITY;
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) {
+    const int part = lane + k * kWarp;
+    float4 row{-INFINITY, 0, 0, 0};
+    if (part < rows.merge.parts) row = __ldcg(reinterpret_cast<const float4*>(stats) + rows(part));
+    share[k] = row.x;
+    factor[k] = upper ? row.z : row.y;
+    top = fmaxf(top, row.x);
+  }
+  top = WarpMax(top);
+  if (top == -INFINITY) top = 0;
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) {
+    share[k] = exp2f(share[k] - top);
+    sum += share[k];
+  }
+  sum = WarpSum(sum);
+  const float inverse = sum == 0 ? 0.f : 1.f / sum;
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) {
+    const int part = lane + k * kWarp;
+    if (part < kMaxPartitions) weights[part] = share[k] * inverse * factor[k];
+  }
+}
+
+// Partial: of the partial results.
+template <typename T, typename Partial, int kTokens>
+__global__ void __launch_bounds__(kThreads) ValuesKernel(const __grid_constant__ OutputParams p) {
+  __shared__ ValuesMemory<kTokens> shared;
+  ptx::ClusterArrive();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int head = blockIdx.x / kHeadBlocks, block = ptx::ClusterRank();
+  const int rows_each = p.v_dim / (kHeadBlocks * kWarps);
+  const int first_row = (head * kHeadBlocks + block) * kWarps * rows_each + warp * rows_each;
+  uint4 weights[kValueRows][kValuePieces];
+  const auto load_weights = [&](int row) {
+#pragma unroll
+    for (int i = 0; i < kValueRows * kValuePieces; ++i) {
+      const int r = row + i / kValuePieces, piece = lane + i % kValuePieces * kWarp;
+      if (r >= rows_each) continue;
+      const uint4* from = Pieces<T>(p.w_uv, int64_t{first_row + r} * kHeadDimV);
+      weights[i / kValuePieces][i % kValuePieces] = LoadWeight(from + piece);
+    }
+  };
+  load_weights(0);
+  if (threadIdx.x < kTokens) shared.merges[threadIdx.x].parts = 0;
+  __syncthreads();
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
-  const int head = unit * kValueRows / p.v_dim;
+
+  // The sequences with parts are in the records of the partitions.
+  if (threadIdx.x < p.partitions && p.partitions > 1) {
+    const auto* records = reinterpret_cast<const int4*>(p.attention.merges) +
+                          threadIdx.x * (kMergeWords * sizeof(int32_t) / sizeof(int4));
+    int4 words[kMergesEach][2];
+#pragma unroll
+    for (int i = 0; i < kMergesEach * 2; ++i) words[i / 2][i % 2] = __ldcg(records + i);
+    bool exists = true;
+#pragma unroll
+    for (int i = 0; i < kMergesEach; ++i) {
+      const Merge& merge = reinterpret_cast<const Merge&>(words[i]);
+      exists = exists && merge.parts > 0;
+      if (exists && merge.index == 0) shared.merges[merge.batch] = merge;
+    }
+  }
+  __syncthreads();
+
+  constexpr int kEach = 16 / sizeof(Partial);    // columns of a lane
+  constexpr int kLanes = kBlockColumns / kEach;  // of a part
+  constexpr int kAtOnce = kWarp / kLanes;        // parts of a warp's load
+  constexpr int kStride = kWarps * kAtOnce;      // from a lane's part to its next
+  const int own_part = warp * kAtOnce + lane / kLanes, own_column = lane % kLanes * kEach;
+  uint4 parts[kPartsEach];
+  const auto load_parts = [&](const PartRows& rows, int first) {
+#pragma unroll
+    for (int i = 0; i < kPartsEach; ++i) {
+      const int part = first + own_part + i * kStride;
+      const int64_t place = rows(part) * kHeadDimV + block * kBlockColumns + own_column;
+      parts[i] = uint4{0, 0, 0, 0};
+      if (part < rows.merge.parts) {
+        parts[i] = __ldcg(Pieces<Partial>(p.attention.partial_out, place));
+      }
+    }
+  };
+  load_parts(PartRows(p, shared.merges, 0, head), 0);
+  if (warp < kTokens) {
+    const PartRows rows(p, shared.merges, warp, head);
+    Weigh(p.attention.partial_stats, rows, block >= kHeadBlocks / 2, shared.weights[warp]);
+  }
+  __syncthreads();
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
-    const int64_t from = (int64_t{token} * p.heads + head) * kHeadDimV;
-    float sums[kValueRows] = {};
+    const PartRows rows(p, shared.merges, token, head);
+    float total[kEach] = {};
+#pragma unroll 1
+    for (int first = 0; first < rows.merge.parts; first += kPartsEach * kStride) {
+      if (token > 0 || first > 0) load_parts(rows, first);
 #pragma unroll
-    for (int i = 0; i < kValuePieces; ++i) {
-      float x[kPiece];
-      Unpack<T>(Pieces<T>(p.attended, from)[lane + i * kWarp], x);
+      for (int i = 0; i < kPartsEach; ++i) {
+        const int part = min(first + own_part + i * kStride, kMaxPartitions - 1);
+        const float weight = shared.weights[token][part];
+        float numbers[kEach];
+        UnpackPart(Partial(), parts[i], numbers);
 #pragma unroll
-      for (int row = 0; row < kValueRows; ++row) {
-        float w[kPiece];
-        Unpack<T>(loaded[row][i], w);
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j) sums[row] += w[j] * x[j];
+        for (int j = 0; j < kEach; ++j) total[j] += weight * numbers[j];
       }
     }
 #pragma unroll
-    for (int row = 0; row < kValueRows; ++row) {
-      const float sum = WarpSum(sums[row]);
-      const int64_t place = int64_t{token} * p.heads * p.v_dim + unit * kValueRows + row;
-      if (lane == row) Store<T>(p.values, place, sum);
+    for (int j = 0; j < kEach; ++j) {
+      if (kAtOnce > 1) total[j] += __shfl_xor_sync(kAll, total[j], kLanes);
+      if (lane < kLanes) shared.sums[token][warp][own_column + j] = total[j];
+    }
+  }
+  __syncthreads();
+  ptx::ClusterWait();  // the other blocks have begun
+  for (int i = threadIdx.x; i < kTokens * kBlockColumns; i += kThreads) {
+    const int token = i / kBlockColumns, column = block * kBlockColumns + i % kBlockColumns;
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared.sums[token][w][i % kBlockColumns];
+    if (PartRows(p, shared.merges, token, head).merge.parts == 0) {
+      const int64_t row = int64_t{token} * p.heads + head;
+      total = Number<T>(p.attention.out, row * kHeadDimV + column);
+    }
+#pragma unroll
+    for (int other = 0; other < kHeadBlocks; ++other) {
+      ptx::StoreCluster(&shared.attended[token][column], other, total);
+    }
+  }
+  ptx::ClusterSync();
+
+#pragma unroll 1
+  for (int row = 0; row < rows_each; row += kValueRows) {
+    if (row > 0) load_weights(row);
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      float sums[kValueRows] = {};
+#pragma unroll
+      for (int i = 0; i < kValuePieces; ++i) {
+        const float* x = shared.attended[token] + (lane + i * kWarp) * kPiece;
+#pragma unroll
+        for (int r = 0; r < kValueRows; ++r) {
+          float w[kPiece];
+          Unpack<T>(weights[r][i], w);
+#pragma unroll
+          for (int j = 0; j < kPiece; ++j) sums[r] += w[j] * x[j];
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kValueRows; ++r) {
+        const float sum = WarpSum(sums[r]);
+        const int64_t place = int64_t{token} * p.heads * p.v_dim + first_row + row + r;
+        if (lane == r && row + r < rows_each) Store<T>(p.values, place, sum);
+      }
     }
   }
 }
@@ -920,22 +1083,31 @@ Status Failed(const char* what, cudaError_t error) {
 // all before it have ended.
 enum class Start { kEarly, kAfterAll };
 
+struct Grid {
+  int64_t blocks;
+  int threads = kThreads;
+  int64_t shared_bytes = 0;
+  int cluster = 1;
+};
+
 template <typename... Params, typename... Arguments>
-Status Launch(Start start, void (*kernel)(Params...), int64_t blocks, int threads,
-              int64_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+Status Launch(Start start, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
+              const Arguments&... arguments) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
+                                           static_cast<int>(grid.shared_bytes));
   if (error != cudaSuccess) return Failed("shared memory", error);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = start == Start::kEarly ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = start == Start::kEarly ? 2 : 1;
   error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error == cudaSuccess ? Status{} : Failed("launch", error);
 }
@@ -988,8 +1160,10 @@ Status FewProject(const ProjectParams& p, bool is_first, cudaStream_t stream) {
     // Weights are read before the kernels before have ended: those of a call's first one may have
     // been made by them.
     const Start start = is_first ? Start::kAfterAll : Start::kEarly;
-    Status status = Launch(start, LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors,
-                           kThreads, number * p.hidden_size, stream, first);
+    Status status = Launch(
+        start, LinearKernel<T, kTokens>,
+        {.blocks = Linear::kBlocks * multiprocessors, .shared_bytes = number * p.hidden_size},
+        stream, first);
     if (status.ok() && low) {
       const LinearParams second{.x = p.q_low,
                                 .norm = p.q_norm,
@@ -999,12 +1173,14 @@ Status FewProject(const ProjectParams& p, bool is_first, cudaStream_t stream) {
                                 .rows = {queries, 0},
                                 .w = {p.w_q_b, nullptr},
                                 .out = {p.q_expanded, nullptr}};
-      status = Launch(Start::kEarly, LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors,
-                      kThreads, number * p.q_rank, stream, second);
+      status =
+          Launch(Start::kEarly, LinearKernel<T, kTokens>,
+                 {.blocks = Linear::kBlocks * multiprocessors, .shared_bytes = number * p.q_rank},
+                 stream, second);
     }
     if (!status.ok()) return status;
     const int64_t units = int64_t{p.heads} * kColumnGroups + kTokens * (p.heads + 1);
-    return Launch(Start::kEarly, AbsorbKernel<T, kTokens>, Blocks(units), kThreads, 0, stream, p);
+    return Launch(Start::kEarly, AbsorbKernel<T, kTokens>, {.blocks = Blocks(units)}, stream, p);
   });
 }
 
@@ -1015,8 +1191,11 @@ Status FewOutput(const OutputParams& p, cudaStream_t stream) {
     const int values = p.heads * p.v_dim;
     // An unbroken chain makes the experts' kernel slower: presumably, multiprocessors can take back
     // the L1 that attention uses as shared memory only when they are idle. See docs/kernel.md.
-    const Status status = Launch(Start::kAfterAll, ValuesKernel<T, kTokens>,
-                                 Blocks(values / kValueRows), kThreads, 0, stream, p);
+    const auto kernel = p.attention.half_partials() ? ValuesKernel<T, __half, kTokens>
+                                                    : ValuesKernel<T, float, kTokens>;
+    const Status status =
+        Launch(Start::kAfterAll, kernel,
+               {.blocks = int64_t{p.heads} * kHeadBlocks, .cluster = kHeadBlocks}, stream, p);
     if (!status.ok()) return status;
     const LinearParams linear{.x = p.values,
                               .norm = nullptr,
@@ -1026,8 +1205,10 @@ Status FewOutput(const OutputParams& p, cudaStream_t stream) {
                               .rows = {p.hidden_size, 0},
                               .w = {p.w_o, nullptr},
                               .out = {p.out, nullptr}};
-    return Launch(Start::kEarly, LinearKernel<T, kTokens>, Linear::kBlocks * multiprocessors,
-                  kThreads, kTokens * int64_t{sizeof(T)} * values, stream, linear);
+    return Launch(Start::kEarly, LinearKernel<T, kTokens>,
+                  {.blocks = Linear::kBlocks * multiprocessors,
+                   .shared_bytes = kTokens * int64_t{sizeof(T)} * values},
+                  stream, linear);
   });
 }
 
@@ -1038,16 +1219,21 @@ Status FewMlp(const MlpParams& p, cudaStream_t stream) {
     const int64_t number = kTokens * int64_t{sizeof(T)};
     Status status;
     if (p.experts > 0) {
-      status = Launch(Start::kEarly, RouterKernel<T, kTokens>, p.experts, kThreads,
-                      number * p.hidden_size, stream, p);
+      status = Launch(Start::kEarly, RouterKernel<T, kTokens>,
+                      {.blocks = p.experts, .shared_bytes = number * p.hidden_size}, stream, p);
     }
     if (status.ok()) {
-      status = Launch(Start::kEarly, ExpertsKernel<T, kTokens>, Experts::kBlocks * multiprocessors,
-                      kThreads + kWarp, number * p.hidden_size, stream, p);
+      status = Launch(Start::kEarly, ExpertsKernel<T, kTokens>,
+                      {.blocks = Experts::kBlocks * multiprocessors,
+                       .threads = kThreads + kWarp,
+                       .shared_bytes = number * p.hidden_size},
+                      stream, p);
     }
     if (!status.ok()) return status;
-    return Launch(Start::kEarly, DownKernel<T, kTokens>, Down::kBlocks * multiprocessors, kThreads,
-                  number * p.act_size(), stream, p);
+    return Launch(
+        Start::kEarly, DownKernel<T, kTokens>,
+        {.blocks = Down::kBlocks * multiprocessors, .shared_bytes = number * p.act_size()}, stream,
+        p);
   });
 }
 

@@ -58,11 +58,14 @@ struct OutputParams : FewTokens {
   int heads;
   int v_dim;
 
-  const void* attended;  // [tokens, heads, kHeadDimV]
-  const void* w_uv;      // [heads, v_dim, kHeadDimV]
-  const void* w_o;       // [hidden_size, heads * v_dim]
-  const void* hidden;    // [tokens, hidden_size]
-  void* out;             // [tokens, hidden_size]: hidden, and what attention adds
+  // What DenseDecodeParts has left: results, and partial ones.
+  DenseDecodeParams attention;
+  int partitions;
+
+  const void* w_uv;    // [heads, v_dim, kHeadDimV]
+  const void* w_o;     // [hidden_size, heads * v_dim]
+  const void* hidden;  // [tokens, hidden_size]
+  void* out;           // [tokens, hidden_size]: hidden, and what attention adds
 
   void* values;  // workspace [tokens, heads * v_dim]
 };

@@ -20,6 +20,9 @@ struct Status {
 };
 
 Status DenseDecode(const DenseDecodeParams& params, cudaStream_t stream);
+// The same for a batch that is not empty, without merging: sequences that were divided among the
+// partitions are partial results (dense_decode/schedule.cuh).
+Status DenseDecodeParts(const DenseDecodeParams& params, cudaStream_t stream, int* partitions);
 Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

@@ -84,6 +84,16 @@ __device__ __forceinline__ void ClusterSync() {
   ClusterWait();
 }
 
+// Writes to the same place in the shared memory of the cluster's block `rank`.
+__device__ __forceinline__ void StoreCluster(float* address, uint32_t rank, float value) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.f32 [remote], %2;\n}\n" ::"r"(SmemAddress(address)),
+      "r"(rank), "f"(value)
+      : "memory");
+}
+
 // Orders ordinary shared-memory accesses of this thread before those of wgmma and TMA.
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -107,9 +107,12 @@ def decode_layers(
     dtype, heads = hidden.dtype, config.num_attention_heads
     new_tokens = jnp.arange(s_q, dtype=jnp.int32)
     tables = mla.rope_tables(config.mla, cache.cache_seqlens[:, None] - s_q + new_tokens)
-    places = (cache.block_table, cache.cache_seqlens, cache.cache_seqlens - cache.num_new)
+    # Arrays of their own, none of which is a result of the program: XLA gives those another place
+    # in each step, and would have to update the call in its CUDA graph.
+    rope = jnp.stack(tables)
+    new = jnp.stack([cache.cache_seqlens - cache.num_new, cache.num_new, cache.copy_from])
     layers = [_Layer.of(layer, dtype) for layer in params["layers"]]
-    operands: list[jax.Array] = [hidden, *tables, *places, cache.num_new, cache.copy_from]
+    operands: list[jax.Array] = [hidden, rope, cache.block_table, cache.cache_seqlens, new]
     aliases, first = {}, _NUM_WORKSPACES + 1
     own_pools = cache.pages[: len(layers)]  # a module for drafts has one more
     for i, (pool, layer) in enumerate(zip(own_pools, layers, strict=True)):

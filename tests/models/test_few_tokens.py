@@ -18,6 +18,7 @@ from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_param
 from flashmla_jax.ops import _ffi
 
 ROOT = Path(__file__).parents[2]
+CPU = jax.devices("cpu")[0]
 BATCH_AND_TOKENS = [(1, 1), (2, 1), (1, 3), (2, 2)]
 TOLERANCES = {jnp.bfloat16: 2e-2, jnp.float16: 2.5e-3}
 CACHED, STEPS = 130, 3
@@ -105,9 +106,13 @@ def make_params(config: DeepSeekConfig, seed: int, dtype: Any) -> dict[str, Any]
 
 
 def decode(
-    params: Any, config: DeepSeekConfig, batch: int, s_q: int, seed: int, dtype: Any
+    params: Any, config: DeepSeekConfig, batch: int, s_q: int, seed: int, device: jax.Device
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits of some steps after random tokens, and what they leave in each layer's cache."""
+    """Logits of some steps after random tokens, and what they leave in each layer's cache.
+
+    On the device, nothing but the steps.
+    """
+    dtype = params["embed_tokens"]["embedding"].dtype
     rng = np.random.default_rng(seed)
     num_pages, max_pages = 3 * batch + 1, 3
     cache = fm.PagedKVCache.create(
@@ -127,12 +132,14 @@ def decode(
         pool = np.where(free[:, None, None, None], np.nan, pool)
         pools.append(jnp.asarray(pool.astype(jnp.bfloat16), dtype))  # the same in all types
     cache = dataclasses.replace(cache, pages=tuple(pools))
+    params, cache = jax.device_put((params, cache), device)
     logits = []
     for _ in range(STEPS):
         step = rng.integers(0, config.vocab_size, (batch, s_q), np.int32)
         out, cache, ok = deepseek.decode_step(params, config, step, cache)
-        assert ok.all()
+        assert np.all(ok)
         logits.append(np.asarray(out, np.float32))
+    cache = jax.device_put(cache, CPU)
     new = []
     for layer in range(config.num_hidden_layers):
         tokens = np.asarray(cache.gather(layer), np.float32)
@@ -140,25 +147,22 @@ def decode(
     return np.stack(logits), new
 
 
-def on_the_cpu(params: Any) -> Any:
-    """The same weights in float32, on the CPU."""
-    cpu = jax.devices("cpu")[0]
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.float32), cpu), params)
-
-
-def check(params: Any, config: DeepSeekConfig, batch: int, s_q: int, seed: int, dtype: Any) -> None:
+def check(config: DeepSeekConfig, batch: int, s_q: int, seed: int, dtype: Any) -> None:
     """Against float32 on the CPU, which other tests compare with Hugging Face."""
-    absorbed = deepseek.absorb(params, config)
     is_certain = config.topk_method == "noaux_tc" and seed % 2
-    with jax.default_device(jax.devices("cpu")[0]):
-        wanted = decode(on_the_cpu(params), config, batch, s_q, seed, jnp.float32)
-    actual = decode(absorbed, config, batch, s_q, seed, dtype)
+    gpu = jax.devices("gpu")[0]
+    with jax.default_device(CPU):
+        params = make_params(config, seed, dtype)
+        in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        absorbed = deepseek.absorb(params, config)
+        wanted = decode(in_float32, config, batch, s_q, seed, CPU)
+        actual = decode(absorbed, config, batch, s_q, seed, gpu)
+        again, _ = decode(absorbed, config, batch, s_q, seed, gpu)
     for x, y in zip((actual[0], *actual[1]), (wanted[0], *wanted[1]), strict=True):
         errors = np.linalg.norm(x - y, axis=-1) / np.linalg.norm(y, axis=-1)
         # Logits next to 0 may change their signs, and the token its experts.
         assert np.median(errors) < TOLERANCES[dtype], (batch, s_q, errors)
         assert np.max(errors) < TOLERANCES[dtype] or not is_certain, (batch, s_q, errors)
-    again, _ = decode(absorbed, config, batch, s_q, seed, dtype)
     np.testing.assert_array_equal(actual[0], again)
 
 
@@ -167,8 +171,7 @@ def check(params: Any, config: DeepSeekConfig, batch: int, s_q: int, seed: int, 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_in_float32(name: str, dtype: Any) -> None:
     for seed, (batch, s_q) in enumerate(BATCH_AND_TOKENS):
-        params = make_params(CONFIGS[name], seed, dtype)
-        check(params, CONFIGS[name], batch, s_q, seed, dtype)
+        check(CONFIGS[name], batch, s_q, seed, dtype)
 
 
 def lowered(params: Any, config: DeepSeekConfig, batch: int, s_q: int, **cache: Any) -> Any:

@@ -122,14 +122,13 @@ Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   return LaunchWide<T, 2>(p, grid, stream);
 }
 
-}  // namespace
-
-Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
-  if (p.batch == 0) return {};
-  int device = 0, multiprocessors = 0, major = 0, minor = 0;
+// The decode alone, by how many partitions, on how many multiprocessors.
+Status Decode(const DenseDecodeParams& p, cudaStream_t stream, int* partitions,
+              int* multiprocessors) {
+  int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -168,15 +167,27 @@ Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
   }
 
   // One thread block per multiprocessor, divided among the row tiles.
-  const int partitions =
-      static_cast<int>(std::clamp<int64_t>(multiprocessors / p.row_tiles(), 1, p.max_partitions()));
-  const dim3 grid(static_cast<unsigned>(p.row_tiles()), partitions);
-  const Status status = p.dtype == DType::kBF16 ? LaunchShape<__nv_bfloat16>(p, grid, stream)
-                                                : LaunchShape<__half>(p, grid, stream);
-  if (!status.ok()) return status;
-  if ((p.batch_invariant ? p.max_chunks() : partitions) == 1) return {};
-  error = LaunchCombine(p, partitions, multiprocessors, stream);
+  *partitions = static_cast<int>(
+      std::clamp<int64_t>(*multiprocessors / p.row_tiles(), 1, p.max_partitions()));
+  const dim3 grid(static_cast<unsigned>(p.row_tiles()), *partitions);
+  return p.dtype == DType::kBF16 ? LaunchShape<__nv_bfloat16>(p, grid, stream)
+                                 : LaunchShape<__half>(p, grid, stream);
+}
+
+}  // namespace
+
+Status DenseDecode(const DenseDecodeParams& p, cudaStream_t stream) {
+  if (p.batch == 0) return {};
+  int partitions = 0, multiprocessors = 0;
+  const Status status = Decode(p, stream, &partitions, &multiprocessors);
+  if (!status.ok() || (p.batch_invariant ? p.max_chunks() : partitions) == 1) return status;
+  const cudaError_t error = LaunchCombine(p, partitions, multiprocessors, stream);
   return error == cudaSuccess ? Status{} : Failed("launch", error);
+}
+
+Status DenseDecodeParts(const DenseDecodeParams& p, cudaStream_t stream, int* partitions) {
+  int multiprocessors = 0;
+  return Decode(p, stream, partitions, &multiprocessors);
 }
 
 }  // namespace flashmla::sm90
