@@ -52,7 +52,7 @@ SIZES = {
     ),
     "gpu": (
         shape(hidden=384, layers=6, heads=6, head_dim=64, positions=512),
-        {"steps": 1000, "batch": 32, "rate": 1e-3},
+        {"steps": 250, "batch": 32, "rate": 1e-3},
     ),
 }
 
