@@ -1,6 +1,7 @@
 """Multi-head Latent Attention decoding for JAX."""
 
 from flashmla_jax.attention import (
+    flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
     get_mla_metadata,
     merge_attention_states,
@@ -14,6 +15,7 @@ __all__ = [
     "PagedKVCache",
     "cache_append",
     "export_disabled_checks",
+    "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "merge_attention_states",

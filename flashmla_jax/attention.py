@@ -12,8 +12,18 @@ from jax.export import is_symbolic_dim
 
 from flashmla_jax import reference
 from flashmla_jax._checks import array, fewer
-from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
-from flashmla_jax.ops.dense_decode import dense_decode
+from flashmla_jax.cache.layout import (
+    DTYPES,
+    FP8,
+    FP8_512,
+    HEAD_DIM,
+    HEAD_DIM_V,
+    PAGE_SIZE,
+    FP8Format,
+)
+from flashmla_jax.ops.dense_decode import dense_decode, dense_decode_fp8
+from flashmla_jax.ops.sparse_decode import sparse_decode
+from flashmla_jax.ops.sparse_prefill import sparse_prefill
 
 
 def get_mla_metadata(
@@ -34,9 +44,9 @@ def get_mla_metadata(
       cache_seqlens: int32[batch], the number of cached tokens of each sequence; may be traced.
       num_q_tokens_per_head_k: `s_q * h_q // h_kv`, query rows that read one KV head.
       num_heads_k: `h_kv`.
-      num_heads_q: `h_q`; only sparse attention uses it.
-      is_fp8_kvcache: not supported yet.
-      topk: not supported yet.
+      num_heads_q: `h_q`; only checked.
+      is_fp8_kvcache: whether the cache is FP8; makes no difference.
+      topk: how many tokens a query token attends to, for sparse attention; makes no difference.
 
     Returns:
       tile_scheduler_metadata: int32[batch + 1], the 64-token pages in use before each sequence,
@@ -46,9 +56,9 @@ def get_mla_metadata(
 
     Raises:
       ValueError: for a malformed argument.
-      NotImplementedError: for `is_fp8_kvcache` and `topk`.
     """
-    _refuse(is_fp8_kvcache=is_fp8_kvcache or None, topk=topk)
+    if topk is not None:
+        _positive("topk", topk)
     cache_seqlens = array("cache_seqlens", cache_seqlens, "[batch]", dtype=jnp.int32)
     _positive("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
     _positive("num_heads_k", num_heads_k)
@@ -65,8 +75,8 @@ def get_mla_metadata(
 def flash_mla_with_kvcache(
     q: jax.Array,
     k_cache: jax.Array,
-    block_table: jax.Array,
-    cache_seqlens: jax.Array,
+    block_table: jax.Array | None,
+    cache_seqlens: jax.Array | None,
     head_dim_v: int = HEAD_DIM_V,
     tile_scheduler_metadata: jax.Array | None = None,
     num_splits: jax.Array | None = None,
@@ -104,11 +114,29 @@ def flash_mla_with_kvcache(
     it, and is never read. Numbers that are not finite in a token that does exist may make NaN of
     the results of the rows that see it, and of no others. The same inputs give the same bits.
 
+    **FP8 caches** hold a token in 656 bytes (`flashmla_jax.cache.layout.FP8`): 512 e4m3 codes, the
+    scales of 128 each, and the RoPE key in bfloat16. Attention is to the numbers that they stand
+    for, rounded to q's dtype.
+
+    **Sparse attention** (`indices`, DeepSeek-V3.2) is to tokens that each query token names by
+    their places in the pool, `page * page_size + row`; table and lengths are not needed. Indices
+    outside the pool are ignored, -1 for one. A token that is named twice counts twice. What is not
+    named is not read. Of FP8 caches there is a second format, for queries of 512 numbers
+    (`layout.FP8_512`), whose values are all of a token.
+
+    FP8 and sparse attention have no kernels yet: XLA computes them, on every platform.
+
     Args:
       q: [batch, s_q, h_q, 576] bfloat16, float16, or on the CPU float32: queries in latent space.
-      k_cache: [num_pages, 64, h_kv, 576] in q's dtype: the page pool.
-      block_table: int32[batch, max_pages_per_seq], the pages of each sequence.
+        Not float16 over FP8 caches. [batch, s_q, h_q, 512] for sparse attention to tokens of 512
+        numbers.
+      k_cache: [num_pages, 64, h_kv, 576] in q's dtype: the page pool. An FP8 one is uint8 or
+        float8_e4m3fn [num_pages, 64, h_kv, 656]. For sparse attention h_kv is 1, and pages may be
+        of any size; tokens of 512 numbers have 584 bytes in FP8.
+      block_table: int32[batch, max_pages_per_seq], the pages of each sequence. None for sparse
+        attention, or ignored.
       cache_seqlens: int32[batch], cached tokens of each sequence, those of this step included.
+        None for sparse attention, or ignored.
       head_dim_v: 512, the length of a value.
       tile_scheduler_metadata: from `get_mla_metadata`; accepted, and not needed.
       num_splits: from `get_mla_metadata`; accepted, and not needed.
@@ -116,13 +144,17 @@ def flash_mla_with_kvcache(
         their own (DeepSeek: 192 ** -0.5 times YaRN's mscale squared).
       causal: align the s_q queries with the last s_q tokens: query j sees the tokens
         `t <= cache_seqlens[i] - s_q + j`. Otherwise every query sees all tokens.
-      is_fp8_kvcache: not supported yet.
-      indices: not supported yet (sparse attention).
-      attn_sink: not supported yet.
-      extra_k_cache: not supported yet.
-      extra_indices_in_kvcache: not supported yet.
-      topk_length: not supported yet.
-      extra_topk_length: not supported yet.
+        Not for sparse attention, whose indices say what is seen.
+      is_fp8_kvcache: whether the caches are FP8.
+      indices: int32[batch, s_q, topk], the places of the tokens that a query token attends to;
+        None for all of its sequence. These and what follows are for sparse attention only.
+      attn_sink: float32[h_q]. Multiplies the output of a head by exp(lse) / (exp(lse) +
+        exp(attn_sink)): -inf changes nothing, +inf makes it 0. lse stays as it is.
+      extra_k_cache: a second pool in the same format, with pages of any size.
+      extra_indices_in_kvcache: int32[batch, s_q, extra_topk], places in it that are attended to
+        beside the others.
+      topk_length: int32[batch], how many of the leftmost indices count; all unless given.
+      extra_topk_length: int32[batch], the same of the extra ones.
       deterministic: True, the same inputs give the same bits; or "batch_invariant", the result of a
         sequence is the same to the bit whatever else is in the batch, and however large the batch
         and the table are. On a GPU every sequence is then cut into chunks of 2048 tokens, which
@@ -140,35 +172,56 @@ def flash_mla_with_kvcache(
       ValueError: for shapes, dtypes and numbers outside the above, at trace time; and for shardings
         over explicit axes of a mesh that would move pages between devices. Over automatic axes XLA
         finds out, and its `JaxRuntimeError` quotes the same.
-      NotImplementedError: for arguments that are not supported yet, for float32 on a GPU, for
-        "batch_invariant" where neither kernel runs, and when differentiated under jax 0.9.
+      NotImplementedError: for float32 on a GPU where a kernel runs, for "batch_invariant" where
+        none does, and when dense attention is differentiated under jax 0.9.
 
-    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1; the interface is FlashMLA's.
+    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1; DeepSeek-V3.2-Exp; the interface is
+    FlashMLA's.
     """
-    _refuse(
-        is_fp8_kvcache=is_fp8_kvcache or None,
-        indices=indices,
-        attn_sink=attn_sink,
-        extra_k_cache=extra_k_cache,
-        extra_indices_in_kvcache=extra_indices_in_kvcache,
-        topk_length=topk_length,
-        extra_topk_length=extra_topk_length,
-    )
+    if deterministic is not True and deterministic != "batch_invariant":
+        raise ValueError(f'deterministic must be True or "batch_invariant", got {deterministic!r}')
+    batch_invariant = deterministic == "batch_invariant"
+    if batch_invariant and (is_fp8_kvcache or indices is not None):
+        raise NotImplementedError(
+            'deterministic="batch_invariant" is not supported for FP8 caches and sparse attention: '
+            "no kernel runs there"
+        )
+    if head_dim_v != HEAD_DIM_V:
+        raise ValueError(f"head_dim_v must be 512, got {head_dim_v}")
+    if num_splits is not None:
+        raise ValueError("num_splits must be None, as get_mla_metadata returns it")
+    if indices is not None:
+        if causal:
+            raise ValueError("causal must be False for sparse attention: indices say what is seen")
+        extra = extra_k_cache, extra_indices_in_kvcache, extra_topk_length
+        return _sparse_decode(
+            q, (k_cache, indices, topk_length), extra, softmax_scale, is_fp8_kvcache, attn_sink
+        )
+    sparse_only = {
+        "attn_sink": attn_sink,
+        "extra_k_cache": extra_k_cache,
+        "extra_indices_in_kvcache": extra_indices_in_kvcache,
+        "topk_length": topk_length,
+        "extra_topk_length": extra_topk_length,
+    }
+    for name, value in sparse_only.items():
+        if value is not None:
+            raise ValueError(f"{name} is for sparse attention: it needs indices")
+
     q = array("q", q, "[batch, s_q, h_q, 576]")
-    k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
+    token = FP8.token_bytes if is_fp8_kvcache else HEAD_DIM
+    k_cache = array("k_cache", k_cache, f"[num_pages, 64, h_kv, {token}]")
     block_table = array("block_table", block_table, "[batch, max_pages_per_seq]", dtype=jnp.int32)
     cache_seqlens = array("cache_seqlens", cache_seqlens, "[batch]", dtype=jnp.int32)
     batch, s_q, h_q, head_dim = q.shape
     num_pages, page_size, h_kv, cache_head_dim = k_cache.shape
 
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
-    if k_cache.dtype != q.dtype:
-        raise ValueError(f"k_cache must have q's dtype {q.dtype}, got {k_cache.dtype}")
+    _check_dtypes(q, k_cache, is_fp8_kvcache)
     if head_dim != HEAD_DIM:
         raise ValueError(f"q must have head dimension 576 (512 + 64), got shape {q.shape}")
-    if cache_head_dim != HEAD_DIM:
-        raise ValueError(f"k_cache must have head dimension 576, got shape {k_cache.shape}")
+    if cache_head_dim != token:
+        what = "tokens of 656 bytes" if is_fp8_kvcache else "head dimension 576"
+        raise ValueError(f"k_cache must have {what}, got shape {k_cache.shape}")
     if page_size != PAGE_SIZE:
         raise ValueError(f"k_cache must have pages of 64 tokens, got shape {k_cache.shape}")
     for name, size in {"s_q": s_q, "h_q": h_q, "h_kv": h_kv}.items():
@@ -190,8 +243,6 @@ def flash_mla_with_kvcache(
         )
     if cache_seqlens.shape != (batch,):
         raise ValueError(f"cache_seqlens must be [batch] with {batch=}, got {cache_seqlens.shape}")
-    if head_dim_v != HEAD_DIM_V:
-        raise ValueError(f"head_dim_v must be 512, got {head_dim_v}")
     if tile_scheduler_metadata is not None:
         metadata = array(
             "tile_scheduler_metadata", tile_scheduler_metadata, "[batch + 1]", dtype=jnp.int32
@@ -201,14 +252,14 @@ def flash_mla_with_kvcache(
                 f"tile_scheduler_metadata must be [batch + 1] with {batch=}, from "
                 f"get_mla_metadata, got shape {metadata.shape}"
             )
-    if num_splits is not None:
-        raise ValueError("num_splits must be None, as get_mla_metadata returns it")
     scale = HEAD_DIM**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
-    if deterministic is not True and deterministic != "batch_invariant":
-        raise ValueError(f'deterministic must be True or "batch_invariant", got {deterministic!r}')
 
     if batch == 0:
         return jnp.zeros((0, s_q, h_q, HEAD_DIM_V), q.dtype), jnp.zeros((0, h_q, s_q), jnp.float32)
+    if is_fp8_kvcache:
+        return dense_decode_fp8(
+            q, k_cache, block_table, cache_seqlens, softmax_scale=scale, causal=bool(causal)
+        )
     return dense_decode(
         q,
         k_cache,
@@ -216,8 +267,132 @@ def flash_mla_with_kvcache(
         cache_seqlens,
         softmax_scale=scale,
         causal=bool(causal),
-        batch_invariant=deterministic == "batch_invariant",
+        batch_invariant=batch_invariant,
         cuda_graph=bool(cuda_graph),
+    )
+
+
+def _sparse_decode(
+    q: jax.Array,
+    scope: tuple[Any, Any, Any],
+    extra: tuple[Any, Any, Any],
+    softmax_scale: float | None,
+    is_fp8: bool,
+    attn_sink: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Checks a sparse call; a scope is a pool, indices and how many of them count."""
+    q = array("q", q, "[batch, s_q, h_q, 576 or 512]")
+    _, s_q, h_q, head_dim = q.shape
+    if head_dim not in (HEAD_DIM, FP8_512.head_dim):
+        raise ValueError(f"q must have head dimension 576 or 512, got shape {q.shape}")
+    if s_q < 1 or h_q < 1:
+        raise ValueError(f"q must hold a token and a head, got shape {q.shape}")
+    fmt = (FP8 if head_dim == HEAD_DIM else FP8_512) if is_fp8 else None
+    scopes = [_scope(q, fmt, "k_cache", "indices", "topk_length", *scope)]
+    if any(value is not None for value in extra):
+        names = "extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length"
+        for name, value in zip(names[:2], extra, strict=False):
+            if value is None:
+                raise ValueError(f"{name} is missing: an extra cache needs its indices, and both")
+        scopes.append(_scope(q, fmt, *names, *extra))
+    scale = head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    return sparse_decode(q, scopes, fmt, softmax_scale=scale, attn_sink=_sink(attn_sink, h_q))
+
+
+def _scope(
+    q: jax.Array,
+    fmt: FP8Format | None,
+    pool_name: str,
+    indices_name: str,
+    length_name: str,
+    pool: Any,
+    indices: Any,
+    length: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    batch, s_q, _, head_dim = q.shape
+    token = head_dim if fmt is None else fmt.token_bytes
+    pool = array(pool_name, pool, f"[num_pages, page_size, 1, {token}]")
+    _check_dtypes(q, pool, fmt is not None, pool_name)
+    if pool.shape[2:] != (1, token) or fewer(pool.shape[0], 1) or fewer(pool.shape[1], 1):
+        raise ValueError(
+            f"{pool_name} must be [num_pages, page_size, 1, {token}] for queries of {head_dim} "
+            f"numbers, got shape {pool.shape}"
+        )
+    indices = array(indices_name, indices, "[batch, s_q, topk]", dtype=jnp.int32)
+    if indices.shape[:2] != (batch, s_q):
+        raise ValueError(
+            f"{indices_name} must be [batch, s_q, topk] with {batch=}, {s_q=}, got {indices.shape}"
+        )
+    if length is not None:
+        length = array(length_name, length, "[batch]", dtype=jnp.int32)
+        if length.shape != (batch,):
+            raise ValueError(f"{length_name} must be [batch] with {batch=}, got {length.shape}")
+    return pool, indices, length
+
+
+def flash_mla_sparse_fwd(
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    sm_scale: float,
+    d_v: int = HEAD_DIM_V,
+    attn_sink: jax.Array | None = None,
+    topk_length: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attends from each token of a sequence to tokens that it names (sparse MLA prefill).
+
+    Token i attends to `kv[indices[i, 0, :]]`. Indices outside `kv` are ignored, -1 for one; a token
+    that is named twice counts twice. What is not named has no say, whatever it holds. A token that
+    names none gives `out = 0` and -inf for the others. (FlashMLA gives `lse = +inf`.)
+
+    There is no kernel yet: XLA computes it, on every platform.
+
+    Args:
+      q: [s_q, h_q, 576] or [s_q, h_q, 512] bfloat16, float16 or float32: queries in latent space.
+      kv: [s_kv, 1, head_dim] in q's dtype: keys, whose first 512 numbers are the values.
+      indices: int32[s_q, 1, topk].
+      sm_scale: factor of the scores, any finite number.
+      d_v: 512, the length of a value.
+      attn_sink: float32[h_q]. Multiplies the output of a head by exp(lse) / (exp(lse) +
+        exp(attn_sink)): -inf changes nothing, +inf makes it 0. The other results stay as they are.
+      topk_length: int32[s_q], how many of a token's leftmost indices count; all unless given.
+
+    Returns:
+      out: [s_q, h_q, 512] in q's dtype.
+      max_logits: float32[s_q, h_q], the largest score.
+      lse: float32[s_q, h_q], natural logarithm of the sum of exponentiated scores.
+
+    Raises:
+      ValueError: for shapes, dtypes and numbers outside the above, at trace time.
+
+    Source: DeepSeek-V3.2-Exp; the interface is FlashMLA's.
+    """
+    q = array("q", q, "[s_q, h_q, 576 or 512]")
+    s_q, h_q, head_dim = q.shape
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+    if head_dim not in (HEAD_DIM, FP8_512.head_dim) or h_q < 1:
+        raise ValueError(f"q must be [s_q, h_q, 576 or 512] with a head, got shape {q.shape}")
+    kv = array("kv", kv, "[s_kv, 1, head_dim]", dtype=q.dtype)
+    if kv.shape[1:] != (1, head_dim) or fewer(kv.shape[0], 1):
+        raise ValueError(f"kv must be [s_kv, 1, {head_dim}] with a token, got shape {kv.shape}")
+    indices = array("indices", indices, "[s_q, 1, topk]", dtype=jnp.int32)
+    if indices.shape[:2] != (s_q, 1):
+        raise ValueError(f"indices must be [s_q, 1, topk] with {s_q=}, got shape {indices.shape}")
+    if topk_length is not None:
+        topk_length = array("topk_length", topk_length, "[s_q]", dtype=jnp.int32)
+        if topk_length.shape != (s_q,):
+            raise ValueError(f"topk_length must be [s_q] with {s_q=}, got {topk_length.shape}")
+    if d_v != HEAD_DIM_V:
+        raise ValueError(f"d_v must be 512, got {d_v}")
+    return sparse_prefill(
+        q,
+        kv[:, 0],
+        indices[:, 0],
+        topk_length,
+        softmax_scale=_number("sm_scale", sm_scale),
+        attn_sink=_sink(attn_sink, h_q),
+        head_dim_v=d_v,
     )
 
 
@@ -275,10 +450,24 @@ def _positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _refuse(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"{name} is not supported yet: dense attention over bfloat16, float16 and (on the "
-                "CPU) float32 pages is"
-            )
+def _check_dtypes(q: jax.Array, pool: jax.Array, is_fp8: bool, name: str = "k_cache") -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+    if not is_fp8:
+        if pool.dtype != q.dtype:
+            hint = "; is_fp8_kvcache=True is for FP8" if pool.dtype.itemsize == 1 else ""
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {pool.dtype}{hint}")
+        return
+    if q.dtype == jnp.float16:
+        raise ValueError("q must be bfloat16 or float32 for FP8 caches, got float16")
+    if pool.dtype not in (jnp.uint8, jnp.float8_e4m3fn):
+        raise ValueError(f"{name} must be uint8 or float8_e4m3fn if FP8, got {pool.dtype}")
+
+
+def _sink(attn_sink: Any, h_q: int) -> jax.Array | None:
+    if attn_sink is None:
+        return None
+    attn_sink = array("attn_sink", attn_sink, "[h_q]", dtype=jnp.float32)
+    if attn_sink.shape != (h_q,):
+        raise ValueError(f"attn_sink must be [h_q] with {h_q=}, got shape {attn_sink.shape}")
+    return attn_sink

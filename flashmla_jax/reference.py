@@ -6,6 +6,8 @@ pages of a whole batch are gathered before the first product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -21,17 +23,19 @@ def flash_mla_with_kvcache(
     softmax_scale: float,
     causal: bool,
     head_dim_v: int = 512,
+    dequantize: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense MLA decoding; `flashmla_jax.flash_mla_with_kvcache` says what it means.
 
     Args:
       q: [batch, s_q, h_q, head_dim].
-      k_cache: [num_pages, page_size, h_kv, head_dim].
+      k_cache: [num_pages, page_size, h_kv, head_dim], or what `dequantize` takes.
       block_table: int32[batch, max_pages_per_seq].
       cache_seqlens: int32[batch].
       softmax_scale: factor of the scores.
       causal: whether query j sees only tokens `t <= cache_seqlens - s_q + j`.
       head_dim_v: how many leading numbers of a token are its value.
+      dequantize: makes numbers in q's dtype [..., head_dim] of pages in another format.
 
     Returns:
       out [batch, s_q, h_q, head_dim_v] in q's dtype and lse float32 [batch, h_q, s_q].
@@ -47,6 +51,8 @@ def flash_mla_with_kvcache(
 
     in_pool = (table >= 0) & (table < num_pages)
     tokens = k_cache[jnp.where(in_pool, table, 0)]
+    if dequantize is not None:
+        tokens = dequantize(tokens)
     tokens = tokens.reshape(batch, -1, h_kv, head_dim)
     in_pool = jnp.repeat(in_pool, page_size, axis=1)[..., None, None]
     position = jnp.arange(tokens.shape[1])
@@ -80,6 +86,52 @@ def flash_mla_with_kvcache(
     lse = row_max[..., 0] + jnp.log(total[..., 0])
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, s_q, h_q, head_dim_v)
     return out.astype(q.dtype), lse.reshape(batch, h_q, s_q)
+
+
+def sparse_attention(
+    q: jax.Array,
+    tokens: jax.Array,
+    exists: jax.Array,
+    *,
+    softmax_scale: float,
+    attn_sink: jax.Array | None = None,
+    head_dim_v: int = 512,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of each query token to tokens of its own; `flashmla_jax.flash_mla_sparse_fwd`.
+
+    Args:
+      q: [..., h_q, head_dim].
+      tokens: [..., topk, head_dim] in q's dtype: keys, whose first numbers are the values.
+      exists: bool[..., topk]. The others may hold anything.
+      softmax_scale: factor of the scores.
+      attn_sink: float32[h_q], a score that takes its share of the output and gives nothing.
+      head_dim_v: how many leading numbers of a token are its value.
+
+    Returns:
+      out [..., h_q, head_dim_v] in q's dtype; and, of the scores without the sink, the largest and
+      the logarithm of the sum of exponentials, float32[..., h_q].
+    """
+    k = jnp.where(exists[..., None], tokens, 0)
+    scores = softmax_scale * jnp.einsum(
+        "...hd,...td->...ht", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(exists[..., None, :], scores, -jnp.inf)
+    largest = jnp.max(scores, axis=-1, initial=-jnp.inf)
+    shift = jnp.where(largest == -jnp.inf, 0, largest)
+    p = jnp.exp(scores - shift[..., None])
+    total = jnp.sum(p, axis=-1)
+    out = jnp.einsum(
+        "...ht,...td->...hd",
+        p.astype(q.dtype),
+        k[..., :head_dim_v],
+        precision=_HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    lse = shift + jnp.log(total)
+    share = jnp.where(total == 0, 0, 1 / total)
+    if attn_sink is not None:
+        share *= jnp.where(total == 0, 0, jax.nn.sigmoid(lse - attn_sink))
+    return (out * share[..., None]).astype(q.dtype), largest, lse
 
 
 def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:

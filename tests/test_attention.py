@@ -610,10 +610,14 @@ def test_metadata_refuses(arguments) -> None:
         fm.get_mla_metadata(**{**good, **arguments})
 
 
-@pytest.mark.parametrize("arguments", [{"is_fp8_kvcache": True}, {"topk": 64}])
-def test_metadata_does_not_do_everything_yet(arguments) -> None:
-    with pytest.raises(NotImplementedError, match=next(iter(arguments))):
-        fm.get_mla_metadata(np.zeros(2, np.int32), 16, 1, **arguments)
+def test_metadata_is_the_same_for_all_caches() -> None:
+    lengths = np.array([70, 0, 64], np.int32)
+    for arguments in ({}, {"is_fp8_kvcache": True}, {"topk": 64}):
+        metadata, num_splits = fm.get_mla_metadata(lengths, 16, 1, **arguments)
+        assert metadata.tolist() == [0, 2, 2, 3]
+        assert num_splits is None
+    with pytest.raises(ValueError, match="topk"):
+        fm.get_mla_metadata(lengths, 16, 1, topk=0)
 
 
 # --- merge_attention_states ------------------------------------------------------------------
@@ -761,8 +765,6 @@ def test_unknown_determinism_gets_its_message(value) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("is_fp8_kvcache", True),
-        ("indices", zeros(2, 1, 64, dtype=np.int32)),
         ("attn_sink", zeros(4, dtype=np.float32)),
         ("extra_k_cache", GOOD["k_cache"]),
         ("extra_indices_in_kvcache", zeros(2, 1, 64, dtype=np.int32)),
@@ -770,9 +772,17 @@ def test_unknown_determinism_gets_its_message(value) -> None:
         ("extra_topk_length", zeros(2, dtype=np.int32)),
     ],
 )
-def test_arguments_to_come_are_refused_by_name(name, value) -> None:
-    with pytest.raises(NotImplementedError, match=f"^{name} "):
+def test_arguments_of_sparse_attention_need_indices(name, value) -> None:
+    with pytest.raises(ValueError, match=f"^{name} .*needs indices"):
         fm.flash_mla_with_kvcache(**GOOD, **{name: value})
+
+
+def test_batch_invariance_is_for_the_kernels() -> None:
+    fp8 = {"k_cache": zeros(3, 64, 1, 656, dtype=np.uint8), "is_fp8_kvcache": True}
+    sparse = {"indices": zeros(2, 1, 64, dtype=np.int32)}
+    for changes in (fp8, sparse):
+        with pytest.raises(NotImplementedError, match="batch_invariant"):
+            fm.flash_mla_with_kvcache(**{**GOOD, **changes}, deterministic="batch_invariant")
 
 
 @pytest.mark.gpu

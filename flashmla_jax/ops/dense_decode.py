@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashmla_jax import reference
-from flashmla_jax.cache.layout import HEAD_DIM_V, PAGE_SIZE
+from flashmla_jax.cache.layout import HEAD_DIM_V, PAGE_SIZE, dequantize
 from flashmla_jax.ops import _ffi, _mapped, _sharding, tangents
 
 # The GPU workspace, as csrc/params.h bounds it: up to how many query rows partial results are in
@@ -49,6 +49,27 @@ def dense_decode(
         mapped=(),
     )
     return out, lse
+
+
+def dense_decode_fp8(
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The same over an FP8 cache, by XLA."""
+    return reference.flash_mla_with_kvcache(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        dequantize=functools.partial(dequantize, dtype=q.dtype),
+    )
 
 
 # --- Abstract evaluation ---------------------------------------------------------------------

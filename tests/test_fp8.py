@@ -1,0 +1,125 @@
+"""Dense attention over FP8 caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fp8_oracle
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+import flashmla_jax as fm
+from flashmla_jax.cache import layout
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(list(request.node.name.encode()))
+
+
+def make_problem(
+    rng: np.random.Generator, lengths: tuple[int, ...], dtype: Any, **sizes: int
+) -> tuple[oracle.Problem, oracle.Problem]:
+    """A problem with an FP8 cache, and the same with the numbers that it stands for.
+
+    What is NaN in the one has NaN's code, and scales and RoPE keys that are NaN, in the other.
+    """
+    exact = oracle.make_problem(rng, lengths, dtype=dtype, **sizes)
+    poison = np.isnan(exact.k_cache.astype(np.float32)).any(-1)
+    kv = np.where(poison[..., None], 1, exact.k_cache.astype(np.float32))
+    kv *= np.exp2(rng.integers(-3, 1, (*kv.shape[:-1], 1)))  # tokens of several sizes
+    pages = fp8_oracle.quantize_656(kv, powers_of_two=bool(rng.integers(2)))
+    pages[poison] = 0xFF
+    numbers = fp8_oracle.dequantize_656(pages)
+    numbers = np.where(poison[..., None], np.nan, numbers.astype(dtype).astype(np.float64))
+    return exact.replace(k_cache=pages), exact.replace(k_cache=numbers)
+
+
+def run(problem: oracle.Problem, **options: Any) -> tuple[jax.Array, jax.Array]:
+    call = jax.jit(lambda *args: fm.flash_mla_with_kvcache(*args, is_fp8_kvcache=True, **options))
+    return call(*problem)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ((300,), {"h_q": 3}),
+        ((0, 1, 63, 64, 65, 130), {"s_q": 2, "h_q": 4}),
+        ((70, 129), {"s_q": 3, "h_q": 6, "h_kv": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_matches_float64(
+    rng: np.random.Generator, dtype: Any, lengths: Any, sizes: Any, causal: bool
+) -> None:
+    fp8, exact = make_problem(rng, lengths, dtype, **sizes)
+    expected = oracle.attend(exact, 0.1, causal)
+    oracle.assert_matches(run(fp8, softmax_scale=0.1, causal=causal), expected)
+    as_codes = fp8.replace(k_cache=fp8.k_cache.view(ml_dtypes.float8_e4m3fn))
+    again = run(as_codes, softmax_scale=0.1, causal=causal)
+    np.testing.assert_array_equal(again[0], run(fp8, softmax_scale=0.1, causal=causal)[0])
+
+
+def test_lengths_and_tables_are_data(rng: np.random.Generator) -> None:
+    call = jax.jit(lambda *args: fm.flash_mla_with_kvcache(*args, is_fp8_kvcache=True))
+    fp8, exact = make_problem(rng, (200, 90), np.float32, h_q=2)
+    for lengths in ((200, 90), (1, 0), (65, 64)):
+        cache_seqlens = np.array(lengths, np.int32)
+        actual = call(*fp8.replace(cache_seqlens=cache_seqlens))
+        oracle.assert_matches(actual, oracle.attend(exact.replace(cache_seqlens=cache_seqlens)))
+    assert call._cache_size() == 1
+
+
+def test_a_page_that_does_not_exist_gives_nan(rng: np.random.Generator) -> None:
+    fp8, _ = make_problem(rng, (200, 90), np.float32, h_q=2)
+    table = fp8.block_table.copy()
+    table[0, 1] = len(fp8.k_cache)
+    out, lse = run(fp8.replace(block_table=table))
+    for x in (out, lse):
+        assert np.isnan(x[0]).all()
+        assert np.isfinite(x[1]).all()
+
+
+def test_accuracy_against_bfloat16(rng: np.random.Generator) -> None:
+    """Of random tokens, and of those with a few large numbers, which a scale is made for."""
+    exact = oracle.make_problem(rng, (500,), h_q=8)
+    tails = rng.standard_t(3, exact.k_cache.shape).astype(ml_dtypes.bfloat16)
+    tails = np.where(np.isnan(exact.k_cache.astype(np.float32)), np.nan, tails)
+    for k_cache in (exact.k_cache, tails.astype(ml_dtypes.bfloat16)):
+        expected = oracle.attend(exact.replace(k_cache=k_cache))
+        clean = np.nan_to_num(k_cache.astype(np.float32)).astype(ml_dtypes.bfloat16)
+        pages = np.asarray(layout.quantize(jnp.asarray(clean)))
+        out, lse = run(exact.replace(k_cache=pages))
+        error = np.linalg.norm(np.asarray(out, np.float64) - expected.out)
+        assert 1e-3 < error / np.linalg.norm(expected.out) < 0.15
+        assert np.abs(lse - expected.lse).max() < 0.15
+
+
+GOOD = {
+    "q": np.zeros((2, 1, 4, 576), ml_dtypes.bfloat16),
+    "k_cache": np.zeros((5, 64, 2, 656), np.uint8),
+    "block_table": np.zeros((2, 3), np.int32),
+    "cache_seqlens": np.zeros(2, np.int32),
+    "is_fp8_kvcache": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k_cache": GOOD["k_cache"].view(np.int8)}, "k_cache must be uint8 or float8_e4m3fn"),
+        ({"k_cache": np.zeros((5, 64, 2, 576), np.uint8)}, "k_cache .*656 bytes.*576"),
+        ({"k_cache": np.zeros((5, 32, 2, 656), np.uint8)}, "k_cache .*64 tokens.*32"),
+        ({"is_fp8_kvcache": False, "k_cache": np.zeros((5, 64, 2, 576), np.uint8)}, "is_fp8"),
+        ({"q": GOOD["q"].astype(np.float16)}, "q must be bfloat16 or float32 .*float16"),
+    ],
+)
+def test_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fm.flash_mla_with_kvcache(**{**GOOD, **changes})
