@@ -97,8 +97,11 @@ def test_accuracy_against_bfloat16(rng: np.random.Generator) -> None:
         pages = np.asarray(layout.quantize(jnp.asarray(clean)))
         out, lse = run(exact.replace(k_cache=pages))
         error = np.linalg.norm(np.asarray(out, np.float64) - expected.out)
-        assert 1e-3 < error / np.linalg.norm(expected.out) < 0.15
-        assert np.abs(lse - expected.lse).max() < 0.15
+        assert 1e-3 < error / np.linalg.norm(expected.out) < 0.3
+        # The logarithm moves no further than the score that moves furthest.
+        moved = fp8_oracle.dequantize_656(pages) - clean.astype(np.float64)
+        scores = exact.q[0, 0].astype(np.float64) @ moved.reshape(-1, 576).T * 576**-0.5
+        assert np.abs(lse - expected.lse).max() < np.abs(scores).max() + 1e-3
 
 
 GOOD = {
