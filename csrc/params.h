@@ -80,12 +80,14 @@ struct DenseDecodeParams {
   }
 };
 
+inline constexpr int kAppendAlignment = 16;  // bytes
+
 struct CacheAppendParams {
   int64_t batch;
   int64_t num_tokens;  // rows of new_kv per sequence
   int64_t num_pages;
   int64_t max_pages_per_seq;
-  int64_t token_bytes;  // h_kv * kHeadDim * size of an element
+  int64_t token_bytes;  // of all KV heads; a multiple of kAppendAlignment
 
   const void* new_kv;          // [batch, num_tokens, token_bytes]
   const int32_t* block_table;  // [batch, max_pages_per_seq]

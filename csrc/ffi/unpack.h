@@ -113,24 +113,25 @@ inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
   const auto cache = k_cache.dimensions();
   const auto rows = new_kv.dimensions();
   const size_t rank = cache.size();
-  if (rank < 4 || cache[rank - 3] != kPageSize || cache[rank - 1] != kHeadDim) {
-    return bad("expected k_cache [..., num_pages, 64, h_kv, 576], got " +
+  const int64_t head_bytes =
+      rank < 4 ? 0 : cache[rank - 1] * static_cast<int64_t>(ByteWidth(k_cache.element_type()));
+  if (rank < 4 || cache[rank - 3] != kPageSize || head_bytes % kAppendAlignment != 0) {
+    return bad("expected k_cache [..., num_pages, 64, h_kv, multiples of 16 bytes], got " +
                Describe("k_cache", k_cache));
   }
-  const int64_t h_kv = cache[rank - 2];
-  if (rows.size() != 4 || rows[2] != h_kv || rows[3] != kHeadDim) {
-    return bad("expected new_kv [batch, num_tokens, h_kv, 576], got " + Describe("new_kv", new_kv));
+  if (rows.size() != 4 || rows[2] != cache[rank - 2] || rows[3] != cache[rank - 1]) {
+    return bad("expected new_kv [batch, num_tokens, and k_cache's last two axes], got " +
+               Describe("new_kv", new_kv));
   }
-  const auto dtype = ToDType(k_cache.element_type());
-  if (!dtype || new_kv.element_type() != k_cache.element_type() ||
+  if (new_kv.element_type() != k_cache.element_type() ||
       result.element_type() != k_cache.element_type() || result.dimensions() != cache) {
-    return bad("k_cache, new_kv and the result must share one of bfloat16, float16, float32");
+    return bad("k_cache, new_kv and the result must share one type");
   }
   p->batch = rows[0];
   p->num_tokens = rows[1];
   p->num_pages = 1;
   for (size_t i = 0; i + 3 < rank; ++i) p->num_pages *= cache[i];
-  p->token_bytes = h_kv * kHeadDim * Bytes(*dtype);
+  p->token_bytes = cache[rank - 2] * head_bytes;
   if (block_table.dimensions().size() != 2 || block_table.dimensions()[0] != p->batch ||
       start.dimensions().size() != 1 || start.dimensions()[0] != p->batch ||
       count.dimensions().size() != 1 || count.dimensions()[0] != p->batch ||

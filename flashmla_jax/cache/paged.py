@@ -36,6 +36,7 @@ import numpy as np
 from jax.export import is_symbolic_dim, register_pytree_node_serialization
 
 from flashmla_jax._checks import fewer
+from flashmla_jax.cache import layout
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
 from flashmla_jax.ops import _sharding
 from flashmla_jax.ops.cache_append import cache_append
@@ -57,7 +58,7 @@ class PagedKVCache:
       pages: per layer, [num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM]: buffers of their own,
         because a scan over one stacked buffer would copy it. Or one for all layers, for a scan to
         carry: [num_layers * num_pages, ...], of which those from `layer * num_pages` on are layer
-        `layer`'s.
+        `layer`'s. The last axis of an FP8 cache has a token's bytes, uint8[..., 656].
       block_table: int32[batch, max_pages_per_seq]; -1 beyond a sequence's pages.
       cache_seqlens: int32[batch], tokens in each sequence, those of the last `allocate` included.
       page_refs: int32[num_pages]: how many sequences hold a page, and one more if it is retained.
@@ -99,7 +100,8 @@ class PagedKVCache:
           num_pages: pages of each layer, shared by all sequences.
           batch: sequences.
           max_pages_per_seq: pages that one sequence can hold.
-          dtype: bfloat16, float16 or, on CPU, float32.
+          dtype: bfloat16, float16 or, on CPU, float32; or "fp8", for tokens of 656 bytes
+            (`layout.FP8`), which are bfloat16 to who appends and gathers them.
           num_kv_heads: KV heads per token; 1 for the DeepSeek models.
           one_pool: whether all layers' pages are in one array, so that `layer` may be an array in
             `append`, `at_layer` and `gather`. By default each layer has its own.
@@ -124,12 +126,16 @@ class PagedKVCache:
                 f"a sequence of {max_pages_per_seq=} pages of {PAGE_SIZE} tokens is longer than "
                 "int32 can count"
             )
-        if jnp.dtype(dtype) not in DTYPES:
-            raise ValueError(f"dtype must be bfloat16, float16 or float32, got {jnp.dtype(dtype)}")
+        is_fp8 = isinstance(dtype, str) and dtype == "fp8"
+        if not is_fp8 and jnp.dtype(dtype) not in DTYPES:
+            raise ValueError(
+                f'dtype must be bfloat16, float16, float32 or "fp8", got {jnp.dtype(dtype)}'
+            )
         pools, per_pool = (1, num_layers) if one_pool else (num_layers, 1)
-        shape = (per_pool * num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM)
+        token = layout.FP8.token_bytes if is_fp8 else HEAD_DIM
+        shape = (per_pool * num_pages, PAGE_SIZE, num_kv_heads, token)
         return cls(
-            pages=tuple(jnp.zeros(shape, dtype) for _ in range(pools)),
+            pages=tuple(jnp.zeros(shape, jnp.uint8 if is_fp8 else dtype) for _ in range(pools)),
             block_table=jnp.full((batch, max_pages_per_seq), -1, jnp.int32),
             cache_seqlens=jnp.zeros(batch, jnp.int32),
             page_refs=jnp.zeros(num_pages, jnp.int32),
@@ -176,8 +182,13 @@ class PagedKVCache:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the cached tokens."""
-        return self.pages[0].dtype
+        """The dtype of tokens that are appended and gathered; of FP8 caches, bfloat16."""
+        return jnp.dtype(jnp.bfloat16) if self.is_fp8 else self.pages[0].dtype
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether tokens lie in FP8 pages: `is_fp8_kvcache` of `flash_mla_with_kvcache`."""
+        return self.pages[0].dtype == jnp.uint8
 
     @property
     def nbytes(self) -> int:
@@ -248,12 +259,17 @@ class PagedKVCache:
         Args:
           layer: which layer, see `at_layer`.
           kv: [batch, s, num_kv_heads, HEAD_DIM] in the cache's dtype, with `s >= max(num_new)`.
+            An FP8 cache rounds them, with scales that are powers of two.
           cuda_graph: see `flash_mla_with_kvcache`.
 
         Returns:
           The cache with this layer's pool updated.
         """
         view = self.at_layer(layer)
+        if self.is_fp8:
+            if kv.dtype != self.dtype:
+                raise ValueError(f"kv must be {self.dtype} for an FP8 cache, got {kv.dtype}")
+            kv = layout.quantize(kv)
         pool = cache_append(
             view.pages[0],
             kv,
@@ -414,11 +430,12 @@ class PagedKVCache:
         page = view.block_table.at[:, position // PAGE_SIZE].get(mode="fill", fill_value=-1)
         exists = (position < view.cache_seqlens[:, None]) & (page >= 0)
         page = jnp.where(exists, page, pool.shape[0])
-        return pool.at[page, position % PAGE_SIZE].get(
+        tokens = pool.at[page, position % PAGE_SIZE].get(
             mode="fill",
             fill_value=0,
             out_sharding=_sharding.of_axes((page, 0), None, (pool, 2), None),
         )
+        return layout.dequantize(tokens) if self.is_fp8 else tokens
 
     def stats(self) -> CacheStats:
         """Counts of pages and tokens, as arrays."""

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
+from flashmla_jax.cache.layout import DTYPES, PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.ops.cache_append import cache_append
 
@@ -35,7 +35,8 @@ class Snapshot:
     """The tokens of some sequences, on the host.
 
     Attributes:
-      tokens: per sequence, [num_layers, seqlen, num_kv_heads, HEAD_DIM] in the cache's dtype.
+      tokens: per sequence, [num_layers, seqlen, num_kv_heads, HEAD_DIM] in the cache's dtype; of
+        FP8 caches, their bytes.
     """
 
     tokens: tuple[np.ndarray, ...]
@@ -77,7 +78,8 @@ class Snapshot:
             with np.load(path, allow_pickle=False) as file:
                 if str(file["format"]) != _FORMAT:
                     raise ValueError(f"{path} is of another format: {file['format']}")
-                dtype = next((x for x in map(jnp.dtype, DTYPES) if x.name == file["dtype"]), None)
+                dtypes = map(jnp.dtype, (*DTYPES, jnp.uint8))
+                dtype = next((x for x in dtypes if x.name == file["dtype"]), None)
                 tokens = [file[f"tokens_{i}"] for i in range(len(file.files) - 2)]
         except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
             raise ValueError(f"{path} is not a snapshot of a cache: {error}") from error
@@ -102,7 +104,8 @@ def snapshot(cache: PagedKVCache, sequences: Sequence[int]) -> Snapshot:
     tokens = []
     for i in sequences:
         length = int(seqlens[i])
-        own = np.empty((cache.num_layers, length, cache.num_kv_heads, HEAD_DIM), cache.dtype)
+        pool = cache.pages[0]
+        own = np.empty((cache.num_layers, length, *pool.shape[2:]), pool.dtype)
         for layer, table in enumerate(tables):
             pages = table[i, : -(-length // PAGE_SIZE)]
             rows = np.asarray(_read(cache.at_layer(layer).pages[0], _padded(pages)))
@@ -137,11 +140,12 @@ def restore(
     if len(set(sequences)) != len(sequences):
         raise ValueError(f"sequences must be different, got {sequences}")
     for x in saved.tokens:
-        wanted = (cache.num_layers, x.shape[1], cache.num_kv_heads, HEAD_DIM)
-        if x.shape != wanted or x.dtype != cache.dtype:
+        dtype = cache.pages[0].dtype
+        wanted = (cache.num_layers, x.shape[1], *cache.pages[0].shape[2:])
+        if x.shape != wanted or x.dtype != dtype:
             raise ValueError(
-                f"the cache holds {cache.dtype.name}{list(wanted)}, and the snapshot has "
-                f"{x.dtype.name}{list(x.shape)} [num_layers, seqlen, num_kv_heads, {HEAD_DIM}]"
+                f"the cache holds {dtype.name}{list(wanted)}, and the snapshot has "
+                f"{x.dtype.name}{list(x.shape)} [num_layers, seqlen, num_kv_heads, {wanted[-1]}]"
             )
     lengths = np.asarray(cache.cache_seqlens)
     taken = [i for i in sequences if lengths[i] > 0]

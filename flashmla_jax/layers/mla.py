@@ -54,6 +54,7 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from flashmla_jax.attention import flash_mla_with_kvcache, merge_attention_states
+from flashmla_jax.cache import layout
 from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mha
@@ -554,6 +555,7 @@ def decode(
         head_dim_v=config.kv_lora_rank,
         softmax_scale=config.softmax_scale,
         causal=True,
+        is_fp8_kvcache=cache.is_fp8,
     )
     out = jnp.einsum("bshc,hvc->bshv", out.astype(x.dtype), w_uv, precision=precision)
     return _project_out(params, out, precision), cache
@@ -582,4 +584,6 @@ def _gather(view: PagedKVCache, first: jax.Array, num_pages: int) -> jax.Array:
     slots = first + jnp.arange(num_pages, dtype=jnp.int32)
     pages = view.block_table.at[:, slots].get(mode="clip")
     tokens = view.pages[0].at[pages].get(mode="clip")
+    if view.is_fp8:
+        tokens = layout.dequantize(tokens)
     return tokens.reshape(view.batch, num_pages * PAGE_SIZE, HEAD_DIM)

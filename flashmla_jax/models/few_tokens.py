@@ -46,7 +46,7 @@ def applies(params: Params, config: DeepSeekConfig, ids: jax.Array, cache: Paged
         return False
     if _ffi.why_no_kernel(_ffi.CUDA) is not None or not _fits(config, ids.size):
         return False
-    if len(cache.pages) < len(params["layers"]):  # one pool of several layers
+    if len(cache.pages) < len(params["layers"]) or cache.is_fp8:  # one pool of several layers
         return False
     dtype = params["embed_tokens"]["embedding"].dtype
     if dtype not in (jnp.bfloat16, jnp.float16) or cache.dtype != dtype:

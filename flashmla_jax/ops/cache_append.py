@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from flashmla_jax import reference
 from flashmla_jax._checks import array, fewer
-from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
+from flashmla_jax.cache.layout import DTYPES, PAGE_SIZE
 from flashmla_jax.ops import _ffi, _mapped, _sharding
+
+_ALIGNMENT = 16  # bytes; csrc/params.h has the same number
 
 
 def cache_append(
@@ -38,8 +40,10 @@ def cache_append(
     intermediate value of it); otherwise XLA copies the pool first, as for any functional update.
 
     Args:
-      k_cache: [num_pages, 64, h_kv, 576] bfloat16, float16 or float32: the page pool.
-      new_kv: [batch, num_tokens, h_kv, 576] in k_cache's dtype.
+      k_cache: [num_pages, 64, h_kv, n] bfloat16, float16, float32, or uint8 for FP8 tokens as
+        `flashmla_jax.cache.layout.quantize` makes them: the page pool. n is 576 and 656 for
+        attention, and may be any number that makes a multiple of 16 bytes.
+      new_kv: [batch, num_tokens, h_kv, n] in k_cache's dtype.
       block_table: int32[batch, max_pages_per_seq], the pages of each sequence.
       start: int32[batch], the position of each sequence's first new token.
       count: int32[batch], how many of its rows are written; 0 or less writes none.
@@ -50,13 +54,13 @@ def cache_append(
       cuda_graph: see `flash_mla_with_kvcache`.
 
     Returns:
-      The pool [num_pages, 64, h_kv, 576] with the tokens in it.
+      The pool [num_pages, 64, h_kv, n] with the tokens in it.
 
     Raises:
       ValueError: for shapes and dtypes outside the above, at trace time.
     """
-    k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
-    new_kv = array("new_kv", new_kv, "[batch, num_tokens, h_kv, 576]")
+    k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, n]")
+    new_kv = array("new_kv", new_kv, "[batch, num_tokens, h_kv, n]")
     block_table = array("block_table", block_table, "[batch, max_pages_per_seq]", jnp.int32)
     start = array("start", start, "[batch]", jnp.int32)
     count = array("count", count, "[batch]", jnp.int32)
@@ -66,13 +70,16 @@ def cache_append(
     num_pages, page_size, h_kv, head_dim = k_cache.shape
     batch, num_tokens = new_kv.shape[:2]
 
-    if k_cache.dtype not in DTYPES:
-        raise ValueError(f"k_cache must be bfloat16, float16 or float32, got {k_cache.dtype}")
+    if k_cache.dtype not in (*DTYPES, jnp.uint8):
+        raise ValueError(
+            f"k_cache must be bfloat16, float16, float32 or uint8, got {k_cache.dtype}"
+        )
     if new_kv.dtype != k_cache.dtype:
         raise ValueError(f"new_kv must have k_cache's dtype {k_cache.dtype}, got {new_kv.dtype}")
-    if page_size != PAGE_SIZE or head_dim != HEAD_DIM:
+    if page_size != PAGE_SIZE or head_dim < 1 or head_dim * k_cache.dtype.itemsize % _ALIGNMENT:
         raise ValueError(
-            f"k_cache must be [num_pages, {PAGE_SIZE}, h_kv, {HEAD_DIM}], got shape {k_cache.shape}"
+            f"k_cache must be [num_pages, {PAGE_SIZE}, h_kv, n], with a multiple of {_ALIGNMENT} "
+            f"bytes in n numbers, got shape {k_cache.shape} of {k_cache.dtype}"
         )
     if fewer(num_pages, 1) or fewer(h_kv, 1):
         raise ValueError(f"k_cache must hold a page and a KV head, got shape {k_cache.shape}")
@@ -102,14 +109,14 @@ def cache_append(
 
 SHARDING = _sharding.Rule(
     operands={
-        "k_cache": ("num_pages", "64", "h_kv", "576"),
-        "new_kv": ("batch", "num_tokens", "h_kv", "576"),
+        "k_cache": ("num_pages", "64", "h_kv", "n"),
+        "new_kv": ("batch", "num_tokens", "h_kv", "n"),
         "block_table": ("batch", "max_pages_per_seq"),
         "start": ("batch",),
         "count": ("batch",),
         "copy_from": ("batch",),
     },
-    results=(("num_pages", "64", "h_kv", "576"),),
+    results=(("num_pages", "64", "h_kv", "n"),),
     divided=("h_kv",),
     pool="k_cache",
     small=("block_table", "start", "count", "copy_from"),

@@ -6,10 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmla_jax import flash_mla_with_kvcache
+from flashmla_jax.cache import layout
 from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.ops.cache_append import DTYPES
@@ -30,7 +33,8 @@ def make_cache(**changes):
 
 def poison(cache):
     """The same cache with NaN wherever nothing was written."""
-    pages = tuple(jnp.full_like(pool, jnp.nan) for pool in cache.pages)
+    poison = 0xFF if cache.is_fp8 else jnp.nan
+    pages = tuple(jnp.full_like(pool, poison) for pool in cache.pages)
     return dataclasses.replace(cache, pages=pages)
 
 
@@ -48,7 +52,10 @@ free = jax.jit(PagedKVCache.free, donate_argnums=0)
 
 def random_kv(seed, dtype=jnp.float32, rows=ROWS, h_kv=1):
     rng = np.random.default_rng(seed)
-    return rng.integers(-128, 128, (LAYERS, BATCH, rows, h_kv, HEAD_DIM)).astype(dtype)
+    shape = (LAYERS, BATCH, rows, h_kv, HEAD_DIM)
+    if dtype == "fp8":  # which it holds as they are
+        return rng.integers(-15, 16, shape).astype(jnp.bfloat16)
+    return rng.integers(-128, 128, shape).astype(dtype)
 
 
 def pages_for(tokens):
@@ -277,7 +284,9 @@ def live(cache, model, life, new_kv):
         model.check(cache)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES, "fp8"], ids=lambda x: x if x == "fp8" else jnp.dtype(x).name
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(operations, min_size=1, max_size=12))
 def test_lives_like_a_plain_cache(dtype, life):
@@ -520,11 +529,51 @@ def test_properties():
     for name in ("num_layers", "num_pages", "max_seqlen", "num_kv_heads", "dtype", "nbytes"):
         assert getattr(together, name) == getattr(cache, name)
     assert together.num_free == PAGES
+    fp8 = make_cache(dtype="fp8")
+    assert fp8.is_fp8
+    assert not cache.is_fp8
+    assert fp8.dtype == jnp.bfloat16
+    assert fp8.nbytes == LAYERS * PAGES * 64 * 656
 
 
-def test_several_kv_heads():
-    cache, model = poison(make_cache(num_kv_heads=2)), Model(shape=(2, HEAD_DIM))
-    kv = random_kv(0, h_kv=2)
+def test_fp8_tokens_are_rounded_and_attended_to():
+    """What is appended is what `layout.quantize` makes of it; what is gathered, its numbers."""
+    rng = np.random.default_rng(7)
+    cache = poison(make_cache(dtype="fp8", one_pool=True))
+    kv = rng.standard_normal((LAYERS, BATCH, 90, 1, HEAD_DIM), np.float32).astype(jnp.bfloat16)
+    cache, ok = step(cache, np.int32((90, 0, 70)), kv)
+    assert ok.all()
+    q = rng.standard_normal((BATCH, 1, 4, HEAD_DIM), np.float32).astype(jnp.bfloat16)
+    for layer in range(LAYERS):
+        bits = np.asarray(layout.quantize(kv[layer]))
+        numbers = np.asarray(layout.dequantize(bits))
+        view, dense = cache.at_layer(layer), np.asarray(cache.gather(layer, 90))
+        for i, length in enumerate((90, 0, 70)):
+            rows = np.asarray(view.pages[0])[np.asarray(view.block_table)[i]].reshape(-1, 1, 656)
+            np.testing.assert_array_equal(rows[:length], bits[i, :length])
+            np.testing.assert_array_equal(dense[i, :length], numbers[i, :length])
+            np.testing.assert_array_equal(dense[i, length:], 0)
+        pages = np.full((2 * BATCH, PAGE_SIZE, 1, HEAD_DIM), np.nan, jnp.bfloat16)
+        for i, length in enumerate((90, 0, 70)):
+            pages[2 * i : 2 * i + 2].reshape(-1, 1, HEAD_DIM)[:length] = numbers[i, :length]
+        table = np.arange(2 * BATCH, dtype=np.int32).reshape(BATCH, 2)
+        expected = oracle.attend(oracle.Problem(q, pages, table, np.int32((90, 0, 70))))
+        actual = flash_mla_with_kvcache(
+            q, view.pages[0], view.block_table, view.cache_seqlens, is_fp8_kvcache=True
+        )
+        oracle.assert_matches(actual, expected)
+
+
+def test_fp8_takes_bfloat16():
+    cache, _ = make_cache(dtype="fp8").allocate(np.int32((1, 1, 1)))
+    with pytest.raises(ValueError, match=r"kv must be bfloat16 .*float32"):
+        cache.append(0, random_kv(0, rows=1)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, "fp8"])
+def test_several_kv_heads(dtype):
+    cache, model = poison(make_cache(num_kv_heads=2, dtype=dtype)), Model(shape=(2, HEAD_DIM))
+    kv = random_kv(0, h_kv=2, dtype=dtype)
     cache, ok = step(cache, np.int32((65, 2, 130)), kv)
     assert ok.all()
     model.step((65, 2, 130), kv)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flashmla_jax.cache import layout
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.cache.snapshot import Snapshot, restore, snapshot
@@ -27,8 +28,13 @@ def fill(cache, lengths=LENGTHS, seed=0):
     itemsize = cache.dtype.itemsize
     shape = (LAYERS, cache.batch, max(lengths), cache.num_kv_heads, HEAD_DIM * itemsize)
     bits = rng.integers(0, 256, shape, np.uint8)
+    if cache.is_fp8:
+        tokens = jnp.asarray(bits.view(np.int8)[..., ::2], jnp.bfloat16)
+        bits = np.asarray(layout.quantize(tokens))
+    else:
+        tokens = jnp.asarray(bits.view(cache.dtype))
     for layer in range(LAYERS):
-        cache = cache.append(layer, jnp.asarray(bits[layer].view(cache.dtype)))
+        cache = cache.append(layer, tokens[layer])
     return cache, [bits[:, i, :n] for i, n in enumerate(lengths)]
 
 
@@ -41,7 +47,9 @@ def bits_of(cache, i):
     return rows[:, : int(cache.cache_seqlens[i])].view(np.uint8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES, "fp8"], ids=lambda x: x if x == "fp8" else jnp.dtype(x).name
+)
 @pytest.mark.parametrize(("num_kv_heads", "one_pool"), [(1, False), (1, True), (2, False)])
 def test_there_and_back(tmp_path, dtype, num_kv_heads, one_pool):
     kind = {"dtype": dtype, "num_kv_heads": num_kv_heads}
@@ -49,7 +57,8 @@ def test_there_and_back(tmp_path, dtype, num_kv_heads, one_pool):
     before = jax.tree.map(np.array, cache)
     saved = snapshot(cache, [2, 0, 1])
     assert saved.seqlens == (200, 70, 0)
-    assert saved.nbytes == LAYERS * 270 * num_kv_heads * HEAD_DIM * cache.dtype.itemsize
+    token = 656 if dtype == "fp8" else HEAD_DIM * cache.dtype.itemsize
+    assert saved.nbytes == LAYERS * 270 * num_kv_heads * token
     for x, y in zip(jax.tree.leaves(cache), jax.tree.leaves(before), strict=True):
         assert np.asarray(x).tobytes() == y.tobytes()
 
@@ -58,7 +67,7 @@ def test_there_and_back(tmp_path, dtype, num_kv_heads, one_pool):
     assert [path.name for path in tmp_path.iterdir()] == ["saved.npz"]
     wanted = (bits[2], bits[0], bits[1])
     for x, y, z in zip(saved.tokens, loaded.tokens, wanted, strict=True):
-        assert x.dtype == y.dtype == dtype
+        assert x.dtype == y.dtype == (np.uint8 if dtype == "fp8" else dtype)
         assert x.tobytes() == y.tobytes() == z.tobytes()
 
     other = make_cache(20, 5, **kind, one_pool=not one_pool)  # as pools lie is no matter

@@ -65,6 +65,19 @@ def test_matches_numpy(dtype, h_kv, num_tokens):
     assert_same_bits(jax.jit(reference.cache_append)(*args), expected(*args))
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(np.uint8, 656), (jnp.bfloat16, 128), (np.uint8, 16)])
+@pytest.mark.parametrize("num_tokens", [1, 70, 391])
+def test_tokens_of_other_sizes(dtype, size, num_tokens):
+    sizes = {"num_pages": 27, "pages": 8} if num_tokens > 150 else {}
+    k_cache, new_kv, *tables = problem(size + num_tokens, num_tokens=num_tokens, h_kv=2, **sizes)
+    if dtype is np.uint8:
+        args = [np.tile(x.view(np.uint8), 2)[..., -size:] for x in (k_cache, new_kv)]
+    else:
+        args = [x[..., :size].astype(dtype) for x in (k_cache, new_kv)]
+    for append in (cache_append, reference.cache_append):
+        assert_same_bits(jax.jit(append)(*args, *tables), expected(*args, *tables))
+
+
 @pytest.mark.parametrize("append", [cache_append, reference.cache_append])
 @pytest.mark.parametrize(
     ("start", "count"),
@@ -182,7 +195,8 @@ def test_vmap_over_nothing():
     ("name", "value", "message"),
     [
         ("k_cache", np.zeros((2, 32, 1, 576), np.float32), r"got shape \(2, 32, 1, 576\)"),
-        ("k_cache", np.zeros((2, 64, 1, 512), np.float32), r"got shape \(2, 64, 1, 512\)"),
+        ("k_cache", np.zeros((2, 64, 1, 575), np.float32), r"16 bytes.*got .*\(2, 64, 1, 575\)"),
+        ("k_cache", np.zeros((2, 64, 1, 512), np.float32), r"new_kv must .*\(1, 512\)"),
         ("k_cache", np.zeros((64, 1, 576), np.float32), r"k_cache must be \[num_pages, 64"),
         ("k_cache", np.zeros((0, 64, 1, 576), np.float32), "must hold a page"),
         ("k_cache", np.zeros((2, 64, 1, 576), np.int8), "got int8"),
