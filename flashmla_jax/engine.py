@@ -225,12 +225,12 @@ class Engine:
         draft: int = 0,
         drafter: Literal["mtp", "ngram"] | None = None,
         prefix_cache: bool = True,
+        cache_dtype: Any = None,
     ) -> None:
         """Makes an empty cache.
 
         Args:
-          params: the model's, as `models.load_checkpoint` gives them; the cache has the dtype of
-            its embedding.
+          params: the model's, as `models.load_checkpoint` gives them.
           config: the model's configuration.
           num_pages: pages of 64 tokens in the cache's pool.
           max_seqlen: tokens of the longest sequence, prompt and new ones.
@@ -241,6 +241,7 @@ class Engine:
           drafter: what guesses them: the model's multi-token prediction module, whose parameters
             are `mtp`, or what the text so far repeats. None for the module if it is there.
           prefix_cache: whether to keep pages for prompts that begin alike.
+          cache_dtype: `PagedKVCache.create`'s; by default that of the model's embedding.
 
         Raises:
           ValueError: for a number that is too small, a max_seqlen beyond the positions that the
@@ -283,7 +284,7 @@ class Engine:
                     batch=slots,
                     # Drafts have a place there too before they are found wrong.
                     max_pages_per_seq=_pages_for(max_seqlen - 1 + draft),
-                    dtype=embedding.dtype,
+                    dtype=embedding.dtype if cache_dtype is None else cache_dtype,
                 ),
                 _Newest(
                     tokens=jnp.zeros(slots, jnp.int32),

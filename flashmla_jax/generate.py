@@ -99,12 +99,12 @@ class Generation:
         sampling: Sampling = GREEDY,
         stop_tokens: Sequence[int] | None = None,
         num_pages: int | None = None,
+        cache_dtype: Any = None,
     ) -> None:
         """Checks the arguments and makes an empty cache.
 
         Args:
-          params: the model's, as `models.load_checkpoint` gives them; the cache has the dtype of
-            its embedding.
+          params: the model's, as `models.load_checkpoint` gives them.
           config: the model's configuration.
           prompts: token ids, at least one sequence and at least one token in each.
           max_new_tokens: at least 1.
@@ -113,6 +113,7 @@ class Generation:
             for none.
           num_pages: size of the cache's pool; by default what the batch can need at most, rounded
             up by at most an eighth so that other batches can run the same programs.
+          cache_dtype: `PagedKVCache.create`'s; by default that of the model's embedding.
 
         Raises:
           ValueError: for an empty prompt or batch, a token outside the vocabulary, more tokens than
@@ -131,7 +132,8 @@ class Generation:
 
         lengths = np.array([len(prompt) for prompt in self.prompts], np.int32)
         # A token is cached when it is read, so the last one of a sequence never is.
-        self.cache = _make_cache(params, config, lengths + (max_new_tokens - 1), num_pages)
+        most = lengths + (max_new_tokens - 1)
+        self.cache = _make_cache(params, config, most, num_pages, cache_dtype)
         self._lengths = lengths
         self._ids = np.zeros((len(prompts), _padded(int(lengths.max()))), np.int32)
         for row, prompt in zip(self._ids, self.prompts, strict=True):
@@ -185,6 +187,7 @@ def generate(
     sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int] | None = None,
     num_pages: int | None = None,
+    cache_dtype: Any = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[list[int]]:
     """Continues a batch of prompts.
@@ -197,6 +200,7 @@ def generate(
       sampling: how tokens are chosen.
       stop_tokens: ids that end a sequence.
       num_pages: size of the cache's pool.
+      cache_dtype: the cache's.
       on_step: called with every `Step` as it comes, for streaming.
 
     Returns:
@@ -213,6 +217,7 @@ def generate(
         sampling=sampling,
         stop_tokens=stop_tokens,
         num_pages=num_pages,
+        cache_dtype=cache_dtype,
     )
     new_tokens: list[list[int]] = [[] for _ in prompts]
     for step in generation:
@@ -401,7 +406,11 @@ def _padded(length: int) -> int:
 
 
 def _make_cache(
-    params: Params, config: DeepSeekConfig, lengths: np.ndarray, num_pages: int | None
+    params: Params,
+    config: DeepSeekConfig,
+    lengths: np.ndarray,
+    num_pages: int | None = None,
+    dtype: Any = None,
 ) -> PagedKVCache:
     """An empty cache in which sequences can grow to `lengths` int32[batch]."""
     longest = int(lengths.max())
@@ -422,7 +431,7 @@ def _make_cache(
         num_pages=_round_up(needed) if num_pages is None else num_pages,
         batch=len(lengths),
         max_pages_per_seq=_round_up(int(pages.max())),
-        dtype=params["embed_tokens"]["embedding"].dtype,
+        dtype=params["embed_tokens"]["embedding"].dtype if dtype is None else dtype,
     )
 
 

@@ -479,6 +479,10 @@ def prefill_into_cache(
     q = jnp.concatenate(project_q(params, config, x, cos, sin, precision), axis=-1)
     kv = compress_kv(params, config, x, cos, sin, precision)
     cache = cache.append(layer, kv[:, :, None].astype(cache.dtype))
+    if cache.is_fp8:
+        # As who reads the cache will see them: it is no matter which tokens are read together.
+        rounded = layout.quantize(kv.astype(cache.dtype))
+        kv = layout.dequantize(rounded, dtype=kv.dtype)
     view = cache.at_layer(layer)
     attend = functools.partial(
         mha.attention,
@@ -545,7 +549,8 @@ def decode(
     q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
     w_uk, w_uv = split_kv_b(params, config)
     q_latent = jnp.einsum("bshn,hcn->bshc", q_nope, w_uk, precision=precision)
-    q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.dtype)
+    q = jnp.concatenate([q_latent, q_rope], axis=-1)
+    q = q.astype(x.dtype if cache.is_fp8 and x.dtype == jnp.float32 else cache.dtype)
 
     out, _ = flash_mla_with_kvcache(
         q,
