@@ -252,6 +252,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="tokens to guess, with the checkpoint's multi-token prediction or, without one, from "
         "the text so far, and to verify in a step; default 0",
     )
+    parser.add_argument(
+        "--drafter", choices=("mtp", "ngram"), help="one of the two, whatever the checkpoint has"
+    )
+    parser.add_argument(
+        "--fp8-cache", action="store_true", help="cached tokens of 656 bytes instead of 1152"
+    )
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -296,7 +302,9 @@ def _generate(args: argparse.Namespace) -> int:
     if tokenizer is not None:
         encode = _as_message(tokenizer) if args.chat else tokenizer.encode
         prompts = [encode(text) for text in args.prompt]
-    mtp = args.draft > 0 and not args.check
+    if args.check and args.fp8_cache:
+        raise ValueError("--check compares with exact logits: not with --fp8-cache")
+    mtp = args.draft > 0 and args.drafter != "ngram" and not args.check
     config, params = _load(args.checkpoint, args.dtype, mtp)
     if args.check:
         run = Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
@@ -316,6 +324,8 @@ def _generate(args: argparse.Namespace) -> int:
         slots=slots,
         chunk=min(longest, 256),
         draft=args.draft,
+        drafter=args.drafter,
+        cache_dtype="fp8" if args.fp8_cache else None,
     )
     requests = [
         engine.submit(
@@ -349,7 +359,8 @@ def _serve_bench(args: argparse.Namespace) -> int:
         sampling=Sampling(args.temperature, seed=args.seed),
         seed=args.seed,
     )
-    config, params = _load(args.checkpoint, args.dtype, mtp=args.draft > 0)
+    mtp = args.draft > 0 and args.drafter != "ngram"
+    config, params = _load(args.checkpoint, args.dtype, mtp)
     num_pages = args.num_pages
     if num_pages is None:
         num_pages = args.slots * -(-load.max_seqlen // PAGE_SIZE)
@@ -362,6 +373,8 @@ def _serve_bench(args: argparse.Namespace) -> int:
         slots=args.slots,
         chunk=args.chunk,
         draft=args.draft,
+        drafter=args.drafter,
+        cache_dtype="fp8" if args.fp8_cache else None,
     )
     _compile(engine, params, config)
     with _progress("serving", load.requests) as advance:

@@ -110,6 +110,30 @@ def test_generate(capsys):
     assert float(difference[1]) < 1e-4
 
 
+def test_generate_with_an_fp8_cache(capsys):
+    argv = ["generate", "--checkpoint", CHECKPOINT, "--prompt-ids", "1,2,3", "--fp8-cache"]
+    code, out, _ = run(capsys, *argv, "--max-new-tokens", 70)
+    assert code == 0
+    assert len(re.search("new: (.*)", out)[1].split(",")) == 70
+    _, exact, _ = run(capsys, *argv[:-1], "--max-new-tokens", 70)
+    sizes = [float(re.search(r"^cache .* ([\d.]+) MiB", x, re.M)[1]) for x in (out, exact)]
+    assert abs(sizes[0] / sizes[1] - 656 / 2304) < 0.1  # of float32
+    code, _, err = run(capsys, *argv, "--check")
+    assert code != 0
+    assert "--fp8-cache" in err
+
+
+def test_generate_with_a_drafter(capsys):
+    argv = ["generate", "--checkpoint", CHECKPOINT, "--prompt-ids", "1,2,3", "--draft", 2]
+    _, plain, _ = run(capsys, *argv[:-2], "--max-new-tokens", 20)
+    code, out, _ = run(capsys, *argv, "--drafter", "ngram", "--max-new-tokens", 20)
+    assert code == 0
+    assert re.search("new: (.*)", out)[1] == re.search("new: (.*)", plain)[1]
+    code, _, err = run(capsys, *argv, "--drafter", "mtp")
+    assert code != 0
+    assert "mtp" in err
+
+
 def test_generate_samples_by_seed(capsys):
     def tokens(seed):
         argv = ["generate", "--checkpoint", CHECKPOINT, "--prompt-ids", "1", "--seed", seed]
