@@ -11,6 +11,12 @@ inline constexpr int kPageSize = 64;   // tokens in a page
 inline constexpr int kHeadDim = 576;   // numbers per token, latent and RoPE part: a key
 inline constexpr int kHeadDimV = 512;  // of which the first are the latent: a value
 
+// A token in an FP8 page, of one KV head: kHeadDimV e4m3 codes, a float scale for each kFp8Tile of
+// them, and the RoPE part in bfloat16.
+inline constexpr int kFp8Tile = 128;
+inline constexpr int kFp8RopeOffset = kHeadDimV + kHeadDimV / kFp8Tile * 4;
+inline constexpr int kFp8TokenBytes = kFp8RopeOffset + (kHeadDim - kHeadDimV) * 2;
+
 // The GPU workspace: bounded by how many thread blocks a Hopper die can hold at once, so that it
 // does not grow with the batch. A full GH100 has 144 multiprocessors (132 are enabled on an H100).
 inline constexpr int kNarrowRows = 32;      // up to so many query rows, one block does all of them
@@ -40,10 +46,11 @@ struct DenseDecodeParams {
   float softmax_scale;
   bool causal;
   bool batch_invariant;  // a sequence's result does not depend on the others, to the bit
+  bool fp8_cache;        // k_cache has FP8 pages
   DType dtype;
 
   const void* q;                 // [batch, s_q, h_q, kHeadDim]
-  const void* k_cache;           // [num_pages, kPageSize, h_kv, kHeadDim]
+  const void* k_cache;           // [num_pages, kPageSize, h_kv, kHeadDim or kFp8TokenBytes]
   const int32_t* block_table;    // [batch, max_pages_per_seq]
   const int32_t* cache_seqlens;  // [batch]
   void* out;                     // [batch, s_q, h_q, kHeadDimV]

@@ -20,8 +20,9 @@ from flashmla_jax.cache.layout import (
     HEAD_DIM_V,
     PAGE_SIZE,
     FP8Format,
+    as_bytes,
 )
-from flashmla_jax.ops.dense_decode import dense_decode, dense_decode_fp8
+from flashmla_jax.ops.dense_decode import dense_decode
 from flashmla_jax.ops.sparse_decode import sparse_decode
 from flashmla_jax.ops.sparse_prefill import sparse_prefill
 
@@ -124,7 +125,8 @@ def flash_mla_with_kvcache(
     named is not read. Of FP8 caches there is a second format, for queries of 512 numbers
     (`layout.FP8_512`), whose values are all of a token.
 
-    FP8 and sparse attention have no kernels yet: XLA computes them, on every platform.
+    What has no kernel yet, XLA computes: sparse attention on every platform, and attention over FP8
+    caches on GPUs.
 
     Args:
       q: [batch, s_q, h_q, 576] bfloat16, float16, or on the CPU float32: queries in latent space.
@@ -181,10 +183,9 @@ def flash_mla_with_kvcache(
     if deterministic is not True and deterministic != "batch_invariant":
         raise ValueError(f'deterministic must be True or "batch_invariant", got {deterministic!r}')
     batch_invariant = deterministic == "batch_invariant"
-    if batch_invariant and (is_fp8_kvcache or indices is not None):
+    if batch_invariant and indices is not None:
         raise NotImplementedError(
-            'deterministic="batch_invariant" is not supported for FP8 caches and sparse attention: '
-            "no kernel runs there"
+            'deterministic="batch_invariant" is not supported for sparse attention: no kernel runs'
         )
     if head_dim_v != HEAD_DIM_V:
         raise ValueError(f"head_dim_v must be 512, got {head_dim_v}")
@@ -256,13 +257,9 @@ def flash_mla_with_kvcache(
 
     if batch == 0:
         return jnp.zeros((0, s_q, h_q, HEAD_DIM_V), q.dtype), jnp.zeros((0, h_q, s_q), jnp.float32)
-    if is_fp8_kvcache:
-        return dense_decode_fp8(
-            q, k_cache, block_table, cache_seqlens, softmax_scale=scale, causal=bool(causal)
-        )
     return dense_decode(
         q,
-        k_cache,
+        as_bytes(k_cache) if is_fp8_kvcache else k_cache,
         block_table,
         cache_seqlens,
         softmax_scale=scale,

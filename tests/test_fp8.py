@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import fp8_oracle
@@ -13,6 +14,7 @@ import oracle
 import pytest
 
 import flashmla_jax as fm
+from flashmla_jax import reference
 from flashmla_jax.cache import layout
 
 
@@ -74,6 +76,83 @@ def test_lengths_and_tables_are_data(rng: np.random.Generator) -> None:
         actual = call(*fp8.replace(cache_seqlens=cache_seqlens))
         oracle.assert_matches(actual, oracle.attend(exact.replace(cache_seqlens=cache_seqlens)))
     assert call._cache_size() == 1
+
+
+def test_the_reference(rng: np.random.Generator) -> None:
+    """What runs where there is no kernel."""
+    fp8, exact = make_problem(rng, (0, 65, 130), np.float32, s_q=2, h_q=4)
+    dequantize = functools.partial(layout.dequantize, dtype=np.float32)
+    call = functools.partial(
+        reference.flash_mla_with_kvcache, softmax_scale=0.1, causal=True, dequantize=dequantize
+    )
+    oracle.assert_matches(jax.jit(call)(*fp8), oracle.attend(exact, 0.1, causal=True))
+
+
+def test_all_codes(rng: np.random.Generator) -> None:
+    """A token for each code. Every query picks one, and has its numbers for a result."""
+    pages = np.zeros((4, 64, 1, 656), np.uint8)
+    pages[..., :512] = np.arange(256, dtype=np.uint8).reshape(4, 64, 1, 1)
+    scales = np.array([2.0**-3, 0.37, 1, 2.0**9], np.float32)
+    pages[..., 512:528] = scales.view(np.uint8)
+    rope = np.zeros((256, 64), np.float32)
+    rope[:, :8] = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 1, -1)
+    pages[..., 528:] = rope.astype(ml_dtypes.bfloat16).view(np.uint8).reshape(4, 64, 1, 128)
+    nan = np.isnan(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(float))
+    assert nan.sum() == 2
+    pages.reshape(256, 656)[nan, :512] = 0  # any other row would be NaN
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        q = np.zeros((1, 256, 1, 576), dtype)
+        q[0, :, 0, 512:] = rope
+        table = np.arange(4, dtype=np.int32)[None]
+        out, _ = run(oracle.Problem(q, pages, table, np.int32([256])), softmax_scale=40.0)
+        numbers = fp8_oracle.dequantize_656(pages)[..., :512].reshape(1, 256, 1, 512)
+        np.testing.assert_array_equal(out, numbers.astype(dtype))
+
+
+def test_nan_codes_and_scales_show(rng: np.random.Generator) -> None:
+    """In the sequences that have such a token, and in those alone."""
+    fp8, _ = make_problem(rng, (100, 100, 100, 100), np.float32, h_q=2)
+    pages, table = fp8.k_cache.copy(), fp8.block_table
+    pages[table[0, 1], 3, 0, 17] = 0x7F
+    pages[table[1, 0], 63, 0, 516:520] = np.array(np.nan, np.float32).reshape(1).view(np.uint8)
+    pages[table[2, 0], 0, 0, 654:656] = np.array([0xC0, 0x7F], np.uint8)  # the RoPE key's last
+    out, lse = run(fp8.replace(k_cache=pages))
+    for i in range(4):
+        assert np.isnan(lse[i]).all() == (i < 3)
+        assert np.isnan(out[i]).any() == (i < 3)
+
+
+def test_batch_invariance(rng: np.random.Generator) -> None:
+    fp8, _ = make_problem(rng, (700, 90, 64), ml_dtypes.bfloat16, h_q=3)
+    if jax.devices()[0].platform != "cpu":
+        with pytest.raises(NotImplementedError, match="FP8"):
+            run(fp8, deterministic="batch_invariant")
+        return
+    out, lse = run(fp8, deterministic="batch_invariant")
+    for i in range(3):
+        one = fp8.replace(
+            **{k: getattr(fp8, k)[i : i + 1] for k in ("q", "block_table", "cache_seqlens")}
+        )
+        alone = run(one, deterministic="batch_invariant")
+        np.testing.assert_array_equal(alone[0][0], out[i])
+        np.testing.assert_array_equal(alone[1][0], lse[i])
+
+
+def test_vmap(rng: np.random.Generator) -> None:
+    """Over sequences that share the pool."""
+    fp8, _ = make_problem(rng, (70, 1, 0, 130), np.float32, h_q=2)
+    parts = [x.reshape(2, 2, *x.shape[1:]) for x in (fp8.q, fp8.block_table, fp8.cache_seqlens)]
+    attend = functools.partial(fm.flash_mla_with_kvcache, is_fp8_kvcache=True)
+    mapped = jax.jit(jax.vmap(attend, (0, None, 0, 0)))
+    for x, y in zip(mapped(parts[0], fp8.k_cache, *parts[1:]), run(fp8), strict=True):
+        np.testing.assert_array_equal(x.reshape(y.shape), y)
+
+
+def test_not_differentiable() -> None:
+    arrays = [jnp.asarray(GOOD[k]) for k in ("k_cache", "block_table", "cache_seqlens")]
+    attend = functools.partial(fm.flash_mla_with_kvcache, is_fp8_kvcache=True)
+    with pytest.raises(NotImplementedError, match="FP8|0.10"):
+        jax.grad(lambda q: attend(q, *arrays)[0].sum().astype(jnp.float32))(jnp.asarray(GOOD["q"]))
 
 
 def test_a_page_that_does_not_exist_gives_nan(rng: np.random.Generator) -> None:

@@ -90,9 +90,9 @@ constexpr Kernels kAmx{kAmxWorkspace, AttendWithAmx, Avx512<DType::kBF16>::Merge
 #endif
 
 template <DType D>
-const Kernels& BestKernels() {
+const Kernels& BestKernels(bool fp8_cache) {
 #if FLASHMLA_WITH_AMX
-  if (D == DType::kBF16 && HasAvx512() && HasAmx()) return kAmx;
+  if (D == DType::kBF16 && !fp8_cache && HasAvx512() && HasAmx()) return kAmx;
 #endif
 #if defined(__x86_64__)
   if (HasAvx512()) return Avx512<D>::kKernels;
@@ -101,14 +101,14 @@ const Kernels& BestKernels() {
   return Baseline<D>::kKernels;
 }
 
-const Kernels& BestKernels(DType dtype) {
-  switch (dtype) {
+const Kernels& BestKernels(const DenseDecodeParams& p) {
+  switch (p.dtype) {
     case DType::kBF16:
-      return BestKernels<DType::kBF16>();
+      return BestKernels<DType::kBF16>(p.fp8_cache);
     case DType::kF16:
-      return BestKernels<DType::kF16>();
+      return BestKernels<DType::kF16>(p.fp8_cache);
     default:
-      return BestKernels<DType::kF32>();
+      return BestKernels<DType::kF32>(p.fp8_cache);
   }
 }
 
@@ -226,7 +226,7 @@ void DecodeWith(const Kernels& kernels, const DenseDecodeParams& p, const Thread
 }  // namespace
 
 void DenseDecode(const DenseDecodeParams& p, const ThreadPool& pool) {
-  DecodeWith(BestKernels(p.dtype), p, pool);
+  DecodeWith(BestKernels(p), p, pool);
 }
 
 }  // namespace flashmla::cpu

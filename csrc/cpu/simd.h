@@ -47,6 +47,8 @@ template <int N>
 using Words = typename VectorOf<uint32_t, N>::type;
 template <int N>
 using Halves = typename VectorOf<uint16_t, N>::type;
+template <int N>
+using Octets = typename VectorOf<uint8_t, N>::type;
 
 // An element in memory.
 template <DType D>
@@ -119,6 +121,23 @@ FLASHMLA_INLINE Floats<N> LoadAs(const Element<D>* from) {
   }
 }
 
+// FP8 codes, without arithmetic on subnormal floats.
+template <int N>
+FLASHMLA_INLINE Floats<N> LoadE4m3(const uint8_t* from) {
+  Octets<N> codes;
+  std::memcpy(&codes, from, sizeof(codes));
+  const Words<N> bits = __builtin_convertvector(codes, Words<N>);
+  constexpr uint32_t kRebias = (127 - 7) << 23;
+  constexpr uint32_t kMinNormal = (127 - 6) << 23;
+  const Words<N> magnitude = bits & 0x7f;
+  const Words<N> normal = (magnitude << 20) + kRebias;
+  const Words<N> subnormal =
+      Bits<N>(FromBits<N>((magnitude << 20) + kMinNormal) - std::bit_cast<float>(kMinNormal));
+  Words<N> x = magnitude < 8 ? subnormal : normal;
+  x = magnitude < 0x7f ? x : Bits<N>(Broadcast<N>(kNan));
+  return FromBits<N>(x | ((bits & 0x80) << 24));
+}
+
 template <DType D, int N>
 FLASHMLA_INLINE void StoreAs(const Floats<N>& x, Element<D>* to) {
   if constexpr (D == DType::kF32) {
@@ -158,6 +177,13 @@ FLASHMLA_INLINE Floats<N> RoundProbability(const Floats<N>& p) {
       FromBits<N>((bits + (kUlp / 2 - 1) + ((bits >> kDropped) & 1)) & ~(kUlp - 1));
   if constexpr (D == DType::kBF16) return rounded;
   return p < 0x1p-14f ? (p + 0.5f) - 0.5f : rounded;  // half precision is coarser there
+}
+
+// A number, rounded to bfloat16 if D is that; NaN stays NaN.
+template <DType D, int N>
+FLASHMLA_INLINE Floats<N> Round(const Floats<N>& x) {
+  const Floats<N> rounded = RoundProbability<D == DType::kBF16 ? D : DType::kF32, N>(x);
+  return x == x ? rounded : x;
 }
 
 // --- Arithmetic ------------------------------------------------------------------------------

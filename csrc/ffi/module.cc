@@ -41,6 +41,8 @@ nb::dict BuildInfo() {
   info["page_size"] = kPageSize;
   info["head_dim"] = kHeadDim;
   info["head_dim_v"] = kHeadDimV;
+  info["fp8_tile"] = kFp8Tile;
+  info["fp8_token_bytes"] = kFp8TokenBytes;
   info["narrow_rows"] = kNarrowRows;
   info["row_tile"] = kRowTile;
   info["max_partitions"] = kMaxPartitions;

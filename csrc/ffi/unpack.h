@@ -52,9 +52,12 @@ inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
   if (q.dimensions().size() != 4 || q.dimensions()[3] != kHeadDim) {
     return bad("expected q [batch, s_q, h_q, 576], got " + Describe("q", q));
   }
+  p->fp8_cache = k_cache.element_type() == xffi::DataType::U8;
+  const int64_t token = p->fp8_cache ? kFp8TokenBytes : kHeadDim;
   if (k_cache.dimensions().size() != 4 || k_cache.dimensions()[1] != kPageSize ||
-      k_cache.dimensions()[3] != kHeadDim) {
-    return bad("expected k_cache [num_pages, 64, h_kv, 576], got " + Describe("k_cache", k_cache));
+      k_cache.dimensions()[3] != token) {
+    return bad("expected k_cache [num_pages, 64, h_kv, " + std::to_string(token) + "], got " +
+               Describe("k_cache", k_cache));
   }
   if (block_table.dimensions().size() != 2) {
     return bad("expected block_table [batch, max_pages_per_seq]");
@@ -66,10 +69,11 @@ inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
   p->h_kv = k_cache.dimensions()[2];
   p->max_pages_per_seq = block_table.dimensions()[1];
   const auto dtype = ToDType(q.element_type());
-  if (!dtype || k_cache.element_type() != q.element_type() ||
+  if (!dtype || (k_cache.element_type() != q.element_type() && !p->fp8_cache) ||
       out.element_type() != q.element_type()) {
     return bad("q, k_cache and out must share one of bfloat16, float16, float32");
   }
+  if (p->fp8_cache && *dtype == DType::kF16) return bad("float16 is not for FP8 caches");
   if (p->s_q < 1 || p->h_q < 1) {
     return bad("q must hold a token and a head, got " + Describe("q", q));
   }

@@ -51,27 +51,6 @@ def dense_decode(
     return out, lse
 
 
-def dense_decode_fp8(
-    q: jax.Array,
-    k_cache: jax.Array,
-    block_table: jax.Array,
-    cache_seqlens: jax.Array,
-    *,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """The same over an FP8 cache, by XLA."""
-    return reference.flash_mla_with_kvcache(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        dequantize=functools.partial(dequantize, dtype=q.dtype),
-    )
-
-
 # --- Abstract evaluation ---------------------------------------------------------------------
 
 
@@ -168,6 +147,10 @@ def _call_cuda(
     cuda_graph: bool,
 ) -> list[jax.Array]:
     q, k_cache, block_table, _ = operands
+    if _is_fp8(k_cache):  # no kernel yet
+        return _reference(
+            *operands, softmax_scale=softmax_scale, causal=causal, batch_invariant=batch_invariant
+        )
     if q.dtype == jnp.float32:
         raise NotImplementedError(
             "flash_mla_with_kvcache runs bfloat16 and float16 on GPUs, float32 on the CPU only; "
@@ -188,14 +171,22 @@ def _call_cuda(
 def _reference(
     *operands: jax.Array, softmax_scale: float, causal: bool, batch_invariant: bool, **_: Any
 ) -> list[jax.Array]:
+    q, k_cache = operands[:2]
     if batch_invariant:
         raise NotImplementedError(
-            'deterministic="batch_invariant" runs on Hopper GPUs and on CPUs; elsewhere '
-            "flash_mla_with_kvcache is jax.numpy, whose sums XLA orders as it likes."
+            'deterministic="batch_invariant" runs on CPUs and, but for FP8 caches, on Hopper GPUs; '
+            "elsewhere flash_mla_with_kvcache is jax.numpy, whose sums XLA orders as it likes."
         )
+    to_numbers = functools.partial(dequantize, dtype=q.dtype) if _is_fp8(k_cache) else None
     return list(
-        reference.flash_mla_with_kvcache(*operands, softmax_scale=softmax_scale, causal=causal)
+        reference.flash_mla_with_kvcache(
+            *operands, softmax_scale=softmax_scale, causal=causal, dequantize=to_numbers
+        )
     )
+
+
+def _is_fp8(k_cache: jax.Array) -> bool:
+    return k_cache.dtype == jnp.uint8
 
 
 _POOL, _TABLES = 1, (2,)  # which operands are the page pool, and pages of it
@@ -232,6 +223,10 @@ def _tangents(
     **_: Any,  # of the forward pass
 ) -> list[jax.Array]:
     q, k_cache = operand_tangents[:2]
+    if _is_fp8(operands[1]):
+        raise NotImplementedError(
+            "flash_mla_with_kvcache is not differentiable over FP8 caches: use one of numbers"
+        )
 
     def of_one(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, k_cache, table, lengths, out, lse, *tangents_of = arrays

@@ -111,6 +111,8 @@ def test_sizes_agree_with_the_compiled_module() -> None:
         layout.HEAD_DIM,
         layout.HEAD_DIM_V,
     )
+    assert info["fp8_tile"] == layout.FP8.tile
+    assert info["fp8_token_bytes"] == layout.FP8.token_bytes
     assert info["narrow_rows"] == dense_decode.NARROW_ROWS
     assert info["row_tile"] == dense_decode.ROW_TILE
     assert info["max_partitions"] == dense_decode.MAX_PARTITIONS

@@ -318,7 +318,8 @@ FLASHMLA_AMX inline void AttendWithAmx(const DenseDecodeParams& p, const Task& t
       const int64_t token = first + step * kAmxDepth;
       const int here = std::min(kAmxDepth, count - step * kAmxDepth);
       const int64_t index = IndexOfToken(p, task, token);
-      const auto* from = static_cast<const uint16_t*>(p.k_cache) + std::max<int64_t>(index, 0);
+      const auto* from =
+          static_cast<const uint16_t*>(p.k_cache) + std::max<int64_t>(index, 0) * kHeadDim;
       tokens[step] = index < 0 ? w.missing[0] : here < kAmxDepth ? w.cut[0] : from;
       strides[step] = tokens[step] == from ? p.h_kv * kHeadDim : kHeadDim;
       if (index < 0) {

@@ -31,14 +31,14 @@ inline int64_t EndOfRow(const DenseDecodeParams& p, int64_t length, int64_t row)
   return p.causal ? length - p.s_q + row / p.group() + 1 : length;
 }
 
-// Where token `token` of the task's sequence and head lies in the pool, in elements; -1 if its page
-// does not exist. The other tokens of its page lie h_kv * kHeadDim apart.
+// Which of the pool's tokens, each KV head's counted, is token `token` of the task's sequence and
+// head; -1 if its page does not exist. The other tokens of its page lie h_kv apart.
 inline int64_t IndexOfToken(const DenseDecodeParams& p, const Task& task, int64_t token) {
   const int64_t slot = token / kPageSize;
   if (slot >= p.max_pages_per_seq) return -1;
   const int64_t page = p.block_table[task.sequence * p.max_pages_per_seq + slot];
   if (page < 0 || page >= p.num_pages) return -1;
-  return ((page * kPageSize + token % kPageSize) * p.h_kv + task.head) * kHeadDim;
+  return (page * kPageSize + token % kPageSize) * p.h_kv + task.head;
 }
 
 // Uninitialised floats, aligned for any vector.

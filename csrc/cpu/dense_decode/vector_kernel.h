@@ -50,6 +50,23 @@ FLASHMLA_INLINE void LoadQueries(const DenseDecodeParams& p, const Task& task, f
   }
 }
 
+// The numbers of an FP8 token, rounded to the input dtype.
+template <DType D, int N>
+FLASHMLA_INLINE void Dequantize(const uint8_t* token, float* numbers) {
+  for (int tile = 0; tile < kHeadDimV; tile += kFp8Tile) {
+    float scale;
+    std::memcpy(&scale, token + kHeadDimV + tile / kFp8Tile * sizeof(scale), sizeof(scale));
+    for (int d = tile; d < tile + kFp8Tile; d += N) {
+      Store<N>(Round<D, N>(LoadE4m3<N>(token + d) * scale), numbers + d);
+    }
+  }
+  uint16_t rope[kHeadDim - kHeadDimV];
+  std::memcpy(rope, token + kFp8RopeOffset, sizeof(rope));
+  for (int d = 0; d < kHeadDim - kHeadDimV; d += N) {
+    Store<N>(LoadAs<DType::kBF16, N>(rope + d), numbers + kHeadDimV + d);
+  }
+}
+
 // Tokens [first, first + count) of the task's sequence, which lie in one page. The rest of the
 // block becomes zero, up to where the products in registers read it.
 template <DType D, int N>
@@ -58,8 +75,13 @@ FLASHMLA_INLINE void LoadKeys(const DenseDecodeParams& p, const Task& task, int6
   const int64_t index = IndexOfToken(p, task, first);
   if (index < 0) {
     std::fill_n(keys, count * kHeadDim, kNan);
+  } else if (p.fp8_cache) {
+    const auto* from = static_cast<const uint8_t*>(p.k_cache) + index * kFp8TokenBytes;
+    for (int token = 0; token < count; ++token, from += p.h_kv * kFp8TokenBytes) {
+      Dequantize<D, N>(from, keys + token * kHeadDim);
+    }
   } else {
-    const auto* from = static_cast<const Element<D>*>(p.k_cache) + index;
+    const auto* from = static_cast<const Element<D>*>(p.k_cache) + index * kHeadDim;
     for (int token = 0; token < count; ++token, from += p.h_kv * kHeadDim) {
       FLASHMLA_UNROLL
       for (int d = 0; d < kHeadDim; d += N) {
