@@ -104,7 +104,7 @@ def test_all_codes(rng: np.random.Generator) -> None:
         q = np.zeros((1, 256, 1, 576), dtype)
         q[0, :, 0, 512:] = rope
         table = np.arange(4, dtype=np.int32)[None]
-        out, _ = run(oracle.Problem(q, pages, table, np.int32([256])), softmax_scale=40.0)
+        out, _ = run(oracle.Problem(q, pages, table, np.int32([256])), softmax_scale=100.0)
         numbers = fp8_oracle.dequantize_656(pages)[..., :512].reshape(1, 256, 1, 512)
         np.testing.assert_array_equal(out, numbers.astype(dtype))
 
@@ -130,9 +130,8 @@ def test_batch_invariance(rng: np.random.Generator) -> None:
         return
     out, lse = run(fp8, deterministic="batch_invariant")
     for i in range(3):
-        one = fp8.replace(
-            **{k: getattr(fp8, k)[i : i + 1] for k in ("q", "block_table", "cache_seqlens")}
-        )
+        names = "q", "block_table", "cache_seqlens"
+        one = fp8.replace(**{name: getattr(fp8, name)[i : i + 1] for name in names})
         alone = run(one, deterministic="batch_invariant")
         np.testing.assert_array_equal(alone[0][0], out[i])
         np.testing.assert_array_equal(alone[1][0], lse[i])
@@ -151,7 +150,7 @@ def test_vmap(rng: np.random.Generator) -> None:
 def test_not_differentiable() -> None:
     arrays = [jnp.asarray(GOOD[k]) for k in ("k_cache", "block_table", "cache_seqlens")]
     attend = functools.partial(fm.flash_mla_with_kvcache, is_fp8_kvcache=True)
-    with pytest.raises(NotImplementedError, match="FP8|0.10"):
+    with pytest.raises(NotImplementedError, match=r"FP8|jax 0\.9"):
         jax.grad(lambda q: attend(q, *arrays)[0].sum().astype(jnp.float32))(jnp.asarray(GOOD["q"]))
 
 
