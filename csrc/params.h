@@ -87,6 +87,50 @@ struct DenseDecodeParams {
   }
 };
 
+// Tokens of 512 numbers in FP8 pages (sparse attention only): kFp8ApartCodes codes and the RoPE
+// part, token after token; behind those of all tokens of the page, kFp8ApartScaleBytes for each, a
+// scale in ue8m0 for each kFp8ApartTile codes. A token's value is all of it.
+inline constexpr int kFp8ApartDim = 512;
+inline constexpr int kFp8ApartTile = 64;
+inline constexpr int kFp8ApartScaleBytes = 8;
+inline constexpr int kFp8ApartCodes = kFp8ApartDim - (kHeadDim - kHeadDimV);
+inline constexpr int kFp8ApartDataBytes = kFp8ApartCodes + (kHeadDim - kHeadDimV) * 2;
+inline constexpr int kFp8ApartTokenBytes = kFp8ApartDataBytes + kFp8ApartScaleBytes;
+
+enum class TokenFormat { kNumbers, kFp8, kFp8Apart };
+
+// Tokens of a pool that query tokens name by their places, page * page_size + row.
+struct TokenScope {
+  int64_t num_pages;
+  int64_t page_size;
+  int64_t topk;
+
+  const void* pool;        // [num_pages, page_size, head_dim] in the call's format
+  const int32_t* indices;  // [batch, s_q, topk]; those outside the pool count as none
+  const int32_t* length;   // [batch]: how many of the leftmost count
+};
+
+// Attention of each query token to tokens that it names.
+struct SparseAttentionParams {
+  int64_t batch;
+  int64_t s_q;
+  int64_t h_q;
+  int head_dim;  // kHeadDim or kFp8ApartDim
+  float softmax_scale;
+  DType dtype;
+  TokenFormat format;
+
+  const void* q;           // [batch, s_q, h_q, head_dim]
+  TokenScope scopes[2];    // the second one may have no tokens
+  const float* attn_sink;  // [h_q]
+  void* out;               // [batch, s_q, h_q, kHeadDimV]
+  float* max_logits;       // [batch, h_q, s_q]
+  float* lse;              // [batch, h_q, s_q], natural logarithm
+
+  constexpr int64_t queries() const { return batch * s_q; }
+  constexpr int64_t listed() const { return scopes[0].topk + scopes[1].topk; }
+};
+
 inline constexpr int kAppendAlignment = 16;  // bytes
 
 struct CacheAppendParams {

@@ -23,8 +23,7 @@ from flashmla_jax.cache.layout import (
     as_bytes,
 )
 from flashmla_jax.ops.dense_decode import dense_decode
-from flashmla_jax.ops.sparse_decode import sparse_decode
-from flashmla_jax.ops.sparse_prefill import sparse_prefill
+from flashmla_jax.ops.sparse_attention import sparse_attention
 
 
 def get_mla_metadata(
@@ -125,8 +124,7 @@ def flash_mla_with_kvcache(
     named is not read. Of FP8 caches there is a second format, for queries of 512 numbers
     (`layout.FP8_512`), whose values are all of a token.
 
-    What has no kernel yet, XLA computes: sparse attention on every platform, and attention over FP8
-    caches on GPUs.
+    Neither has a kernel on GPUs yet: XLA computes them there.
 
     Args:
       q: [batch, s_q, h_q, 576] bfloat16, float16, or on the CPU float32: queries in latent space.
@@ -285,15 +283,18 @@ def _sparse_decode(
     if s_q < 1 or h_q < 1:
         raise ValueError(f"q must hold a token and a head, got shape {q.shape}")
     fmt = (FP8 if head_dim == HEAD_DIM else FP8_512) if is_fp8 else None
-    scopes = [_scope(q, fmt, "k_cache", "indices", "topk_length", *scope)]
+    named = _scope(q, fmt, "k_cache", "indices", "topk_length", *scope)
+    named_too = None
     if any(value is not None for value in extra):
         names = "extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length"
         for name, value in zip(names[:2], extra, strict=False):
             if value is None:
                 raise ValueError(f"{name} is missing: an extra cache needs its indices, and both")
-        scopes.append(_scope(q, fmt, *names, *extra))
+        named_too = _scope(q, fmt, *names, *extra)
     scale = head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale)
-    return sparse_decode(q, scopes, fmt, softmax_scale=scale, attn_sink=_sink(attn_sink, h_q))
+    sink = _sink(attn_sink, h_q)
+    out, _, lse = sparse_attention(q, named, named_too, softmax_scale=scale, attn_sink=sink)
+    return out, lse
 
 
 def _scope(
@@ -324,7 +325,7 @@ def _scope(
         length = array(length_name, length, "[batch]", dtype=jnp.int32)
         if length.shape != (batch,):
             raise ValueError(f"{length_name} must be [batch] with {batch=}, got {length.shape}")
-    return pool, indices, length
+    return pool if fmt is None else as_bytes(pool), indices, length
 
 
 def flash_mla_sparse_fwd(
@@ -342,7 +343,7 @@ def flash_mla_sparse_fwd(
     that is named twice counts twice. What is not named has no say, whatever it holds. A token that
     names none gives `out = 0` and -inf for the others. (FlashMLA gives `lse = +inf`.)
 
-    There is no kernel yet: XLA computes it, on every platform.
+    There is no kernel for GPUs yet: XLA computes it there.
 
     Args:
       q: [s_q, h_q, 576] or [s_q, h_q, 512] bfloat16, float16 or float32: queries in latent space.
@@ -382,15 +383,14 @@ def flash_mla_sparse_fwd(
             raise ValueError(f"topk_length must be [s_q] with {s_q=}, got {topk_length.shape}")
     if d_v != HEAD_DIM_V:
         raise ValueError(f"d_v must be 512, got {d_v}")
-    return sparse_prefill(
-        q,
-        kv[:, 0],
-        indices[:, 0],
-        topk_length,
+    # A batch of query tokens that share a pool whose pages are of one token.
+    out, max_logits, lse = sparse_attention(
+        q[:, None],
+        (kv[:, None], indices, topk_length),
         softmax_scale=_number("sm_scale", sm_scale),
         attn_sink=_sink(attn_sink, h_q),
-        head_dim_v=d_v,
     )
+    return out[:, 0], max_logits[..., 0], lse[..., 0]
 
 
 def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:

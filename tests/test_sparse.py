@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,12 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flashmla_jax as fm
+from flashmla_jax.ops import sparse_attention
+from flashmla_jax.ops.sparse_attention import sparse_attention_p
 
 BF16 = ml_dtypes.bfloat16
 OUTSIDE = np.array([-1, -(2**31), 2**31 - 1, -64, 123_456_789])
@@ -192,6 +197,121 @@ def test_prefill_matches_float64(
             oracle.Expected(expected.out[None], expected.lse.T[None], expected.spread[None]),
         )
         np.testing.assert_allclose(max_logits, expected.max_logits, rtol=1e-4, atol=1e-4)
+
+
+def make_calls(rng: np.random.Generator, fmt: str = "f32") -> tuple[np.ndarray, Scope, Scope]:
+    q = rng.standard_normal((4, 2, 6, 576), np.float32)
+    scope = Scope(rng, 576, fmt, (4, 2, 90), 64)
+    extra = Scope(rng, 576, fmt, (4, 2, 11), 5)
+    return q, scope, extra
+
+
+def attend(
+    q: Any, pool: Any, indices: Any, extra_pool: Any, extra_indices: Any, sink: Any, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    return fm.flash_mla_with_kvcache(
+        *(q, pool, None, None),
+        indices=indices,
+        attn_sink=sink,
+        extra_k_cache=extra_pool,
+        extra_indices_in_kvcache=extra_indices,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("fmt", ["f32", "fp8 in f32"])
+def test_the_reference(rng: np.random.Generator, fmt: str) -> None:
+    """What runs where there is no kernel."""
+    q, scope, extra = make_calls(rng, fmt)
+    counted = np.array([90, 3, 0, 77], np.int32)
+    few = np.array([0, 11, 5, 2], np.int32)
+    sink = rng.standard_normal(6).astype(np.float32)
+    operands = q, scope.pool, scope.indices, counted, extra.pool, extra.indices, few, sink
+    expected = sparse_attention_p.bind(*map(jnp.asarray, operands), softmax_scale=0.1, mapped=())
+    by_xla = jax.jit(functools.partial(sparse_attention._reference, softmax_scale=0.1))
+    for x, y in zip(by_xla(*operands), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+def test_vmap(rng: np.random.Generator) -> None:
+    q, scope, extra = make_calls(rng)
+    sinks = rng.standard_normal((2, 6)).astype(np.float32)
+    pools = scope.pool, extra.pool
+    halves = [x.reshape(2, 2, *x.shape[1:]) for x in (q, scope.indices, extra.indices)]
+    flat = q, pools[0], scope.indices, pools[1], extra.indices, sinks[0]
+
+    shared = jax.jit(jax.vmap(attend, (0, None, 0, None, 0, None)))
+    out, lse = shared(halves[0], pools[0], halves[1], pools[1], halves[2], sinks[0])
+    for x, y in zip((out, lse), attend(*flat), strict=True):
+        np.testing.assert_array_equal(x.reshape(y.shape), y)
+
+    # A pool and a sink for each.
+    others = np.stack([pools[0], pools[0] * 2])
+    own = jax.jit(jax.vmap(attend, (0, 0, 0, None, 0, 0)))
+    out, lse = own(halves[0], others, halves[1], pools[1], halves[2], sinks)
+    for i in range(2):
+        args = halves[0][i], others[i], halves[1][i], pools[1], halves[2][i], sinks[i]
+        for x, y in zip((out[i], lse[i]), attend(*args), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_gradients(rng: np.random.Generator) -> None:
+    """Against those of the definition, written out."""
+    if jax.__version_info__ < (0, 10):
+        pytest.skip("needs jax 0.10")
+    q, scope, extra = make_calls(rng)
+    pool, extra_pool = (np.nan_to_num(x.pool) for x in (scope, extra))
+    sink = rng.standard_normal(6).astype(np.float32)
+    weights = rng.standard_normal((4, 2, 6, 512)).astype(np.float32)
+
+    def loss(q: Any, pool: Any, extra_pool: Any, sink: Any) -> jax.Array:
+        out, lse = attend(q, pool, scope.indices, extra_pool, extra.indices, sink)
+        return jnp.sum(out * weights) + jnp.sum(jnp.sin(lse))
+
+    def written_out(q: Any, pool: Any, extra_pool: Any, sink: Any) -> jax.Array:
+        tokens, exists = [], []
+        for x, indices in ((pool, scope.indices), (extra_pool, extra.indices)):
+            size = x.shape[0] * x.shape[1]
+            is_token = (indices >= 0) & (indices < size)
+            tokens.append(x.reshape(size, 576)[np.where(is_token, indices, 0)])
+            exists.append(is_token)
+        k, visible = jnp.concatenate(tokens, 2), np.concatenate(exists, 2)
+        scores = jnp.einsum("bshd,bstd->bsht", q, k, precision="highest") * 576**-0.5
+        scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        p = jnp.exp(scores - jnp.logaddexp(lse, sink)[..., None])
+        out = jnp.einsum("bsht,bstd->bshd", p, k[..., :512], precision="highest")
+        return jnp.sum(out * weights) + jnp.sum(jnp.sin(lse))
+
+    arguments = q, pool, extra_pool, sink
+    actual = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
+    expected = jax.jit(jax.grad(written_out, (0, 1, 2, 3)))(*arguments)
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4 * float(np.abs(y).max()))
+
+
+@pytest.mark.parametrize("axes", [("batch", None), (None, "heads"), ("batch", "heads")], ids=str)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_sharded(rng: np.random.Generator, axes: Any, explicit: bool) -> None:
+    """Over devices: each has its sequences, or its heads, and the pools."""
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(kind, kind))
+    q, scope, extra = make_calls(rng)
+    sink = rng.standard_normal(6).astype(np.float32)
+    batch, heads = axes
+    specs = P(batch, None, heads), P(), P(batch), P(), P(batch), P(heads)
+    arrays = q, scope.pool, scope.indices, extra.pool, extra.indices, sink
+    expected = attend(*arrays)
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+    program = jax.jit(attend)
+    text = program.lower(*placed).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" not in text
+    assert text.count('custom_call_target="flashmla_sparse_attention') == 1
+    for x, y in zip(program(*placed), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_nobody_and_nothing() -> None:

@@ -14,12 +14,15 @@ inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v2";
 // The same on a GPU, but never recorded in CUDA graphs.
 inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
 inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";
+// On the CPU only.
+inline constexpr char kSparseAttentionTarget[] = "flashmla_sparse_attention_v1";
 // On a GPU only.
-inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v1";
+inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v2";
 
 extern "C" {
 XLA_FFI_Error* DenseDecodeCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* SparseAttentionCpu(XLA_FFI_CallFrame* call_frame);
 #if FLASHMLA_WITH_CUDA
 XLA_FFI_Error* DenseDecodeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCuda(XLA_FFI_CallFrame* call_frame);

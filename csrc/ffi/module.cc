@@ -22,6 +22,7 @@ nb::dict Registrations() {
   nb::dict cpu;
   cpu[ffi::kDenseDecodeTarget] = Capsule(ffi::DenseDecodeCpu);
   cpu[ffi::kCacheAppendTarget] = Capsule(ffi::CacheAppendCpu);
+  cpu[ffi::kSparseAttentionTarget] = Capsule(ffi::SparseAttentionCpu);
   nb::dict all;
   all["cpu"] = cpu;
 #if FLASHMLA_WITH_CUDA
@@ -43,6 +44,8 @@ nb::dict BuildInfo() {
   info["head_dim_v"] = kHeadDimV;
   info["fp8_tile"] = kFp8Tile;
   info["fp8_token_bytes"] = kFp8TokenBytes;
+  info["fp8_512_tile"] = kFp8ApartTile;
+  info["fp8_512_token_bytes"] = kFp8ApartTokenBytes;
   info["narrow_rows"] = kNarrowRows;
   info["row_tile"] = kRowTile;
   info["max_partitions"] = kMaxPartitions;

@@ -157,4 +157,82 @@ inline xffi::Error Unpack(xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
   return xffi::Error::Success();
 }
 
+// A pool of a sparse attention call, and what is read of it.
+inline xffi::Error Unpack(xffi::AnyBuffer pool, xffi::Buffer<xffi::S32> indices,
+                          xffi::Buffer<xffi::S32> length, const SparseAttentionParams& p,
+                          TokenFormat* format, TokenScope* scope) {
+  const auto bad = [](const std::string& what) {
+    return xffi::Error::InvalidArgument(std::string(kSparseAttentionTarget) + ": " + what);
+  };
+  const auto dims = pool.dimensions();
+  const bool is_fp8 = pool.element_type() == xffi::DataType::U8;
+  const bool apart = is_fp8 && p.head_dim == kFp8ApartDim;
+  const int64_t token = apart ? kFp8ApartTokenBytes : is_fp8 ? kFp8TokenBytes : p.head_dim;
+  if (dims.size() != 4 || dims[1] < 1 || dims[2] != 1 || dims[3] != token) {
+    return bad("expected pools [num_pages, page_size, 1, " + std::to_string(token) + "], got " +
+               Describe("k_cache", pool));
+  }
+  if (!is_fp8 && ToDType(pool.element_type()) != p.dtype) {
+    return bad("q and pools must share one of bfloat16, float16, float32");
+  }
+  if (is_fp8 && p.dtype == DType::kF16) return bad("float16 is not for FP8 caches");
+  const auto listed = indices.dimensions();
+  if (listed.size() != 3 || listed[0] != p.batch || listed[1] != p.s_q ||
+      length.dimensions().size() != 1 || length.dimensions()[0] != p.batch) {
+    return bad("expected indices [batch, s_q, topk] and a length [batch]");
+  }
+  *format = apart ? TokenFormat::kFp8Apart : is_fp8 ? TokenFormat::kFp8 : TokenFormat::kNumbers;
+  *scope = {
+      dims[0], dims[1], listed[2], pool.untyped_data(), indices.typed_data(), length.typed_data()};
+  return xffi::Error::Success();
+}
+
+// All of such a call.
+inline xffi::Error Unpack(xffi::AnyBuffer q, const xffi::AnyBuffer (&pools)[2],
+                          const xffi::Buffer<xffi::S32> (&indices)[2],
+                          const xffi::Buffer<xffi::S32> (&lengths)[2],
+                          xffi::Buffer<xffi::F32> attn_sink, xffi::AnyBuffer out,
+                          xffi::Buffer<xffi::F32> max_logits, xffi::Buffer<xffi::F32> lse,
+                          SparseAttentionParams* p) {
+  const auto bad = [](const std::string& what) {
+    return xffi::Error::InvalidArgument(std::string(kSparseAttentionTarget) + ": " + what);
+  };
+  const auto dims = q.dimensions();
+  const auto dtype = ToDType(q.element_type());
+  if (dims.size() != 4 || (dims[3] != kHeadDim && dims[3] != kFp8ApartDim) || dims[1] < 1 ||
+      dims[2] < 1 || !dtype) {
+    return bad("expected q [batch, s_q, h_q, 576 or 512], got " + Describe("q", q));
+  }
+  p->batch = dims[0];
+  p->s_q = dims[1];
+  p->h_q = dims[2];
+  p->head_dim = static_cast<int>(dims[3]);
+  p->dtype = *dtype;
+  TokenFormat formats[2];
+  for (int i = 0; i < 2; ++i) {
+    auto error = Unpack(pools[i], indices[i], lengths[i], *p, &formats[i], &p->scopes[i]);
+    if (error.failure()) return error;
+  }
+  if (formats[0] != formats[1]) return bad("both pools must have one format");
+  p->format = formats[0];
+  const auto is_per_row = [&](const xffi::Buffer<xffi::F32>& buffer) {
+    const auto d = buffer.dimensions();
+    return d.size() == 3 && d[0] == p->batch && d[1] == p->h_q && d[2] == p->s_q;
+  };
+  if (out.element_type() != q.element_type() ||
+      !HasShape(out, {p->batch, p->s_q, p->h_q, kHeadDimV}) || !is_per_row(max_logits) ||
+      !is_per_row(lse)) {
+    return bad("expected out [batch, s_q, h_q, 512] like q, max_logits and lse [batch, h_q, s_q]");
+  }
+  if (attn_sink.dimensions().size() != 1 || attn_sink.dimensions()[0] != p->h_q) {
+    return bad("expected attn_sink [h_q]");
+  }
+  p->q = q.untyped_data();
+  p->attn_sink = attn_sink.typed_data();
+  p->out = out.untyped_data();
+  p->max_logits = max_logits.typed_data();
+  p->lse = lse.typed_data();
+  return xffi::Error::Success();
+}
+
 }  // namespace flashmla::ffi

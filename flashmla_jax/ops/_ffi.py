@@ -43,9 +43,17 @@ CACHE_APPEND: Final = "flashmla_cache_append_v2"
 # The same on a GPU, but never recorded in CUDA graphs.
 DENSE_DECODE_NO_GRAPH: Final = "flashmla_dense_decode_no_graph_v1"
 CACHE_APPEND_NO_GRAPH: Final = "flashmla_cache_append_no_graph_v2"
+# On the CPU only.
+SPARSE_ATTENTION: Final = "flashmla_sparse_attention_v1"
 # Of models.few_tokens, on a GPU only.
-FEW_TOKENS: Final = "flashmla_few_tokens_v1"
-TARGETS: Final = (DENSE_DECODE, CACHE_APPEND, DENSE_DECODE_NO_GRAPH, CACHE_APPEND_NO_GRAPH)
+FEW_TOKENS: Final = "flashmla_few_tokens_v2"
+TARGETS: Final = (
+    DENSE_DECODE,
+    CACHE_APPEND,
+    SPARSE_ATTENTION,
+    DENSE_DECODE_NO_GRAPH,
+    CACHE_APPEND_NO_GRAPH,
+)
 
 
 def _register_targets() -> frozenset[str]:

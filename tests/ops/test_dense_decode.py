@@ -113,6 +113,8 @@ def test_sizes_agree_with_the_compiled_module() -> None:
     )
     assert info["fp8_tile"] == layout.FP8.tile
     assert info["fp8_token_bytes"] == layout.FP8.token_bytes
+    assert info["fp8_512_tile"] == layout.FP8_512.tile
+    assert info["fp8_512_token_bytes"] == layout.FP8_512.token_bytes
     assert info["narrow_rows"] == dense_decode.NARROW_ROWS
     assert info["row_tile"] == dense_decode.ROW_TILE
     assert info["max_partitions"] == dense_decode.MAX_PARTITIONS
