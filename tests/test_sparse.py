@@ -13,8 +13,6 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import flashmla_jax as fm
 from flashmla_jax.ops import sparse_attention
@@ -288,30 +286,6 @@ def test_gradients(rng: np.random.Generator) -> None:
     expected = jax.jit(jax.grad(written_out, (0, 1, 2, 3)))(*arguments)
     for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4 * float(np.abs(y).max()))
-
-
-@pytest.mark.parametrize("axes", [("batch", None), (None, "heads"), ("batch", "heads")], ids=str)
-@pytest.mark.parametrize("explicit", [False, True])
-def test_sharded(rng: np.random.Generator, axes: Any, explicit: bool) -> None:
-    """Over devices: each has its sequences, or its heads, and the pools."""
-    if jax.device_count() < 4:
-        pytest.skip("needs four devices")
-    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(kind, kind))
-    q, scope, extra = make_calls(rng)
-    sink = rng.standard_normal(6).astype(np.float32)
-    batch, heads = axes
-    specs = P(batch, None, heads), P(), P(batch), P(), P(batch), P(heads)
-    arrays = q, scope.pool, scope.indices, extra.pool, extra.indices, sink
-    expected = attend(*arrays)
-    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
-    program = jax.jit(attend)
-    text = program.lower(*placed).compile().as_text()
-    assert "all-gather" not in text
-    assert "all-reduce" not in text
-    assert text.count('custom_call_target="flashmla_sparse_attention') == 1
-    for x, y in zip(program(*placed), expected, strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def test_nobody_and_nothing() -> None:

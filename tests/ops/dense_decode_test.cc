@@ -258,13 +258,13 @@ void CheckKernels(const Kernels& kernels, const char* name, bool quick) {
       for (const bool causal : {false, true}) {
         Problem x = MakeProblem<D>(some, s_q, h_q, h_kv, causal);
         const ThreadPool alone{1, nullptr};
-        DecodeWith(kernels, x.p, alone);
+        RunCall(kernels, x.p, alone);
         CheckResult(x, name, some[0] > 1000 || h_q > 100 || quick ? 61 : 5);
         const auto expected = x.out;
         const auto expected_lse = x.lse;
         const auto check_same = [&](const ThreadPool& pool, const char* kind) {
           std::fill(x.out.begin(), x.out.end(), 0x55);
-          DecodeWith(kernels, x.p, pool);
+          RunCall(kernels, x.p, pool);
           CHECK(x.out == expected, "%s: other bits from %s\n", name, kind);
           CHECK(!std::memcmp(x.lse.data(), expected_lse.data(), x.lse.size() * sizeof(float)),
                 "%s: other lse bits from %s\n", name, kind);
