@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import model, report
+from benchmarks import accuracy, model, report
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def test_example(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/kernel.md", "docs/scaling.md"]
+    "document", ["README.md", "CONTRIBUTING.md", "docs/fp8.md", "docs/kernel.md", "docs/scaling.md"]
 )
 def test_commands_and_paths_exist(document: str) -> None:
     text = (ROOT / document).read_text()
@@ -48,6 +48,11 @@ def test_commands_and_paths_exist(document: str) -> None:
     assert paths
     for path in paths - {"build/site"}:
         assert (ROOT / path).exists() or (ROOT / "flashmla_jax" / path).exists(), path
+
+
+def test_figures_of_fp8_caches() -> None:
+    record = json.loads((RESULTS / "accuracy.json").read_text())
+    assert accuracy.markdown(record) in (ROOT / "docs" / "fp8.md").read_text()
 
 
 def test_figures_of_a_model() -> None:
