@@ -39,7 +39,7 @@ def tokens_of(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def errors(kind: str, cache: str, seed: int) -> dict[str, Any]:
-    """A row of the record: of out relative to its norm; of lse the root mean square and the most."""
+    """A row of the record: of out, by its norm; of lse, the root mean square and the most."""
     rng = np.random.default_rng(seed)
     kv = jnp.asarray(tokens_of(kind, rng), jnp.bfloat16)
     q = jnp.asarray(rng.standard_normal((SEQUENCES, 1, HEADS, layout.HEAD_DIM)), jnp.bfloat16)
