@@ -285,6 +285,7 @@ class Engine:
                     # Drafts have a place there too before they are found wrong.
                     max_pages_per_seq=_pages_for(max_seqlen - 1 + draft),
                     dtype=embedding.dtype if cache_dtype is None else cache_dtype,
+                    index_head_dim=config.index_head_dim,
                 ),
                 _Newest(
                     tokens=jnp.zeros(slots, jnp.int32),
@@ -940,7 +941,7 @@ def _look_ahead(
                 copy_from=cache.copy_from if i == 1 else jnp.full_like(cache.copy_from, -1),
             )
             hidden, view = deepseek.mtp_decode(params, config, hidden, drafts[:, -1:], view)
-            cache = dataclasses.replace(cache, pages=view.pages)
+            cache = dataclasses.replace(cache, pages=view.pages, index_pages=view.index_pages)
         guess = jnp.argmax(deepseek.head(params, config, hidden), axis=-1).astype(jnp.int32)
         drafts = jnp.concatenate([drafts, guess], axis=1)
     return drafts, cache

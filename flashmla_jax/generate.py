@@ -432,6 +432,7 @@ def _make_cache(
         batch=len(lengths),
         max_pages_per_seq=_round_up(int(pages.max())),
         dtype=params["embed_tokens"]["embedding"].dtype if dtype is None else dtype,
+        index_head_dim=config.index_head_dim,
     )
 
 

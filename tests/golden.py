@@ -25,6 +25,8 @@ class Golden(NamedTuple):
     prefill: np.ndarray
     decode: np.ndarray
     latents: np.ndarray
+    index_keys: np.ndarray | None = None
+    selected: np.ndarray | None = None
 
     def cache(self, batch: int = 2, num_pages: int = 3) -> PagedKVCache:
         return PagedKVCache.create(
@@ -33,6 +35,7 @@ class Golden(NamedTuple):
             batch=batch,
             max_pages_per_seq=2,
             dtype=self.params["embed_tokens"]["embedding"].dtype,
+            index_head_dim=self.config.index_head_dim,
         )
 
 

@@ -36,7 +36,7 @@ import numpy as np
 from jax.export import is_symbolic_dim, register_pytree_node_serialization
 
 from flashmla_jax._checks import fewer
-from flashmla_jax.cache import layout
+from flashmla_jax.cache import index_keys, layout
 from flashmla_jax.cache.layout import DTYPES, HEAD_DIM, PAGE_SIZE
 from flashmla_jax.ops import _sharding
 from flashmla_jax.ops.cache_append import cache_append
@@ -68,6 +68,10 @@ class PagedKVCache:
       copy_from: int32[batch], the page whose tokens come before the new ones in theirs, from which
         `append` copies them; -1 if they are there already.
       high_water: int32[], the most pages that were ever in use.
+      index_pages: per layer, [num_pages, PAGE_SIZE, 1, index_head_dim]: the keys by which indexers
+        choose tokens (DeepSeek sparse attention), in the same places as these; or one for all
+        layers, as `pages` are. In FP8, uint8[..., index_head_dim + 16], see `cache.index_keys`.
+        Empty for models without.
     """
 
     pages: tuple[jax.Array, ...]
@@ -78,6 +82,7 @@ class PagedKVCache:
     num_new: jax.Array
     copy_from: jax.Array
     high_water: jax.Array
+    index_pages: tuple[jax.Array, ...] = ()
 
     @classmethod
     def create(
@@ -90,6 +95,8 @@ class PagedKVCache:
         dtype: Any = jnp.bfloat16,
         num_kv_heads: int = 1,
         one_pool: bool = False,
+        index_head_dim: int = 0,
+        index_dtype: Any = None,
     ) -> PagedKVCache:
         """An empty cache.
 
@@ -105,6 +112,8 @@ class PagedKVCache:
           num_kv_heads: KV heads per token; 1 for the DeepSeek models.
           one_pool: whether all layers' pages are in one array, so that `layer` may be an array in
             `append`, `at_layer` and `gather`. By default each layer has its own.
+          index_head_dim: numbers of an indexer's key; 0 for models without.
+          index_dtype: of these keys, see `cache.index_keys`; as `dtype` by default.
 
         Raises:
           ValueError: for a size below 1 (below 0 for `batch`), another dtype, or a sequence that
@@ -119,8 +128,9 @@ class PagedKVCache:
         for name, size in sizes.items():
             if fewer(size, 1):
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if fewer(batch, 0):
-            raise ValueError(f"batch must not be negative, got {batch}")
+        for name, size in {"batch": batch, "index_head_dim": index_head_dim}.items():
+            if fewer(size, 0):
+                raise ValueError(f"{name} must not be negative, got {size}")
         if not is_symbolic_dim(max_pages_per_seq) and max_pages_per_seq * PAGE_SIZE > _INT32_MAX:
             raise ValueError(
                 f"a sequence of {max_pages_per_seq=} pages of {PAGE_SIZE} tokens is longer than "
@@ -134,6 +144,8 @@ class PagedKVCache:
         pools, per_pool = (1, num_layers) if one_pool else (num_layers, 1)
         token = layout.FP8.token_bytes if is_fp8 else HEAD_DIM
         shape = (per_pool * num_pages, PAGE_SIZE, num_kv_heads, token)
+        index_shape = (per_pool * num_pages, PAGE_SIZE, 1)
+        index_dtype = dtype if index_dtype is None else index_dtype
         return cls(
             pages=tuple(jnp.zeros(shape, jnp.uint8 if is_fp8 else dtype) for _ in range(pools)),
             block_table=jnp.full((batch, max_pages_per_seq), -1, jnp.int32),
@@ -143,6 +155,10 @@ class PagedKVCache:
             num_new=jnp.zeros(batch, jnp.int32),
             copy_from=jnp.full(batch, -1, jnp.int32),
             high_water=jnp.int32(0),
+            index_pages=tuple(
+                index_keys.zeros(index_shape, index_head_dim, index_dtype)
+                for _ in range(pools if index_head_dim else 0)
+            ),
         )
 
     @property
@@ -193,7 +209,13 @@ class PagedKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the pools of all layers."""
-        return sum(pool.size * pool.dtype.itemsize for pool in self.pages)
+        pools = self.pages + self.index_pages
+        return sum(pool.size * pool.dtype.itemsize for pool in pools)
+
+    @property
+    def index_head_dim(self) -> int:
+        """Numbers of an indexer's key; 0 if the cache has none."""
+        return index_keys.head_dim_of(self.index_pages[0]) if self.index_pages else 0
 
     @property
     def num_used(self) -> jax.Array:
@@ -281,6 +303,42 @@ class PagedKVCache:
         )
         return self._with_pool(layer, pool)
 
+    def append_index(
+        self, layer: int | jax.Array, keys: jax.Array, *, cuda_graph: bool = True
+    ) -> PagedKVCache:
+        """Writes one layer's new index keys, as `append` writes its tokens; besides it.
+
+        Args:
+          layer: which layer, see `at_layer`.
+          keys: [batch, s, index_head_dim], with `s >= max(num_new)`; they are rounded to what the
+            pool holds.
+          cuda_graph: see `flash_mla_with_kvcache`.
+
+        Returns:
+          The cache with this layer's pool of index keys updated.
+
+        Raises:
+          ValueError: for keys that the cache has no place for.
+        """
+        batch, index_head_dim = self.batch, self.index_head_dim
+        wanted = (batch, index_head_dim)
+        if not self.index_pages or keys.ndim != 3 or (keys.shape[0], keys.shape[2]) != wanted:
+            raise ValueError(
+                f"keys must be [batch, s, index_head_dim] with {batch=} and {index_head_dim=}, got "
+                f"shape {keys.shape}"
+            )
+        view = self.at_layer(layer)
+        pool = cache_append(
+            view.index_pages[0],
+            index_keys.pack(keys, view.index_pages[0].dtype)[:, :, None],
+            view.block_table,
+            view.cache_seqlens - view.num_new,
+            view.num_new,
+            view.copy_from,
+            cuda_graph=cuda_graph,
+        )
+        return self._with_index_pool(layer, pool)
+
     def at_layer(self, layer: int | jax.Array) -> PagedKVCache:
         """What one layer reads: its pool alone, and tables with the numbers of its pages there.
 
@@ -306,7 +364,8 @@ class PagedKVCache:
                 "needs one pool for all layers (create(..., one_pool=True))"
             )
         if len(self.pages) > 1:
-            return dataclasses.replace(self, pages=(self.pages[layer],))
+            index_pages = self.index_pages[layer : layer + 1]
+            return dataclasses.replace(self, pages=(self.pages[layer],), index_pages=index_pages)
         if self.num_layers == 1:
             return self
 
@@ -457,15 +516,19 @@ class PagedKVCache:
 
         For debugging, outside `jit`: the arrays of integers are read on the host.
         """
-        broken = _broken_invariants(jax.device_get(dataclasses.replace(self, pages=())))
+        books = dataclasses.replace(self, pages=(), index_pages=())
+        broken = _broken_invariants(jax.device_get(books))
         if broken:
             raise RuntimeError("the cache is corrupt: " + "; ".join(broken))
 
     def _with_pool(self, layer: int | jax.Array, pool: jax.Array) -> PagedKVCache:
         """The cache with `pool` in place of `at_layer(layer).pages[0]`."""
-        pages = list(self.pages)
-        pages[0 if len(pages) == 1 else int(layer)] = pool
-        return dataclasses.replace(self, pages=tuple(pages))
+        return dataclasses.replace(self, pages=_replaced(self.pages, layer, pool))
+
+    def _with_index_pool(self, layer: int | jax.Array, pool: jax.Array) -> PagedKVCache:
+        """The cache with `pool` in place of `at_layer(layer).index_pages[0]`."""
+        index_pages = _replaced(self.index_pages, layer, pool)
+        return dataclasses.replace(self, index_pages=index_pages)
 
     def _per_sequence(
         self, name: str, value: jax.typing.ArrayLike, dtype: Any = jnp.integer
@@ -496,7 +559,7 @@ class PagedKVCache:
         Pages are counted over all sequences: on explicit meshes the sums over sharded ones are
         left to XLA. A function that refuses also returns a bool[batch].
         """
-        books = dataclasses.replace(self, pages=())
+        books = dataclasses.replace(self, pages=(), index_pages=())
         like = (books, self.num_new) if refuses else (books,)
 
         def apply(*args: Any) -> Any:
@@ -506,8 +569,16 @@ class PagedKVCache:
             return jax.lax.optimization_barrier(results if refuses else (results,))
 
         changed, *ok = _sharding.auto(apply, like)(books, *arguments)
-        changed = dataclasses.replace(changed, pages=self.pages)
+        changed = dataclasses.replace(changed, pages=self.pages, index_pages=self.index_pages)
         return (changed, *ok) if refuses else changed
+
+
+def _replaced(
+    pools: tuple[jax.Array, ...], layer: int | jax.Array, pool: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The pools with `pool` in place of a layer's, or of the one for all layers."""
+    number = 0 if len(pools) == 1 else int(layer)
+    return (*pools[:number], pool, *pools[number + 1 :])
 
 
 class CacheStats(NamedTuple):
@@ -769,7 +840,8 @@ _FIELDS = " ".join(field.name for field in dataclasses.fields(PagedKVCache))
 
 
 def _check_fields(data: bytes | bytearray) -> tuple[()]:
-    if bytes(data).decode() != _FIELDS:
+    # Programs from before there were index keys have none: the last field is empty.
+    if bytes(data).decode() not in (_FIELDS, _FIELDS.removesuffix(" index_pages")):
         raise ValueError(
             f"the program was exported with a PagedKVCache of the fields {bytes(data).decode()!r}, "
             f"and this one has {_FIELDS!r}: export it again"
@@ -782,4 +854,5 @@ register_pytree_node_serialization(
     serialized_name="flashmla_jax.PagedKVCache",
     serialize_auxdata=lambda _: _FIELDS.encode(),
     deserialize_auxdata=_check_fields,
+    from_children=lambda _, children: PagedKVCache(*children),
 )

@@ -15,7 +15,7 @@ import functools
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ class Snapshot:
     Attributes:
       tokens: per sequence, [num_layers, seqlen, num_kv_heads, HEAD_DIM] in the cache's dtype; of
         FP8 caches, their bytes.
+      index_keys: per sequence, [num_layers, seqlen, 1, any], as they lie in the pools of index
+        keys, if the cache has them.
     """
 
     tokens: tuple[np.ndarray, ...]
+    index_keys: tuple[np.ndarray, ...] = ()
 
     @property
     def seqlens(self) -> tuple[int, ...]:
@@ -49,7 +52,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of all tokens."""
-        return sum(x.nbytes for x in self.tokens)
+        return sum(x.nbytes for x in self.tokens + self.index_keys)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file, which is there in whole or not at all: NumPy's `.npz`, of plain bytes."""
@@ -57,6 +60,9 @@ class Snapshot:
         # NumPy's files know no bfloat16: the bytes are written, and beside them what they mean.
         arrays = {f"tokens_{i}": _bytes_of(x) for i, x in enumerate(self.tokens)}
         dtype = self.tokens[0].dtype.name if self.tokens else ""
+        if self.index_keys:
+            arrays["index_dtype"] = np.array(self.index_keys[0].dtype.name)
+            arrays |= {f"index_keys_{i}": _bytes_of(x) for i, x in enumerate(self.index_keys)}
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
                 np.savez(file, format=np.array(_FORMAT), dtype=np.array(dtype), **arrays)
@@ -78,14 +84,24 @@ class Snapshot:
             with np.load(path, allow_pickle=False) as file:
                 if str(file["format"]) != _FORMAT:
                     raise ValueError(f"{path} is of another format: {file['format']}")
-                dtypes = map(jnp.dtype, (*DTYPES, jnp.uint8))
-                dtype = next((x for x in dtypes if x.name == file["dtype"]), None)
-                tokens = [file[f"tokens_{i}"] for i in range(len(file.files) - 2)]
+                tokens = _read_arrays(file, "tokens", str(file["dtype"]))
+                index_keys: tuple[np.ndarray, ...] = ()
+                if "index_dtype" in file:
+                    index_keys = _read_arrays(file, "index_keys", str(file["index_dtype"]))
+                    if len(index_keys) != len(tokens):
+                        raise ValueError("index keys are missing")
         except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
             raise ValueError(f"{path} is not a snapshot of a cache: {error}") from error
-        if tokens and dtype is None:
-            raise ValueError(f"{path} is not a snapshot of a cache: its dtype is unknown")
-        return cls(tuple(x.view(dtype) for x in tokens))
+        return cls(tokens, index_keys)
+
+
+def _read_arrays(file: Mapping[str, np.ndarray], name: str, dtype: str) -> tuple[np.ndarray, ...]:
+    """The arrays `name`_0, `name`_1, ... of a file, whose bytes are numbers of `dtype`."""
+    count = sum(x.startswith(f"{name}_") for x in file)
+    known = {x.name: x for x in map(jnp.dtype, (*DTYPES, jnp.uint8))}
+    if count and dtype not in known:
+        raise ValueError("its dtype is unknown")
+    return tuple(file[f"{name}_{i}"].view(known[dtype]) for i in range(count))
 
 
 def snapshot(cache: PagedKVCache, sequences: Sequence[int]) -> Snapshot:
@@ -101,17 +117,22 @@ def snapshot(cache: PagedKVCache, sequences: Sequence[int]) -> Snapshot:
     sequences = _checked(cache, sequences)
     seqlens = np.asarray(cache.cache_seqlens)
     tables = _block_tables(cache)
-    tokens = []
-    for i in sequences:
+
+    def read(i: int, pools: Sequence[jax.Array]) -> np.ndarray:
         length = int(seqlens[i])
-        pool = cache.pages[0]
-        own = np.empty((cache.num_layers, length, *pool.shape[2:]), pool.dtype)
-        for layer, table in enumerate(tables):
+        own = np.empty((cache.num_layers, length, *pools[0].shape[2:]), pools[0].dtype)
+        for layer, (table, pool) in enumerate(zip(tables, pools, strict=True)):
             pages = table[i, : -(-length // PAGE_SIZE)]
-            rows = np.asarray(_read(cache.at_layer(layer).pages[0], _padded(pages)))
+            rows = np.asarray(_read(pool, _padded(pages)))
             own[layer] = rows.reshape(-1, *own.shape[2:])[:length]
-        tokens.append(own)
-    return Snapshot(tuple(tokens))
+        return own
+
+    views = [cache.at_layer(layer) for layer in range(cache.num_layers)]
+    tokens = tuple(read(i, [view.pages[0] for view in views]) for i in sequences)
+    if not cache.index_pages:
+        return Snapshot(tokens)
+    index_pools = [view.index_pages[0] for view in views]
+    return Snapshot(tokens, tuple(read(i, index_pools) for i in sequences))
 
 
 def restore(
@@ -121,7 +142,8 @@ def restore(
 
     Args:
       cache: outside `jit`; donated, so that its pools are written in place.
-      saved: of a cache with as many layers and KV heads, and of its dtype.
+      saved: of a cache with as many layers and KV heads, of its dtype, and with index keys if it
+        has them.
       sequences: which sequence of the batch each becomes; they must be empty.
 
     Returns:
@@ -147,6 +169,11 @@ def restore(
                 f"the cache holds {dtype.name}{list(wanted)}, and the snapshot has "
                 f"{x.dtype.name}{list(x.shape)} [num_layers, seqlen, num_kv_heads, {wanted[-1]}]"
             )
+    index_keys = saved.index_keys or (None,) * len(saved.tokens)
+    for keys in index_keys:
+        held, given = (_kind_of_keys(x) for x in (cache.index_pages[:1], (keys,)))
+        if held != given:
+            raise ValueError(f"the cache holds {held} index keys, and the snapshot has {given}")
     lengths = np.asarray(cache.cache_seqlens)
     taken = [i for i in sequences if lengths[i] > 0]
     if taken:
@@ -157,17 +184,18 @@ def restore(
     cache, granted = _make_room(cache, num_tokens)
     ok = np.asarray(granted)[sequences]
     tables = _block_tables(cache)
-    for i, x, has_room in zip(sequences, saved.tokens, ok, strict=True):
+    for i, x, keys, has_room in zip(sequences, saved.tokens, index_keys, ok, strict=True):
         if not has_room:
             continue
-        count = -(-x.shape[1] // PAGE_SIZE)
+        length = np.int32(x.shape[1])
         for layer, table in enumerate(tables):
-            pages = _padded(table[i, :count])
-            rows = np.zeros((len(pages) * PAGE_SIZE, *x.shape[2:]), x.dtype)
-            rows[: x.shape[1]] = x[layer]
-            pool = cache.at_layer(layer).pages[0]
-            pool = _write(pool, rows, pages, np.int32(x.shape[1]))
+            pages = _padded(table[i, : -(-length // PAGE_SIZE)])
+            view = cache.at_layer(layer)
+            pool = _write(view.pages[0], _rows(x[layer], pages), pages, length)
             cache = cache._with_pool(layer, pool)
+            if keys is not None:
+                pool = _write(view.index_pages[0], _rows(keys[layer], pages), pages, length)
+                cache = cache._with_index_pool(layer, pool)
     return cache, ok
 
 
@@ -192,6 +220,20 @@ def _read(pool: jax.Array, pages: jax.Array) -> jax.Array:
 def _write(pool: jax.Array, rows: jax.Array, pages: jax.Array, count: jax.Array) -> jax.Array:
     # A scatter of XLA's does not keep the bits of every NaN.
     return cache_append(pool, rows[None], pages[None], jnp.zeros_like(count)[None], count[None])
+
+
+def _kind_of_keys(arrays: Sequence[jax.Array | np.ndarray | None]) -> str:
+    """What the first of some arrays of index keys [..., any] holds."""
+    if not arrays or arrays[0] is None:
+        return "no"
+    return f"{arrays[0].dtype.name}[{arrays[0].shape[-1]}]"
+
+
+def _rows(tokens: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """Tokens [seqlen, ...] with zeros after them, as many as pages have rows."""
+    rows = np.zeros((len(pages) * PAGE_SIZE, *tokens.shape[1:]), tokens.dtype)
+    rows[: len(tokens)] = tokens
+    return rows
 
 
 def _padded(pages: np.ndarray) -> np.ndarray:

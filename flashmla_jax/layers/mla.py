@@ -278,6 +278,14 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
+def compress_q(
+    params: Params, config: MLAConfig, x: jax.Array, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """The normalised latent of the queries of `x` [..., hidden]: [..., q_lora_rank]."""
+    q = linear(x, params["q_a_proj"], precision)
+    return rms_norm(q, params["q_a_layernorm"]["scale"], config.norm_eps)
+
+
 def project_q(
     params: Params,
     config: MLAConfig,
@@ -293,12 +301,43 @@ def project_q(
     if config.q_lora_rank is None:
         q = linear(x, params["q_proj"], precision)
     else:
-        q = linear(x, params["q_a_proj"], precision)
-        q = rms_norm(q, params["q_a_layernorm"]["scale"], config.norm_eps)
-        q = linear(q, params["q_b_proj"], precision)
+        q = linear(compress_q(params, config, x, precision), params["q_b_proj"], precision)
     q = q.reshape(*x.shape[:-1], config.num_heads, config.qk_head_dim)
     q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return q_nope, apply_rope(q_rope, cos[..., None, :], sin[..., None, :])
+
+
+def absorbed_q(
+    params: Params,
+    config: MLAConfig,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """The query heads of `x` [batch, s, hidden] for cached tokens as they lie, in MQA form.
+
+    Returns [batch, s, heads, 576].
+    """
+    q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
+    w_uk, _ = split_kv_b(params, config)
+    q_latent = jnp.einsum("bshn,hcn->bshc", q_nope, w_uk, precision=precision)
+    return jnp.concatenate([q_latent, q_rope], axis=-1)
+
+
+def project_latents(
+    params: Params,
+    config: MLAConfig,
+    latents: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """What attention in MQA form results in, [batch, s, heads, 512], to the layer's output.
+
+    Returns [batch, s, hidden].
+    """
+    _, w_uv = split_kv_b(params, config)
+    out = jnp.einsum("bshc,hvc->bshv", latents, w_uv, precision=precision)
+    return _project_out(params, out, precision)
 
 
 def compress_kv(
@@ -469,7 +508,7 @@ def prefill_into_cache(
         raise ValueError(f"prefix_chunk must be a multiple of {PAGE_SIZE}, got {prefix_chunk}")
     if not is_symbolic_dim(cache.max_pages_per_seq):
         prefix_chunk = min(prefix_chunk, cache.max_seqlen)
-    _check(cache, x)
+    check_batch(cache, x)
     token = jnp.arange(x.shape[1], dtype=jnp.int32)
     # What padding holds, NaN say, would pass the mask as 0 * NaN.
     x = jnp.where((token < cache.num_new[:, None])[..., None], x, 0)
@@ -538,7 +577,7 @@ def decode(
     Raises:
       ValueError: for `x` of another batch than the cache's.
     """
-    _check(cache, x)
+    check_batch(cache, x)
     s_q = x.shape[1]
     positions = cache.cache_seqlens[:, None] - s_q + jnp.arange(s_q, dtype=jnp.int32)
     cos, sin = rope_tables(config, positions)
@@ -546,11 +585,8 @@ def decode(
     cache = cache.append(layer, kv[:, :, None].astype(cache.dtype))
     view = cache.at_layer(layer)
 
-    q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
-    w_uk, w_uv = split_kv_b(params, config)
-    q_latent = jnp.einsum("bshn,hcn->bshc", q_nope, w_uk, precision=precision)
-    q = jnp.concatenate([q_latent, q_rope], axis=-1)
-    q = q.astype(x.dtype if cache.is_fp8 and x.dtype == jnp.float32 else cache.dtype)
+    params = absorb(params, config)
+    q = absorbed_q(params, config, x, cos, sin, precision).astype(query_dtype(cache, x))
 
     out, _ = flash_mla_with_kvcache(
         q,
@@ -562,8 +598,7 @@ def decode(
         causal=True,
         is_fp8_kvcache=cache.is_fp8,
     )
-    out = jnp.einsum("bshc,hvc->bshv", out.astype(x.dtype), w_uv, precision=precision)
-    return _project_out(params, out, precision), cache
+    return project_latents(params, config, out.astype(x.dtype), precision), cache
 
 
 def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -572,7 +607,13 @@ def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLik
     return linear(out.reshape(*out.shape[:2], heads * size), params["o_proj"], precision)
 
 
-def _check(cache: PagedKVCache, x: jax.Array) -> None:
+def query_dtype(cache: PagedKVCache, x: jax.Array) -> jnp.dtype:
+    """The dtype in which `x` attends to a cache: the cache's, but float32 in float32 to FP8."""
+    return x.dtype if cache.is_fp8 and x.dtype == jnp.float32 else cache.dtype
+
+
+def check_batch(cache: PagedKVCache, x: jax.Array) -> None:
+    """Raises a ValueError unless `x` is [batch, s, hidden] for a cache of MLA."""
     if x.ndim != 3 or x.shape[0] != cache.batch:
         raise ValueError(
             f"x must be [batch, s, hidden] with the cache's batch {cache.batch}, got {x.shape}"

@@ -33,6 +33,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
+from flashmla_jax.layers.indexer import IndexerConfig
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
@@ -372,9 +373,20 @@ def _attention(at: str, config: DeepSeekConfig) -> Iterator[_Parameter]:
     yield _Parameter(f"{at}.kv_a_layernorm.scale", (latent,))
     yield _Parameter(f"{at}.kv_b_proj.kernel", (kv_size, latent))
     yield _Parameter(f"{at}.o_proj.kernel", (hidden, mla.num_heads * mla.v_head_dim))
+    if config.indexer is not None:
+        yield from _indexer(f"{at}.indexer", config, config.indexer)
     if config.attention_bias:
         for name, size in biased.items():
             yield _Parameter(f"{at}.{name}.bias", (size,))
+
+
+def _indexer(at: str, config: DeepSeekConfig, index: IndexerConfig) -> Iterator[_Parameter]:
+    hidden, q_latent = config.hidden_size, config.q_lora_rank or 0
+    yield _Parameter(f"{at}.wq_b.kernel", (index.num_heads * index.head_dim, q_latent))
+    yield _Parameter(f"{at}.wk.kernel", (index.head_dim, hidden))
+    yield _Parameter(f"{at}.k_norm.scale", (index.head_dim,))
+    yield _Parameter(f"{at}.k_norm.bias", (index.head_dim,))
+    yield _Parameter(f"{at}.weights_proj.kernel", (index.num_heads, hidden), float32=True)
 
 
 def _mlp(at: str, hidden: int, size: int, num_experts: int = 0) -> Iterator[_Parameter]:

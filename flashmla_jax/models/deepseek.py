@@ -21,6 +21,7 @@ those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:
     embed_tokens.embedding                      [vocab, hidden]
     layers[i].input_layernorm.scale             [hidden]
     layers[i].self_attn                         see `flashmla_jax.layers.mla`
+    layers[i].self_attn.indexer                 see `flashmla_jax.layers.indexer`, if it has one
     layers[i].post_attention_layernorm.scale    [hidden]
     layers[i].mlp.{gate,up}_proj.kernel         [hidden, intermediate]      in dense layers
     layers[i].mlp.down_proj.kernel              [intermediate, hidden]
@@ -38,6 +39,10 @@ those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:
 
 Activations have the dtype of the embedding. Routing and logits are float32.
 
+DeepSeek-V3.2 is DeepSeek-V3 with an indexer in every layer, which chooses the tokens that a token
+attends to (`flashmla_jax.layers.dsa`), and so is GLM-5 (`glm_moe_dsa`) in other sizes. Their cache
+has index keys, too: `PagedKVCache.create(..., index_head_dim=config.index_head_dim)`.
+
 Kimi-K2 is DeepSeek-V3 in other sizes, and so is GLM-4.7-Flash (`glm4_moe_lite`). LongCat-Flash has
 pairs of dense layers, which here are layers like others. Experts run beside each pair: they read
 what the first one's MLP reads, and their output is added after the second one's. Some experts are
@@ -46,12 +51,12 @@ multiplied by `sqrt(hidden / rank)`.
 
 Sources: DeepSeek-V2 (arXiv:2405.04434), DeepSeek-V3 (arXiv:2412.19437), and the
 `modeling_deepseek.py` that DeepSeek publishes beside each model's weights; Kimi-K2
-(arXiv:2507.20534); LongCat-Flash (arXiv:2509.01322); `modeling_glm4_moe_lite.py` and
-`modeling_longcat_flash.py` of Hugging Face transformers. Multi-token prediction is section 2.2 of
-DeepSeek-V3; what its equations leave open is as in `deepseek_mtp.py` of vLLM and
-`deepseek_nextn.py` of SGLang: the projection takes the embedding first and then the hidden state;
-and that is the one after the model's final norm, or after the module's own, where the module goes
-on from what it predicted (vllm-project/vllm#45895).
+(arXiv:2507.20534); LongCat-Flash (arXiv:2509.01322); DeepSeek-V3.2 (arXiv:2512.02556);
+`modeling_glm4_moe_lite.py`, `modeling_glm_moe_dsa.py` and `modeling_longcat_flash.py` of Hugging
+Face transformers. Multi-token prediction is section 2.2 of DeepSeek-V3; what its equations leave
+open is as in `deepseek_mtp.py` of vLLM and `deepseek_nextn.py` of SGLang: the projection takes the
+embedding first and then the hidden state; and that is the one after the model's final norm, or
+after the module's own, where the module goes on from what it predicted (vllm-project/vllm#45895).
 """
 
 from __future__ import annotations
@@ -61,13 +66,14 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from flashmla_jax.cache.paged import PagedKVCache
-from flashmla_jax.layers import mla
+from flashmla_jax.layers import dsa, mla
+from flashmla_jax.layers.indexer import IndexerConfig
 from flashmla_jax.layers.mla import MLAConfig, Params, YarnScaling
 from flashmla_jax.models import few_tokens, moe
 
@@ -77,14 +83,18 @@ _State = TypeVar("_State")
 _ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "deepseek_v32": "DeepseekV32",
     "kimi_k2": "DeepseekV3",
     "glm4_moe_lite": "Glm4MoeLite",
+    "glm_moe_dsa": "GlmMoeDsa",
     "longcat_flash": "LongcatFlash",
 }
+# Model types whose layers have an indexer, and whether that rotates neighbouring numbers.
+_INDEXED = {"deepseek_v32": False, "glm_moe_dsa": True}
+_INDEX_FIELDS = ["index_n_heads", "index_head_dim", "index_topk"]
 # Fields that ask for what the layers here do not compute, and what that is.
 _BEYOND = {
-    "index_topk": "its layers attend to the keys that an indexer chooses (DeepSeek sparse attention"
-    ", as in DeepSeek-V3.2 and GLM-5), and without it they would compute something else",
+    "index_topk_pattern": "some of its layers attend to what the indexer of another has chosen",
     "linear_attn_config": "some of its layers are not MLA but Kimi Delta Attention",
     "ngram_vocab_size_ratio": "its embedding also looks up n-grams of tokens",
 }
@@ -94,6 +104,7 @@ _FIXED = {
     "mlp_bias": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
+    "index_topk_freq": 1,
     "partial_rotary_factor": 1.0,
     "attention_method": "MLA",
     "zero_expert_type": "identity",
@@ -165,6 +176,10 @@ class DeepSeekConfig:
     zero_expert_num: int = 0
     mla_scale_q_lora: bool = False
     mla_scale_kv_lora: bool = False
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+    indexer_rope_interleave: bool | None = None
 
     def __post_init__(self) -> None:
         _check_model_type({"model_type": self.model_type})
@@ -172,12 +187,25 @@ class DeepSeekConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         _ = self.mla  # checks the attention's fields
+        self._check_indexer()
         if self.mla_scale_q_lora and self.q_lora_rank is None:
             raise ValueError(f"{self.mla_scale_q_lora=} needs a q_lora_rank, it is None")
         if self.is_longcat and self.num_hidden_layers % 2:
             raise ValueError(f"layers come in pairs, got {self.num_hidden_layers=}")
         if self.n_routed_experts:
             self._check_experts()
+
+    def _check_indexer(self) -> None:
+        fields = {name: getattr(self, name) for name in _INDEX_FIELDS}
+        if self.model_type in _INDEXED:
+            _ = self.indexer  # checks them
+            if self.q_lora_rank is None:
+                raise ValueError("an indexer needs a q_lora_rank, it is None")
+        elif any(fields.values()):
+            raise NotImplementedError(
+                f"model_type {self.model_type!r} with {fields} is not supported: "
+                f"only {' and '.join(_INDEXED)} have an indexer"
+            )
 
     def _check_experts(self) -> None:
         router = (self.scoring_func, self.topk_method)
@@ -217,6 +245,21 @@ class DeepSeekConfig:
             v_head_dim=self.v_head_dim,
             rope_theta=self.rope_theta,
             rope_scaling=self.rope_scaling,
+        )
+
+    @property
+    def indexer(self) -> IndexerConfig | None:
+        """The shape of the attention layers' indexers, if they have any."""
+        if self.model_type not in _INDEXED:
+            return None
+        rope_interleave = self.indexer_rope_interleave
+        if rope_interleave is None:
+            rope_interleave = _INDEXED[self.model_type]
+        return IndexerConfig(
+            num_heads=self.index_n_heads,
+            head_dim=self.index_head_dim,
+            topk=self.index_topk,
+            rope_interleave=rope_interleave,
         )
 
     @property
@@ -276,6 +319,9 @@ class DeepSeekConfig:
         fields = dataclasses.fields(cls)
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         required.remove("q_lora_rank")  # null or absent: the query has no low-rank projection
+        if config["model_type"] in _INDEXED:
+            required += _INDEX_FIELDS
+            _check_index_types(config.get("indexer_types") or ())
         if config.get("n_routed_experts"):
             required += _MOE_FIELDS if is_v2 else _MOE_FIELDS + _V3_MOE_FIELDS
         if missing := [name for name in required if config.get(name) is None]:
@@ -302,6 +348,9 @@ class DeepSeekConfig:
         config["n_shared_experts"] = self.n_shared_experts or None
         if self.rope_scaling is not None:
             config["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
+        if self.indexer is None:
+            for name in (*_INDEX_FIELDS, "indexer_rope_interleave"):
+                del config[name]
         if self.is_longcat:
             for name, theirs in _LONGCAT_NAMES.items():
                 config[theirs] = config.pop(name)
@@ -346,6 +395,14 @@ def _count_dense(mlp_layer_types: Sequence[str]) -> int:
             "sparse ones"
         )
     return dense
+
+
+def _check_index_types(indexer_types: Sequence[str]) -> None:
+    """Raises unless all layers have indexers of their own, which newer files tell one by one."""
+    if set(indexer_types) - {"full"}:
+        raise NotImplementedError(
+            f"indexer_types={list(indexer_types)!r} is not supported, only 'full' layers"
+        )
 
 
 def _check_quantization(quantization: Mapping[str, Any]) -> None:
@@ -432,8 +489,13 @@ def prefill(
     _check_ids(ids, lengths)
     fits = (lengths <= ids.shape[1]) & ((lengths == 0) | (cache.cache_seqlens == 0))
     cache, ok = cache.allocate(jnp.where(fits, lengths, -1))  # which it refuses
-    hidden, latents = _run_sequences(params, config, ids)
-    for layer, kv in enumerate(latents):
+    hidden, states = _run_sequences(params, config, ids)
+    for layer, state in enumerate(states):
+        if config.indexer is not None:
+            kv, keys = state
+            cache = cache.append_index(layer, keys)
+        else:
+            kv = state
         cache = cache.append(layer, kv[:, :, None].astype(cache.dtype))
     if not all_positions:
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
@@ -477,13 +539,18 @@ def extend(
     shortcut = None
     for layer, layer_params in enumerate(params["layers"]):
         attend = functools.partial(
-            mla.prefill_into_cache, cache=view, layer=layer, precision=precision
+            _forms(config).prefill_into_cache, cache=view, layer=layer, precision=precision
         )
         hidden, shortcut, view = _layer(layer_params, config, hidden, shortcut, attend)
     hidden = _final_norm(params, config, hidden)
     last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
     logits = head(params, config, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-    return logits, hidden, dataclasses.replace(cache, pages=view.pages), ok
+    return logits, hidden, _with_pools(cache, view), ok
+
+
+def _with_pools(cache: PagedKVCache, view: PagedKVCache) -> PagedKVCache:
+    """The cache with the tokens that were appended to a view of it."""
+    return dataclasses.replace(cache, pages=view.pages, index_pages=view.index_pages)
 
 
 def _of_rows(cache: PagedKVCache, rows: jax.Array) -> PagedKVCache:
@@ -569,7 +636,9 @@ def _decode_layers(
     precision = _precision(hidden.dtype)
     shortcut = None
     for layer, layer_params in enumerate(params["layers"]):
-        attend = functools.partial(mla.decode, cache=cache, layer=layer, precision=precision)
+        attend = functools.partial(
+            _forms(config).decode, cache=cache, layer=layer, precision=precision
+        )
         hidden, shortcut, cache = _layer(layer_params, config, hidden, shortcut, attend)
     return hidden, cache
 
@@ -597,13 +666,13 @@ def mtp_extend(
       cache: with the module's layer of the tokens.
     """
     attend = functools.partial(
-        mla.prefill_into_cache,
+        _forms(config).prefill_into_cache,
         cache=_of_rows(cache, rows),
         layer=config.num_hidden_layers,
         precision=_precision(hidden.dtype),
     )
     hidden, view = _mtp(params, config, hidden, next_ids, attend)
-    return hidden, dataclasses.replace(cache, pages=view.pages)
+    return hidden, _with_pools(cache, view)
 
 
 def mtp_decode(
@@ -628,7 +697,7 @@ def mtp_decode(
       As `mtp_extend`: the hidden states [batch, s_q, hidden], and the cache.
     """
     attend = functools.partial(
-        mla.decode,
+        _forms(config).decode,
         cache=cache,
         layer=config.num_hidden_layers,
         precision=_precision(hidden.dtype),
@@ -715,20 +784,37 @@ def _final_norm(params: Params, config: DeepSeekConfig, hidden: jax.Array) -> ja
 
 def _run_sequences(
     params: Params, config: DeepSeekConfig, ids: jax.Array
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[jax.Array, list[Any]]:
     """Whole sequences int32[batch, s] through all layers.
 
-    Returns the last hidden states [batch, s, hidden], and per layer what to cache, [batch, s, 576].
+    Returns the last hidden states [batch, s, hidden], and per layer what to cache: [batch, s, 576],
+    and with an indexer [batch, s, index_head_dim] beside it.
     """
     hidden = _embed(params, ids)
     precision = _precision(hidden.dtype)
-    attend = functools.partial(mla.prefill, precision=precision)
-    latents = []
+    attend = functools.partial(_forms(config).prefill, precision=precision)
+    states = []
     shortcut = None
     for layer_params in params["layers"]:
-        hidden, shortcut, kv = _layer(layer_params, config, hidden, shortcut, attend)
-        latents.append(kv)
-    return hidden, latents
+        hidden, shortcut, state = _layer(layer_params, config, hidden, shortcut, attend)
+        states.append(state)
+    return hidden, states
+
+
+class _Forms(NamedTuple):
+    """How a model's layers attend: these functions of `mla`, or those of `dsa`."""
+
+    prefill: Callable[..., Any]
+    prefill_into_cache: Callable[..., Any]
+    decode: Callable[..., Any]
+
+
+def _forms(config: DeepSeekConfig) -> _Forms:
+    index = config.indexer
+    if index is None:
+        return _Forms(mla.prefill, mla.prefill_into_cache, mla.decode)
+    sparse = (dsa.prefill, dsa.prefill_into_cache, dsa.decode)
+    return _Forms(*(functools.partial(function, index=index) for function in sparse))
 
 
 def _layer(

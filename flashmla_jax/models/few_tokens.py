@@ -76,6 +76,7 @@ def _fits(config: DeepSeekConfig, tokens: int) -> bool:
         or config.mla_scale_q_lora
         or config.mla_scale_kv_lora
         or config.attention_bias
+        or config.indexer is not None
     )
     return (
         not has_more

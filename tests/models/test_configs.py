@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from flashmla_jax.cache.paged import PagedKVCache
+from flashmla_jax.layers.indexer import IndexerConfig
 from flashmla_jax.models import checkpoint, deepseek, init_params
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
@@ -33,6 +34,8 @@ EXPECTED = {
     "deepseek-v3.1": (671026419200, 58, 128, 1536, (128, 64, 128), 1.8739, "sigmoid"),
     "kimi-k2-instruct": (1026408232448, 60, 64, 1536, (128, 64, 128), 1.8133, "sigmoid"),
     "glm-4.7-flash": (29943393920, 46, 20, 768, (192, 64, 256), 1.0, "sigmoid"),
+    "deepseek-v3.2": (671877944064, 58, 128, 1536, (128, 64, 128), 1.8739, "sigmoid"),
+    "glm-5": (743911218432, 75, 64, 2048, (192, 64, 256), 1.0, "sigmoid"),
     "longcat-flash-chat": (560664980480, 28, 64, 1536, (128, 64, 128), 1.0, "softmax"),
 }
 
@@ -67,7 +70,13 @@ def test_published_models_run(name):
         config.hidden_size,
     )
     cache = jax.eval_shape(
-        lambda: PagedKVCache.create(num_layers=2, num_pages=8, batch=2, max_pages_per_seq=4)
+        lambda: PagedKVCache.create(
+            num_layers=2,
+            num_pages=80,
+            batch=2,
+            max_pages_per_seq=40,  # more tokens than an indexer chooses
+            index_head_dim=config.index_head_dim,
+        )
     )
     ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     logits, after, _ = jax.eval_shape(
@@ -90,6 +99,11 @@ def test_numbers_that_tell_the_models_apart():
     assert (v2.topk_method, v2.norm_topk_prob) == ("group_limited_greedy", False)
     glm = DeepSeekConfig.from_dict(published("glm-4.7-flash"))
     assert (glm.rope_theta, glm.rope_scaling, glm.eos_token_id[0]) == (1e6, None, 154820)
+    v32, glm5 = (DeepSeekConfig.from_dict(published(n)) for n in ("deepseek-v3.2", "glm-5"))
+    assert v32.indexer == IndexerConfig(64, 128, 2048, rope_interleave=False)
+    assert glm5.indexer == IndexerConfig(32, 128, 2048, rope_interleave=True)
+    assert glm5.mla.softmax_scale == 256**-0.5
+    assert v2.indexer is kimi.indexer is None
     longcat = DeepSeekConfig.from_dict(published("longcat-flash-chat"))
     assert (longcat.num_hidden_layers, longcat.num_experts_per_tok) == (56, 12)
     assert (longcat.n_routed_experts, longcat.zero_expert_num) == (512, 256)
@@ -102,6 +116,8 @@ def test_numbers_that_tell_the_models_apart():
 
 def as_transformers_5(contents: dict) -> dict:
     """One field for all of RoPE, beside fields that are derived from others."""
+    if "rope_parameters" in contents:  # GLM-5 was published so
+        return contents
     contents = {
         **contents,
         "rope_parameters": {
@@ -144,9 +160,18 @@ def test_layers_told_one_by_one():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("glm-5", {}, r"'glm_moe_dsa' with index_topk=2048 is not supported: .* sparse attention"),
-        ("deepseek-v3.2", {}, r"'deepseek_v32' with index_topk=2048 .*an indexer chooses"),
-        ("deepseek-v3.2", {"model_type": "deepseek_v3"}, r"'deepseek_v3' with index_topk=2048"),
+        (
+            "deepseek-v3.2",
+            {"model_type": "deepseek_v3"},
+            r"'deepseek_v3' with .*'index_topk': 2048",
+        ),
+        (
+            "glm-5",
+            {"index_topk_pattern": "FSSF"},
+            r"index_topk_pattern='FSSF' .*another has chosen",
+        ),
+        ("glm-5", {"index_topk_freq": 4}, r"index_topk_freq=4"),
+        ("glm-5", {"indexer_types": ["full", "shared"]}, r"indexer_types=\['full', 'shared'\]"),
         ("kimi-linear", {}, r"'kimi_linear' with linear_attn_config=.*Kimi Delta Attention"),
         ("kimi-k2-thinking", {}, r"quantised weights .*'compressed-tensors'"),
         ("longcat-flash-chat", {"zero_expert_type": "copy"}, r"zero_expert_type='copy'"),
@@ -168,6 +193,31 @@ def test_layers_told_one_by_one():
 def test_what_does_not_fit_is_refused_with_the_reason(name, changes, message):
     with pytest.raises(NotImplementedError, match=message):
         DeepSeekConfig.from_dict({**published(name), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index_topk": None, "index_n_heads": None}, r"lacks index_n_heads, index_topk"),
+        ({"index_topk": 0}, r"topk must be at least 1, got 0"),
+        ({"index_head_dim": 32}, r"head_dim must be at least 64, got 32"),
+        ({"q_lora_rank": None}, r"an indexer needs a q_lora_rank"),
+    ],
+)
+def test_errors_of_models_with_an_indexer(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSeekConfig.from_dict({**published("deepseek-v3.2"), **changes})
+
+
+def test_how_an_indexer_rotates_goes_by_the_model_unless_told():
+    contents = published("glm-5")
+    del contents["indexer_rope_interleave"]
+    assert DeepSeekConfig.from_dict(contents).indexer.rope_interleave
+    contents["indexer_rope_interleave"] = False
+    assert not DeepSeekConfig.from_dict(contents).indexer.rope_interleave
+    contents["indexer_types"] = ["full"] * 78
+    contents["index_topk_freq"] = 1
+    assert DeepSeekConfig.from_dict(contents).index_topk == 2048
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 DeepSeek-V2 chooses among groups of experts; Kimi-K2 has one group, another theta and YaRN with
 beta_fast 1; GLM-4.7-Flash has plain RoPE and other head sizes; LongCat-Flash runs experts beside
-pairs of layers.
+pairs of layers; DeepSeek-V3.2 and GLM-5 have indexers (test_dsa.py has more about them).
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-MODELS = ["deepseek_v2", "kimi_k2", "glm4_moe_lite", "longcat_flash"]
+MODELS = [
+    "deepseek_v2",
+    "kimi_k2",
+    "glm4_moe_lite",
+    "longcat_flash",
+    "deepseek_v32",
+    "glm_moe_dsa",
+]
 TOLERANCE = {"atol": 2e-5, "rtol": 0}
 
 
@@ -67,6 +74,7 @@ def test_a_saved_checkpoint_has_the_same_names_and_numbers(golden, tmp_path):
         "zero_expert_type",
         "router_bias",
         "rope_scaling",
+        "rope_parameters",
     }
 
 

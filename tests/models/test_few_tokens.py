@@ -273,6 +273,10 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("intermediate_size", 2**20),
     ):
         assert not applies(config=dataclasses.replace(config, **{field: value})), field
+    indexed = dataclasses.replace(
+        config, model_type="deepseek_v32", index_n_heads=4, index_head_dim=64, index_topk=16
+    )
+    assert not applies(config=indexed)
     # Elsewhere the program is the usual one, without the call.
     text = lowered(params, config, 1, 1).compile().as_text()
     assert (_ffi.FEW_TOKENS in text) == (jax.devices()[0].platform == "gpu")

@@ -13,6 +13,13 @@ in bfloat16) and `goldens.npz`:
     decode    float32[2, 8, vocab]    logits of the cached decode steps
     latents   float32[layers, 48, 576]   the cache of the first sequence after the last step
 
+Models with an indexer (DeepSeek-V3.2 and GLM-5, made with torch 2.14.1) have prompts of 70 tokens,
+so that the cache has more than a page, and choose 16 of them. Of the first sequence there is also
+
+    index_keys  float32[layers, 78, index_head_dim]   the indexers' cache
+    selected    int8[layers, 78, 16]    the tokens that each token attends to, in order; -1 where it
+                                        has fewer
+
 DeepSeek-V3 also has a module for multi-token prediction, which transformers does not run; here it
 is put together from transformers' layers, as vLLM and SGLang do it. It is in files of its own, for
 checkpoints come with and without it: `mtp.safetensors`, named as in published checkpoints with the
@@ -36,6 +43,8 @@ Where transformers 5.24 departs from the `modeling_deepseek.py` that DeepSeek pu
 - V3 de-interleaves the rotary dimensions (evens, then odds) and caches them so; this script puts
   them back into the order of DeepSeek's code, in which they are neighbours. V2 keeps that order.
 - V2 ignores `norm_topk_prob` (no published V2 sets it, nor does this one).
+- The rotary dimensions of GLM-5's index keys are put back, too.
+- Index keys are neither rotated by a Hadamard matrix, which would change no dot product, nor FP8.
 - The published V3 code skips the normalisation if only one expert is chosen; no model does that.
 """
 
@@ -54,9 +63,13 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     DynamicCache,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     LongcatFlashConfig,
     LongcatFlashForCausalLM,
 )
@@ -67,6 +80,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 HERE = Path(__file__).parent
 LENGTHS = (40, 23)
+INDEXED_LENGTHS = (70, 23)
 STEPS = 8
 
 COMMON = {
@@ -163,6 +177,49 @@ MODELS: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
+    "deepseek_v32": {
+        "model_type": "deepseek_v32",
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 24,
+        "index_n_heads": 64,
+        "index_head_dim": 72,
+        "index_topk": 16,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_scaling": {**YARN, "mscale": 1.4, "mscale_all_dim": 1.0},
+    },
+    "glm_moe_dsa": {
+        "model_type": "glm_moe_dsa",
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 40,
+        "v_head_dim": 56,
+        "index_n_heads": 64,
+        "index_head_dim": 72,
+        "index_topk": 16,
+        "indexer_rope_interleave": True,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    },
     "glm4_moe_lite": {
         "model_type": "glm4_moe_lite",
         "architectures": ["Glm4MoeLiteForCausalLM"],
@@ -203,6 +260,8 @@ CLASSES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "kimi_k2": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
     "longcat_flash": (LongcatFlashConfig, LongcatFlashForCausalLM),
 }
@@ -269,6 +328,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("e_score_correction_bias"):
                 value = 0.2 * noise if is_sigmoid else 0.03 * noise
+            elif name.endswith("norm.bias"):
+                value = 0.3 * noise
             elif tensor.ndim == 1:  # norms
                 value = 1 + 0.3 * noise
             elif "embed_tokens" in name:
@@ -299,15 +360,55 @@ def checkpoint_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
 
 
+def interleaved(rope: torch.Tensor) -> torch.Tensor:
+    """The rotary dimensions in DeepSeek's order, of which transformers has the even ones first."""
+    return torch.stack(rope.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
 def cached_latents(cache: DynamicCache, deinterleaved: bool) -> np.ndarray:
     """What the cache holds: float32[layers, tokens, 576]."""
     layers = []
     for layer in cache.layers:
         latent, rope = layer.keys[0, 0], layer.values[0, 0]
         if deinterleaved:
-            rope = torch.stack(rope.chunk(2, dim=-1), dim=-1).flatten(-2)
+            rope = interleaved(rope)
         layers.append(torch.cat([latent, rope], dim=-1).numpy())
     return np.stack(layers)
+
+
+def cached_index_keys(cache: DynamicCache, deinterleaved: bool) -> np.ndarray:
+    """What the cache has for the indexers: float32[layers, tokens, index_head_dim]."""
+    layers = []
+    for layer in cache.layers:
+        rope, rest = layer.indexer_keys[0].tensor_split([64], dim=-1)
+        if deinterleaved:
+            rope = interleaved(rope)
+        layers.append(torch.cat([rope, rest], dim=-1).numpy())
+    return np.stack(layers)
+
+
+class Selections:
+    """The tokens that the indexers of a model choose, as it runs."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.layers: list[list[np.ndarray]] = []
+        for layer in model.model.layers:
+            rows: list[np.ndarray] = []
+            self.layers.append(rows)
+            layer.self_attn.indexer.register_forward_hook(
+                lambda _module, _args, out, rows=rows: rows.extend(out[0].numpy())
+            )
+
+    def take(self, topk: int) -> np.ndarray:
+        """int8[layers, tokens, topk], since the last time; transformers pads with later tokens."""
+        selected = np.full((len(self.layers), len(self.layers[0]), topk), -1, np.int8)
+        for layer, rows in enumerate(self.layers):
+            for token, row in enumerate(rows):
+                row = np.sort(row[row <= token])
+                assert len(row) == min(topk, token + 1)
+                selected[layer, token, : len(row)] = row
+            rows.clear()
+        return selected
 
 
 def make(name: str, config: dict[str, Any]) -> None:
@@ -315,20 +416,26 @@ def make(name: str, config: dict[str, Any]) -> None:
     model_type = config["model_type"]
     if model_type == "longcat_flash":
         config = {name: value for name, value in config.items() if name not in LONGCAT_DROPS}
+    if "rope_parameters" in config:
+        del config["rope_theta"]
     config_class, model_class = CLASSES[model_type]
     hf_config = config_class.from_dict(json.loads(json.dumps(config)))
     hf_config._attn_implementation = "eager"
     model = model_class(hf_config).float().eval()
     randomise(model)
+    has_indexer = "index_topk" in config
+    lengths = INDEXED_LENGTHS if has_indexer else LENGTHS
+    selections = Selections(model) if has_indexer else None
+    more = {}
 
     rng = np.random.default_rng(0)
-    prompts = rng.integers(0, config["vocab_size"], (len(LENGTHS), max(LENGTHS)), dtype=np.int32)
-    next_ids = rng.integers(0, config["vocab_size"], (len(LENGTHS), STEPS), dtype=np.int32)
+    prompts = rng.integers(0, config["vocab_size"], (len(lengths), max(lengths)), dtype=np.int32)
+    next_ids = rng.integers(0, config["vocab_size"], (len(lengths), STEPS), dtype=np.int32)
     prefill = np.zeros((*prompts.shape, config["vocab_size"]), np.float32)
     decode = np.zeros((*next_ids.shape, config["vocab_size"]), np.float32)
     latents = None
     with torch.no_grad():
-        for i, length in enumerate(LENGTHS):
+        for i, length in enumerate(lengths):
             prompts[i, length:] = 0
             cache = DynamicCache(config=hf_config)
             ids = torch.from_numpy(prompts[i : i + 1, :length]).long()
@@ -338,6 +445,9 @@ def make(name: str, config: dict[str, Any]) -> None:
                 decode[i, step] = model(ids, cache=cache).logits[0, 0]
             if i == 0:
                 latents = cached_latents(cache, deinterleaved=model_type != "deepseek_v2")
+                if selections is not None:
+                    more["index_keys"] = cached_index_keys(cache, model_type == "glm_moe_dsa")
+                    more["selected"] = selections.take(config["index_topk"])
     assert latents is not None
     print(f"{name}: logits have a standard deviation of {prefill[0].std():.2f}")
 
@@ -348,11 +458,12 @@ def make(name: str, config: dict[str, Any]) -> None:
     np.savez_compressed(
         folder / "goldens.npz",
         prompts=prompts,
-        lengths=np.array(LENGTHS, np.int32),
+        lengths=np.array(lengths, np.int32),
         next_ids=next_ids,
         prefill=prefill,
         decode=decode,
         latents=latents,
+        **more,
     )
     if model_type == "deepseek_v3":
         make_mtp(folder, model, prompts, next_ids)

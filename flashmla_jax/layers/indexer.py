@@ -1,0 +1,312 @@
+"""The lightning indexer of DeepSeek sparse attention: which cached tokens a token attends to.
+
+An indexer has many small query heads, and one key per token that it keeps in a paged cache of its
+own, beside the latents (`PagedKVCache.create(..., index_head_dim=...)`). The score of a cached
+token is, of the products of its key with the query's heads, the sum of those that are positive,
+each times a weight that the querying token gives to the head:
+
+    score[t] = sum over heads of weight[head] * max(q[head] . key[t], 0)
+
+The `topk` tokens of the highest scores are chosen. Of equal scores, the one at the lower position
+counts as higher, so that the choice is the same wherever and however it is computed.
+
+Axes: `batch`; `s` querying tokens; `t` cached ones; `heads` index heads; `head_dim` numbers of one.
+
+Parameters are nested dicts with the checkpoint's names and Flax's leaves. A kernel is `[in, out]`:
+
+    wq_b.kernel            [q_lora_rank, heads * head_dim]
+    wk.kernel              [hidden, head_dim]
+    k_norm.scale           [head_dim], with k_norm.bias of a layer norm
+    weights_proj.kernel    float32[hidden, heads]
+
+Sources: DeepSeek-V3.2-Exp (github.com/deepseek-ai/DeepSeek-V3.2-Exp), section 1 of its report and
+`inference/model.py`; `modeling_deepseek_v32.py` and `modeling_glm_moe_dsa.py` of Hugging Face
+transformers. DeepSeek's code also multiplies queries and keys by a Hadamard matrix, for the sake of
+FP8: it is orthogonal, so the products are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.export import is_symbolic_dim
+
+from flashmla_jax.cache import index_keys
+from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
+from flashmla_jax.layers import mla
+
+Params = Mapping[str, Any]
+
+_ROPE_DIM = HEAD_DIM - HEAD_DIM_V
+
+# How many products of a head and a key there may be at a time, 4 bytes each.
+_AT_A_TIME = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexerConfig:
+    """The shape of an indexer; hashable.
+
+    `rope_interleave` says which of the first 64 numbers are rotated together: neighbours, as in
+    MLA, or as in DeepSeek-V3.2 those that are 32 apart.
+
+    Raises:
+      ValueError: a size is too small.
+    """
+
+    num_heads: int
+    head_dim: int
+    topk: int
+    rope_interleave: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_heads": 1, "head_dim": _ROPE_DIM, "topk": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def project_q(
+    params: Params,
+    config: IndexerConfig,
+    x: jax.Array,
+    q_latent: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The index heads of tokens, and what each head's products count.
+
+    Args:
+      params: as in the module's docstring.
+      config: the shape of the indexer.
+      x: [batch, s, hidden], what the layer's attention reads.
+      q_latent: [batch, s, q_lora_rank], MLA's normalised latent of its queries.
+      cos: of `mla.rope_tables`, float32[batch, s, 32].
+      sin: the same.
+      precision: of the product with `wq_b`.
+
+    Returns:
+      q [batch, s, heads, head_dim], and weights float32[batch, s, heads], which contain the factor
+      `(heads * head_dim) ** -0.5`.
+    """
+    q = mla.linear(q_latent, params["wq_b"], precision)
+    q = q.reshape(*q.shape[:-1], config.num_heads, config.head_dim)
+    q = _rotate(config, q, cos[..., None, :], sin[..., None, :])
+    # In float32, as routers are.
+    highest = jax.lax.Precision.HIGHEST
+    weights = mla.linear(x.astype(jnp.float32), params["weights_proj"], highest)
+    return q, weights * (config.num_heads * config.head_dim) ** -0.5
+
+
+def project_k(
+    params: Params,
+    config: IndexerConfig,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """What the cache keeps of tokens for the indexer; arguments as for `project_q`.
+
+    Returns [batch, s, head_dim].
+    """
+    key = _layer_norm(mla.linear(x, params["wk"], precision), params["k_norm"], config.norm_eps)
+    return _rotate(config, key, cos, sin)
+
+
+def index_scores(
+    q: jax.Array, weights: jax.Array, keys: jax.Array, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """The score of every key for every query.
+
+    Args:
+      q: [..., heads, head_dim] in the dtype of `keys`.
+      weights: float32[..., heads].
+      keys: [t, head_dim].
+      precision: of the products.
+
+    Returns:
+      float32[..., t].
+    """
+    products = jnp.einsum(
+        "...hd,td->...ht", q, keys, precision=precision, preferred_element_type=jnp.float32
+    )
+    return jnp.sum(jnp.maximum(products, 0) * weights[..., None], axis=-2)
+
+
+def top_k(scores: jax.Array, num_visible: jax.Array, topk: int) -> jax.Array:
+    """The positions of the highest scores, exactly; equal ones in the order of their positions.
+
+    Args:
+      scores: float32[..., t].
+      num_visible: int32[...]: only the first so many can be chosen, and others may be anything.
+      topk: how many are.
+
+    Returns:
+      int32[..., topk], the highest first; -1 at the end where there are fewer.
+    """
+    tokens = scores.shape[-1]
+    visible = jnp.arange(tokens, dtype=jnp.int32) < num_visible[..., None]
+    # For the comparison, -0 is less than 0; and of what is -inf, what is visible comes first.
+    scores = jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    if is_symbolic_dim(tokens) or tokens < topk:
+        added = topk if is_symbolic_dim(tokens) else topk - tokens
+        widths = [(0, 0)] * (scores.ndim - 1) + [(0, added)]
+        scores = jnp.pad(scores, widths, constant_values=-jnp.inf)
+    _, positions = jax.lax.top_k(scores, topk)
+    exists = jnp.arange(topk, dtype=jnp.int32) < num_visible[..., None]
+    return jnp.where(exists, positions, -1).astype(jnp.int32)
+
+
+def choose(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    num_visible: jax.Array,
+    topk: int,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """The tokens that each query attends to, among keys that lie one after the other.
+
+    For long sequences some queries are looked at after the others, so that memory grows with the
+    number of keys and not with its square.
+
+    Args:
+      q: [batch, s, heads, head_dim].
+      weights: float32[batch, s, heads].
+      keys: [batch, t, head_dim].
+      num_visible: int32[batch, s]: a query sees the first so many keys; the others may be anything,
+        NaN included. None if it is 0 or less.
+      topk: how many tokens a query attends to.
+      precision: of the products.
+
+    Returns:
+      Their positions int32[batch, s, topk], the highest scores first; -1 where there are fewer.
+    """
+    q = q.astype(keys.dtype)
+
+    def of_sequence(
+        q: jax.Array, weights: jax.Array, keys: jax.Array, num_visible: jax.Array
+    ) -> jax.Array:
+        return _choose(q, weights, keys, num_visible, topk, precision)
+
+    products = q.shape[1] * q.shape[2] * keys.shape[1]
+    return _map(of_sequence, (q, weights, keys, num_visible), products)
+
+
+def choose_cached(
+    q: jax.Array,
+    weights: jax.Array,
+    index_pages: jax.Array,
+    block_table: jax.Array,
+    num_visible: jax.Array,
+    topk: int,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """As `choose`, among keys in pages; work and memory grow with the width of the block table.
+
+    Args:
+      q: [batch, s, heads, head_dim].
+      weights: float32[batch, s, heads].
+      index_pages: [num_pages, 64, 1, head_dim], or in FP8 as `flashmla_jax.cache.index_keys` says.
+        Products with codes are computed in q's dtype, which holds them exactly.
+      block_table: int32[batch, max_pages_per_seq]; unused entries may hold anything, and so may
+        unused pages.
+      num_visible: int32[batch, s]: a query sees the first so many tokens of its sequence.
+      topk: how many tokens a query attends to.
+      precision: of the products.
+
+    Returns:
+      Their positions int32[batch, s, topk], see `choose`.
+    """
+
+    def of_sequence(
+        q: jax.Array, weights: jax.Array, table: jax.Array, num_visible: jax.Array
+    ) -> jax.Array:
+        rows = index_pages.at[table].get(mode="clip")
+        rows = rows.reshape(table.shape[0] * PAGE_SIZE, index_pages.shape[-1])
+        keys, scales = index_keys.unpack(rows, q.dtype)
+        return _choose(q.astype(keys.dtype), weights, keys, num_visible, topk, precision, scales)
+
+    products = q.shape[1] * q.shape[2] * block_table.shape[1] * PAGE_SIZE
+    return _map(of_sequence, (q, weights, block_table, num_visible), products)
+
+
+def pool_indices(positions: jax.Array, block_table: jax.Array) -> jax.Array:
+    """Where tokens lie in a pool: page times 64 plus row.
+
+    Args:
+      positions: int32[batch, s, topk], or -1.
+      block_table: int32[batch, max_pages_per_seq].
+
+    Returns:
+      int32[batch, s, topk]; -1 where the position is negative, or its page.
+    """
+    slots = jnp.maximum(positions, 0) // PAGE_SIZE
+    pages = jax.vmap(lambda table, slot: table.at[slot].get(mode="fill", fill_value=-1))(
+        block_table, slots
+    )
+    exists = (positions >= 0) & (pages >= 0)
+    return jnp.where(exists, pages * PAGE_SIZE + positions % PAGE_SIZE, -1).astype(jnp.int32)
+
+
+def _choose(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    num_visible: jax.Array,
+    topk: int,
+    precision: jax.lax.PrecisionLike,
+    scales: jax.Array | None = None,
+) -> jax.Array:
+    """`choose` for one sequence: int32[s, topk]. `scales` float32[t] are positive factors of keys.
+
+    As such they may as well be factors of scores.
+    """
+
+    def of_query(q: jax.Array, weights: jax.Array, num_visible: jax.Array) -> jax.Array:
+        scores = index_scores(q, weights, keys, precision)
+        return top_k(scores if scales is None else scores * scales, num_visible, topk)
+
+    return _map(of_query, (q, weights, num_visible), q.shape[1] * keys.shape[0])
+
+
+def _map(
+    function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...], products: int
+) -> jax.Array:
+    """`jax.vmap`, but one after the other what would be more than `_AT_A_TIME` products in all.
+
+    `products` is how many an element of the arguments' first axis needs.
+    """
+    number = arguments[0].shape[0]
+    if is_symbolic_dim(number) or is_symbolic_dim(products) or number * products <= _AT_A_TIME:
+        return jax.vmap(function)(*arguments)
+    together = max(_AT_A_TIME // products, 1)
+    return jax.lax.map(
+        lambda args: function(*args), arguments, batch_size=together if together > 1 else None
+    )
+
+
+def _layer_norm(x: jax.Array, params: Params, eps: float) -> jax.Array:
+    """`x` [..., dim] with mean 0 and variance 1, times `scale` plus `bias`, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    scale, bias = (params[name].astype(jnp.float32) for name in ("scale", "bias"))
+    return (x32 * scale + bias).astype(x.dtype)
+
+
+def _rotate(config: IndexerConfig, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first 64 numbers of `x` [..., head_dim] by tables [..., 32]."""
+    rope, rest = jnp.split(x, [_ROPE_DIM], axis=-1)
+    if config.rope_interleave:
+        rope = mla.apply_rope(rope, cos, sin)
+    else:
+        first, second = jnp.split(rope.astype(jnp.float32), 2, axis=-1)
+        rope = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rope.astype(x.dtype), rest], axis=-1)
