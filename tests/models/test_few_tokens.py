@@ -150,14 +150,14 @@ def decode(
 def check(config: DeepSeekConfig, batch: int, s_q: int, seed: int, dtype: Any) -> None:
     """Against float32 on the CPU, which other tests compare with Hugging Face."""
     is_certain = config.topk_method == "noaux_tc" and seed % 2
-    gpu = jax.devices("gpu")[0]
+    device = jax.devices()[0]
     with jax.default_device(CPU):
         params = make_params(config, seed, dtype)
         in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         absorbed = deepseek.absorb(params, config)
         wanted = decode(in_float32, config, batch, s_q, seed, CPU)
-        actual = decode(absorbed, config, batch, s_q, seed, gpu)
-        again, _ = decode(absorbed, config, batch, s_q, seed, gpu)
+        actual = decode(absorbed, config, batch, s_q, seed, device)
+        again, _ = decode(absorbed, config, batch, s_q, seed, device)
     for x, y in zip((actual[0], *actual[1]), (wanted[0], *wanted[1]), strict=True):
         errors = np.linalg.norm(x - y, axis=-1) / np.linalg.norm(y, axis=-1)
         # Logits next to 0 may change their signs, and the token its experts.
