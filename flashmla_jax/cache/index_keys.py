@@ -12,12 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flashmla_jax.cache.layout import DTYPES
+from flashmla_jax.cache.layout import DTYPES, to_bytes, to_codes
 
 _ALIGNMENT = 16
-_E4M3 = jnp.float8_e4m3fn
-# As in `flashmla_jax.cache.layout`, scales are no smaller.
-_LEAST_SCALE = 1e-4
 
 
 def zeros(shape: tuple[int, ...], head_dim: int, dtype: Any) -> jax.Array:
@@ -55,15 +52,10 @@ def pack(keys: jax.Array, dtype: Any) -> jax.Array:
     """What a pool of `dtype` holds of keys [..., head_dim]: [..., size]."""
     if dtype != jnp.uint8:
         return keys.astype(dtype)
-    keys = keys.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(keys), axis=-1)
-    # A number m * 2**k, with m from 0.5 to 1, over 448 = 0.875 * 2**9.
-    mantissa, exponent = jnp.frexp(jnp.maximum(largest, _LEAST_SCALE * 448))
-    scale = jnp.ldexp(jnp.float32(1), exponent - jnp.where(mantissa <= 0.875, 9, 8))
-    codes = jax.lax.bitcast_convert_type((keys / scale[..., None]).astype(_E4M3), jnp.uint8)
-    scale_bytes = jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    codes, scales = to_codes(keys.astype(jnp.float32))
+    scale_bytes = to_bytes(scales[..., None])
     widths = [(0, 0)] * (keys.ndim - 1) + [(0, _ALIGNMENT - scale_bytes.shape[-1])]
-    return jnp.concatenate([codes, jnp.pad(scale_bytes, widths)], axis=-1)
+    return jnp.concatenate([to_bytes(codes), jnp.pad(scale_bytes, widths)], axis=-1)
 
 
 def unpack(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -74,5 +66,5 @@ def unpack(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     if rows.dtype != jnp.uint8:
         return rows, None
     codes, scale_bytes = jnp.split(rows, [head_dim_of(rows)], axis=-1)
-    keys = jax.lax.bitcast_convert_type(codes, _E4M3).astype(dtype)
+    keys = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(dtype)
     return keys, jax.lax.bitcast_convert_type(scale_bytes[..., :4], jnp.float32)

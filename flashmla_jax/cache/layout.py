@@ -97,14 +97,10 @@ def quantize(kv: jax.Array, fmt: FP8Format = FP8, *, powers_of_two: bool = True)
         raise ValueError("powers_of_two must be True: FP8_512's scales are")
     latent, rope = kv[..., : fmt.num_codes], kv[..., fmt.num_codes :]
     tiles = latent.astype(jnp.float32).reshape(*kv.shape[:-1], fmt.num_scales, fmt.tile)
-    largest = jnp.max(jnp.abs(tiles), axis=-1)
-    bounded = jnp.maximum(largest, _LEAST_SCALE * _E4M3_MAX)
-    scales = _power_of_two_for(bounded) if powers_of_two else bounded / _E4M3_MAX
-    scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
-    codes = (tiles / scales[..., None]).astype(jnp.float8_e4m3fn)
-    parts = _bytes(codes.reshape(latent.shape)), _bytes(rope.astype(jnp.bfloat16))
+    codes, scales = to_codes(tiles, powers_of_two=powers_of_two)
+    parts = to_bytes(codes.reshape(latent.shape)), to_bytes(rope.astype(jnp.bfloat16))
     if not fmt.scales_apart:
-        return jnp.concatenate([parts[0], _bytes(scales), parts[1]], axis=-1)
+        return jnp.concatenate([parts[0], to_bytes(scales), parts[1]], axis=-1)
     exponents = _exponents(scales)
     pad = jnp.zeros((*exponents.shape[:-1], fmt.scale_bytes - fmt.num_scales), jnp.uint8)
     return _join_page(
@@ -163,6 +159,23 @@ def take_tokens(
     scales = row[..., None] * fmt.scale_bytes + jnp.arange(fmt.scale_bytes, dtype=jnp.int32)
     columns = jnp.concatenate([data, page_size * data_bytes + scales], axis=-1)
     return _dequantize_tokens(by_page[page[..., None], columns], fmt, dtype)
+
+
+def to_codes(tiles: jax.Array, *, powers_of_two: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Numbers as e4m3 codes times a scale for each tile of them.
+
+    Args:
+      tiles: float32[..., tile].
+      powers_of_two: whether scales are rounded up to powers of two.
+
+    Returns:
+      float8_e4m3fn[..., tile], and the scales float32[...]: NaN where a number is not finite.
+    """
+    largest = jnp.max(jnp.abs(tiles), axis=-1)
+    bounded = jnp.maximum(largest, _LEAST_SCALE * _E4M3_MAX)
+    scales = _power_of_two_for(bounded) if powers_of_two else bounded / _E4M3_MAX
+    scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
+    return (tiles / scales[..., None]).astype(jnp.float8_e4m3fn), scales
 
 
 def as_bytes(pages: jax.Array) -> jax.Array:
@@ -238,7 +251,7 @@ def _powers(exponents: jax.Array) -> jax.Array:
     return jnp.where(exponents == 255, jnp.nan, powers)
 
 
-def _bytes(x: jax.Array) -> jax.Array:
+def to_bytes(x: jax.Array) -> jax.Array:
     """The last axis as bytes."""
     split = jax.lax.bitcast_convert_type(x, jnp.uint8)
     return split if split.ndim == x.ndim else split.reshape(*x.shape[:-1], -1)

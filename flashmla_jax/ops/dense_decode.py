@@ -225,7 +225,8 @@ def _tangents(
     q, k_cache = operand_tangents[:2]
     if _is_fp8(operands[1]):
         raise NotImplementedError(
-            "flash_mla_with_kvcache is not differentiable over FP8 caches: use one of numbers"
+            "flash_mla_with_kvcache is not differentiable over FP8 caches: differentiate over "
+            "pages of numbers, which flashmla_jax.cache.layout.dequantize makes of them"
         )
 
     def of_one(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -27,4 +27,5 @@ def test_tokens() -> None:
         kind: np.abs(accuracy.tokens_of(kind, rng)).max()
         for kind in ("normal", "heavy tails", "large columns")
     }
-    assert spread["normal"] < 8 < spread["heavy tails"] < spread["large columns"] * 10
+    assert spread["normal"] < 8 < spread["heavy tails"]
+    assert spread["large columns"] > 100

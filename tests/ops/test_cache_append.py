@@ -1,12 +1,17 @@
 """`cache_append` against a loop in NumPy: every row, and nothing but the rows, in its place."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flashmla_jax import reference
+from flashmla_jax.cache import index_keys
 from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
+from flashmla_jax.ops import cache_append as op
 from flashmla_jax.ops.cache_append import DTYPES, cache_append
 
 INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
@@ -76,6 +81,12 @@ def test_tokens_of_other_sizes(dtype, size, num_tokens):
         args = [x[..., :size].astype(dtype) for x in (k_cache, new_kv)]
     for append in (cache_append, reference.cache_append):
         assert_same_bits(jax.jit(append)(*args, *tables), expected(*args, *tables))
+
+
+def test_alignment_is_that_of_the_kernels():
+    header = (Path(__file__).parents[2] / "csrc" / "params.h").read_text()
+    (alignment,) = re.findall(r"kAppendAlignment = (\d+);", header)
+    assert int(alignment) == op._ALIGNMENT == index_keys._ALIGNMENT
 
 
 @pytest.mark.parametrize("append", [cache_append, reference.cache_append])
