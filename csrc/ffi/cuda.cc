@@ -40,11 +40,6 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
     return xffi::Error(xffi::ErrorCode::kUnimplemented,
                        std::string(kDenseDecodeTarget) + ": float32 runs on the CPU only");
   }
-  if (params.fp8_cache) {
-    return xffi::Error(
-        xffi::ErrorCode::kUnimplemented,
-        std::string(kDenseDecodeTarget) + ": FP8 caches have a kernel on the CPU only");
-  }
   const int64_t rows = params.workspace_slots() * params.tile_rows();
   const auto fewer = [](size_t elements, int64_t needed) {
     return static_cast<int64_t>(elements) < needed;

@@ -166,6 +166,16 @@ __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* 
       "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst)
       : "memory");
 }
+// Contiguous bytes, a multiple of 16, into shared memory.
+__device__ __forceinline__ void BulkLoad(void* destination, const void* source, uint32_t bytes,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(SmemAddress(destination)),
+      "l"(source), "r"(bytes), "r"(SmemAddress(barrier)), "l"(kEvictFirst)
+      : "memory");
+}
+
 // The same, to that place in each block of the cluster whose bit is set in `blocks`; the barriers
 // at the place of `barrier` count the bytes.
 __device__ __forceinline__ void TmaLoad4DMulticast(void* destination, const CUtensorMap* map,

@@ -147,7 +147,8 @@ def _call_cuda(
     cuda_graph: bool,
 ) -> list[jax.Array]:
     q, k_cache, block_table, _ = operands
-    if _is_fp8(k_cache):  # no kernel yet
+    rows = q.shape[1] * q.shape[2] // k_cache.shape[2]
+    if _is_fp8(k_cache) and (rows > NARROW_ROWS or q.dtype == jnp.float32):  # no kernel yet
         return _reference(
             *operands, softmax_scale=softmax_scale, causal=causal, batch_invariant=batch_invariant
         )

@@ -89,14 +89,24 @@ Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_
   return error == cudaSuccess ? Status{} : Failed("launch", error);
 }
 
-template <typename T, int kRows>
+template <typename T, int kRows, bool kFp8 = false>
 Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
-  narrow::Maps maps;
-  Status status = MakePageMap(p, kPageSize, 1, &maps.panel);
+  narrow::Maps maps{};
+  Status status;
+  if (!kFp8) status = MakePageMap(p, kPageSize, 1, &maps.panel);
   if (status.ok()) status = MakeQueryMap(p, &maps.queries);
   if (!status.ok()) return status;
-  return Launch(narrow::Kernel<T, kRows>, grid, narrow::kThreads,
-                sizeof(narrow::SharedMemory<kRows>), 1, stream, p, maps);
+  return Launch(narrow::Kernel<T, kRows, kFp8>, grid, narrow::kThreads<kFp8>,
+                sizeof(narrow::SharedMemory<kRows, kFp8>), 1, stream, p, maps);
+}
+
+Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  if (p.rows() <= 16) return LaunchNarrow<__nv_bfloat16, 16, true>(p, grid, stream);
+  if (p.rows() <= kNarrowRows) {
+    return LaunchNarrow<__nv_bfloat16, kNarrowRows, true>(p, grid, stream);
+  }
+  return {StatusCode::kInvalidArgument,
+          "FP8 caches need at most 32 query rows for a KV head, got " + std::to_string(p.rows())};
 }
 
 template <typename T, int kCluster>
@@ -170,6 +180,7 @@ Status Decode(const DenseDecodeParams& p, cudaStream_t stream, int* partitions,
   *partitions = static_cast<int>(
       std::clamp<int64_t>(*multiprocessors / p.row_tiles(), 1, p.max_partitions()));
   const dim3 grid(static_cast<unsigned>(p.row_tiles()), *partitions);
+  if (p.fp8_cache) return LaunchFp8(p, grid, stream);
   return p.dtype == DType::kBF16 ? LaunchShape<__nv_bfloat16>(p, grid, stream)
                                  : LaunchShape<__half>(p, grid, stream);
 }

@@ -26,31 +26,45 @@
 #include <cmath>
 
 #include "sm90/dense_decode/common.cuh"
+#include "sm90/dense_decode/fp8.cuh"
 
 namespace flashmla::sm90::narrow {
 
 inline constexpr int kGroupThreads = 128;  // of the warps that do scores, or values
-inline constexpr int kThreads = 3 * kGroupThreads;
-// Registers of a thread: all start with 168, which those that do scores keep.
+template <bool kFp8>
+constexpr int kThreads = (kFp8 ? 4 : 3) * kGroupThreads;
+// Registers of a thread: all start with 168, which those that do scores keep; with FP8 pages, 128.
 inline constexpr int kValueRegisters = 240;
-inline constexpr int kLoaderRegisters = 96;
+template <bool kFp8>
+constexpr int kLoaderRegisters = kFp8 ? 40 : 96;
+inline constexpr int kFp8ScoreRegisters = 152;
+inline constexpr int kConverterRegisters = 80;
+
+// FP8 tokens come in pieces of pages.
+inline constexpr int kRawTokens = 16;
+inline constexpr int kRawBytes = kRawTokens * kFp8TokenBytes;
+
 inline constexpr int kSequenceCost = 1;  // blocks
 inline constexpr int kLeastBlocks = 1;
 
-template <int kRows>
+template <int kRows, bool kFp8>
 struct SharedMemory {
-  static constexpr int kQueries = kRows == 16 ? 2 : 1;  // buffers for Q
-  static constexpr int kSlots = kRows == 16 ? 23 : 22;  // panels in the ring
+  static constexpr int kQueries = kRows == 16 && !kFp8 ? 2 : 1;  // buffers for Q
+  // Panels in the ring: of FP8 pages, those of two blocks, or nearly so.
+  static constexpr int kSlots = kFp8 ? (kRows == 16 ? 18 : 17) : (kRows == 16 ? 23 : 22);
+  static constexpr int kRawSlots = kFp8 ? (kRows == 16 ? 5 : 4) : 0;  // of kRawTokens each
   static constexpr int kPanelBytesQ = kRows * kPanel * 2;
 
   alignas(1024) uint8_t k[kSlots][kPanelBytes];
   alignas(1024) uint8_t q[kQueries][kPanels * kPanelBytesQ];
   alignas(1024) uint8_t p[2][kRows * kPageSize * 2];
+  alignas(16) uint8_t raw[kFp8 ? kRawSlots : 1][kFp8 ? kRawBytes : 16];
   float alpha[2][kRows];            // with each P: what O has to be multiplied with before
   float warp_highest[2][4][kRows];  // of alternate blocks, per warp of the scores
   float reference[2][kRows];        // of alternate sequences, when all of their blocks are done,
   float warp_sum[2][4][kRows];      // and their weights' sums
   uint64_t full[kSlots], empty[kSlots];
+  uint64_t raw_full[kFp8 ? kRawSlots : 1], raw_empty[kFp8 ? kRawSlots : 1];
   uint64_t query_ready[kQueries], query_free[kQueries];
   uint64_t p_ready[2], p_free[2];
   uint64_t sums_ready[2], sums_free[2];
@@ -78,11 +92,11 @@ struct Ring {
 };
 
 // The panels of a block follow each other in the ring: RoPE, then those of V.
-template <int kRows>
+template <int kRows, bool kFp8>
 __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& map,
                                  const RowTile& tile, const Range& range,
-                                 SharedMemory<kRows>& shared) {
-  Ring<SharedMemory<kRows>::kSlots> ring;
+                                 SharedMemory<kRows, kFp8>& shared) {
+  Ring<SharedMemory<kRows, kFp8>::kSlots> ring;
   Pages pages(p, tile, range);
   for (int first_token; pages.Next(&first_token);) {
     if (threadIdx.x % 32 != 0) continue;
@@ -98,12 +112,118 @@ __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& 
   }
 }
 
-// The query rows of a sequence, panel by panel; those that do not exist stay as they are.
+// FP8 pages, as they are. A page that does not exist is left out.
 template <int kRows>
+__device__ inline void LoadRawPages(const DenseDecodeParams& p, const RowTile& tile,
+                                    const Range& range, SharedMemory<kRows, true>& shared) {
+  Ring<SharedMemory<kRows, true>::kRawSlots> ring;
+  Pages pages(p, tile, range);
+  const int lane = threadIdx.x % 32;
+  const int64_t token_bytes = p.h_kv * kFp8TokenBytes;
+  const auto* k_cache = static_cast<const uint8_t*>(p.k_cache) + tile.kv_head * kFp8TokenBytes;
+  for (int first_token; pages.Next(&first_token);) {
+    if (first_token >= p.num_pages * kPageSize) continue;
+#pragma unroll 1
+    for (int token = 0; token < kPageSize; token += kRawTokens) {
+      const uint8_t* from = k_cache + (first_token + token) * token_bytes;
+      uint64_t* full = &shared.raw_full[ring.slot];
+      if (lane == 0) {
+        ptx::MbarrierWait(&shared.raw_empty[ring.slot], ring.parity ^ 1);
+        ptx::MbarrierArriveExpectTx(full, kRawBytes);
+        if (p.h_kv == 1) ptx::BulkLoad(shared.raw[ring.slot], from, kRawBytes, full);
+      }
+      if (p.h_kv > 1) {
+        __syncwarp();
+        if (lane < kRawTokens) {
+          ptx::BulkLoad(shared.raw[ring.slot] + lane * kFp8TokenBytes, from + lane * token_bytes,
+                        kFp8TokenBytes, full);
+        }
+      }
+      ring.Advance();
+    }
+  }
+}
+
+// FP8 pages to the panels that the others read, by four warps: of each piece of a page, a warp has
+// four tokens, one after the other, and of a token a lane has sixteen codes.
+template <int kRows>
+__device__ inline void ConvertPages(const DenseDecodeParams& p, const RowTile& tile,
+                                    const Range& range, SharedMemory<kRows, true>& shared) {
+  using Shared = SharedMemory<kRows, true>;
+  constexpr int kTokensEach = kRawTokens / (kGroupThreads / 32);
+  Ring<Shared::kSlots> ring;
+  Ring<Shared::kRawSlots> raw;
+  Pages pages(p, tile, range);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kGroupThreads / 32);
+  for (int first_token; pages.Next(&first_token);) {
+    // A lane looks after one of the block's panels: RoPE, and then those of V.
+    Ring<Shared::kSlots> own = ring;
+    own.Advance(min(lane, kPanels - 1));
+    if (lane < kPanels) ptx::MbarrierWait(&shared.empty[own.slot], own.parity ^ 1);
+    __syncwarp();
+    uint8_t* rope = shared.k[ring.slot];
+    Ring<Shared::kSlots> place = ring;
+    place.Advance(1 + lane / 4);
+    uint8_t* panel = shared.k[place.slot];
+    const bool exists = first_token < p.num_pages * kPageSize;
+#pragma unroll 1
+    for (int first = 0; first < kPageSize; first += kRawTokens) {
+      if (exists) ptx::MbarrierWait(&shared.raw_full[raw.slot], raw.parity);
+      const uint8_t* tokens = shared.raw[raw.slot] + warp * kTokensEach * kFp8TokenBytes;
+      const int first_row = first + warp * kTokensEach;
+      uint4 codes[kTokensEach], key{0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF};  // NaN
+      float scales[kTokensEach];
+#pragma unroll
+      for (int i = 0; i < kTokensEach; ++i) {
+        codes[i] = uint4{0, 0, 0, 0};
+        scales[i] = __uint_as_float(0x7FFFFFFF);
+        if (exists) {
+          const uint8_t* token = tokens + i * kFp8TokenBytes;
+          codes[i] = reinterpret_cast<const uint4*>(token)[lane];
+          constexpr int kLanes = kFp8Tile / 16;  // that share a scale
+          scales[i] = reinterpret_cast<const float*>(token + kHeadDimV)[lane / kLanes];
+        }
+      }
+      static_assert(kTokensEach * kPanel * 2 == 32 * 16);
+      if (exists) {
+        const uint8_t* token = tokens + lane / 8 * kFp8TokenBytes;
+        key = reinterpret_cast<const uint4*>(token + kFp8RopeOffset)[lane % 8];
+      }
+      const int row = first_row + lane / 8;
+      *reinterpret_cast<uint4*>(rope + row * 128 + ((lane % 8 ^ row % 8) << 4)) = key;
+#pragma unroll
+      for (int i = 0; i < kTokensEach; ++i) {
+        uint4 numbers[2];
+        Dequantize(codes[i], scales[i], numbers);
+        // Lanes 0 to 3 and 4 to 7 have the same columns of two panels: those write the second half
+        // first, or there would be bank conflicts.
+        const int r = first_row + i, swapped = lane / 4 % 2;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int chunk = lane % 4 * 2 + (half ^ swapped);
+          *reinterpret_cast<uint4*>(panel + r * 128 + ((chunk ^ r % 8) << 4)) =
+              swapped ? numbers[half ^ 1] : numbers[half];
+        }
+      }
+      if (exists) {
+        __syncwarp();
+        if (lane == 0) ptx::MbarrierArrive(&shared.raw_empty[raw.slot]);
+        raw.Advance();
+      }
+    }
+    ptx::FenceProxyAsync();
+    __syncwarp();
+    if (lane < kPanels) ptx::MbarrierArrive(&shared.full[own.slot]);
+    ring.Advance(kPanels);
+  }
+}
+
+// The query rows of a sequence, panel by panel; those that do not exist stay as they are.
+template <int kRows, bool kFp8>
 __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap& map,
                                    const RowTile& tile, const Range& range,
-                                   SharedMemory<kRows>& shared) {
-  Ring<SharedMemory<kRows>::kQueries> ring;
+                                   SharedMemory<kRows, kFp8>& shared) {
+  Ring<SharedMemory<kRows, kFp8>::kQueries> ring;
   Segments segments(p, tile, range);
   for (Segment s; segments.Next(&s);) {
     uint64_t* ready = &shared.query_ready[ring.slot];
@@ -111,8 +231,8 @@ __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap
     ptx::MbarrierArriveExpectTx(ready, tile.count * kHeadDim * 2);
 #pragma unroll 1
     for (int panel = 0; panel < kPanels; ++panel) {
-      ptx::TmaLoad5D(shared.q[ring.slot] + panel * SharedMemory<kRows>::kPanelBytesQ, &map, ready,
-                     0, 0, s.batch * static_cast<int>(p.s_q), panel, tile.kv_head);
+      ptx::TmaLoad5D(shared.q[ring.slot] + panel * SharedMemory<kRows, kFp8>::kPanelBytesQ, &map,
+                     ready, 0, 0, s.batch * static_cast<int>(p.s_q), panel, tile.kv_head);
     }
     ring.Advance();
   }
@@ -120,10 +240,11 @@ __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap
 
 // The columns of S^T that a thread holds: 8 i + column + {0, 1} for i < kRows / 8, numbered
 // 2 i + {0, 1}. Its rows are the tokens row and row + 8 of a block.
-template <typename T, int kRows>
+template <typename T, int kRows, bool kFp8>
 class Scores {
  public:
-  __device__ Scores(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
+  __device__ Scores(const DenseDecodeParams& p, const RowTile& tile,
+                    SharedMemory<kRows, kFp8>& shared)
       : p_(p),
         tile_(tile),
         shared_(shared),
@@ -132,7 +253,7 @@ class Scores {
         q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))) {}
 
   __device__ __forceinline__ void Run(const Range& range) {
-    Ring<SharedMemory<kRows>::kQueries> query;
+    Ring<SharedMemory<kRows, kFp8>::kQueries> query;
     Ring<2> sums;
     Segments segments(p_, tile_, range);
     for (Segment s; segments.Next(&s);) {
@@ -157,7 +278,7 @@ class Scores {
   static constexpr int kColumns = kRows / 4;
 
   __device__ __forceinline__ void Block(int query, int first_token) {
-    const Ring<SharedMemory<kRows>::kSlots> block = ring_;
+    const Ring<SharedMemory<kRows, kFp8>::kSlots> block = ring_;
     const uint64_t q = ptx::Advance(q_operand_, query * sizeof(shared_.q[0]));
     ptx::MbarrierWait(&shared_.full[ring_.slot], ring_.parity);
     ptx::WgmmaFence();
@@ -168,7 +289,7 @@ class Scores {
       const uint64_t k = ptx::Advance(k_operand_, ring_.slot * kPanelBytes);
 #pragma unroll
       for (int step = 0; step < kPanel / 16; ++step) {
-        const uint32_t offset = panel * SharedMemory<kRows>::kPanelBytesQ + step * 32;
+        const uint32_t offset = panel * SharedMemory<kRows, kFp8>::kPanelBytesQ + step * 32;
         ptx::WgmmaM64<T, 0>(x_, ptx::Advance(k, step * 32), ptx::Advance(q, offset),
                             i > 0 || step > 0);
       }
@@ -206,7 +327,7 @@ class Scores {
     if (partly) {
       CleanValues<T>(
           [&](int panel) {
-            Ring<SharedMemory<kRows>::kSlots> place = block;
+            Ring<SharedMemory<kRows, kFp8>::kSlots> place = block;
             place.Advance(1 + panel);
             return shared_.k[place.slot];
           },
@@ -271,11 +392,11 @@ class Scores {
 
   const DenseDecodeParams& p_;
   const RowTile& tile_;
-  SharedMemory<kRows>& shared_;
+  SharedMemory<kRows, kFp8>& shared_;
   const float scale_;
   const uint64_t k_operand_, q_operand_;
 
-  Ring<SharedMemory<kRows>::kSlots> ring_;
+  Ring<SharedMemory<kRows, kFp8>::kSlots> ring_;
   Ring<2> p_ring_;
   // Of the current sequence.
   int length_;
@@ -289,10 +410,11 @@ class Scores {
 
 // Panel j of O^T: the thread holds the latent columns 64 j + row and + 8, of the query rows that
 // Scores numbers alike.
-template <typename T, int kRows>
+template <typename T, int kRows, bool kFp8>
 class Values {
  public:
-  __device__ Values(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
+  __device__ Values(const DenseDecodeParams& p, const RowTile& tile,
+                    SharedMemory<kRows, kFp8>& shared)
       : p_(p),
         tile_(tile),
         shared_(shared),
@@ -445,33 +567,43 @@ class Values {
 
   const DenseDecodeParams& p_;
   const RowTile& tile_;
-  SharedMemory<kRows>& shared_;
+  SharedMemory<kRows, kFp8>& shared_;
   const uint64_t v_operand_, p_operand_;
 
-  Ring<SharedMemory<kRows>::kSlots> ring_;
+  Ring<SharedMemory<kRows, kFp8>::kSlots> ring_;
   Ring<2> p_ring_;
   float o_[kPanelsV][kRows / 2];
 };
 
 // Grid: (row tiles, partitions).
-template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads, 1)
+template <typename T, int kRows, bool kFp8>
+__global__ void __launch_bounds__(kThreads<kFp8>, 1)
     Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  using Shared = SharedMemory<kRows>;
+  using Shared = SharedMemory<kRows, kFp8>;
+  constexpr int kThreads = narrow::kThreads<kFp8>;
   static_assert(sizeof(Shared) <= kMaxSharedBytes);
   Shared& shared = *reinterpret_cast<Shared*>(raw);
   // One thread of a warp for some of the barriers: of many, it would be one after the other, too,
   // but with a fence for each.
   if (threadIdx.x == 0) {
     if (ptx::SmemAddress(raw) % 1024 != 0) __trap();  // swizzled tiles need it
-    for (uint64_t& barrier : shared.full) ptx::MbarrierInit(&barrier, 1);
+    for (uint64_t& barrier : shared.full) {
+      ptx::MbarrierInit(&barrier, kFp8 ? kGroupThreads / 32 : 1);
+    }
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 32) {
     for (uint64_t& barrier : shared.empty) ptx::MbarrierInit(&barrier, kGroupThreads / 32);
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 64) {
-    ptx::PrefetchTensorMap(&maps.panel);
+    if constexpr (kFp8) {
+      for (int i = 0; i < Shared::kRawSlots; ++i) {
+        ptx::MbarrierInit(&shared.raw_full[i], 1);
+        ptx::MbarrierInit(&shared.raw_empty[i], kGroupThreads / 32);
+      }
+    } else {
+      ptx::PrefetchTensorMap(&maps.panel);
+    }
     ptx::PrefetchTensorMap(&maps.queries);
     // Those that hand over numbers count the threads that wrote them: racecheck follows that.
     for (int i = 0; i < Shared::kQueries; ++i) {
@@ -508,17 +640,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {
-    Scores<T, kRows>(p, tile, shared).Run(range);
+    if constexpr (kFp8) ptx::IncreaseRegisters<kFp8ScoreRegisters>();
+    Scores<T, kRows, kFp8>(p, tile, shared).Run(range);
   } else if (role == 1) {
     ptx::IncreaseRegisters<kValueRegisters>();
-    Values<T, kRows>(p, tile, shared).Run(range, partition, partitions);
+    Values<T, kRows, kFp8>(p, tile, shared).Run(range, partition, partitions);
+  } else if (kFp8 && role == 3) {
+    ptx::DecreaseRegisters<kConverterRegisters>();
+    if constexpr (kFp8) ConvertPages<kRows>(p, tile, range, shared);
   } else {
-    ptx::DecreaseRegisters<kLoaderRegisters>();
+    ptx::DecreaseRegisters<kLoaderRegisters<kFp8>>();
     const int warp = threadIdx.x / 32 - 2 * kGroupThreads / 32;
     if (warp == 0) {
-      LoadPages<kRows>(p, maps.panel, tile, range, shared);
+      if constexpr (kFp8) {
+        LoadRawPages<kRows>(p, tile, range, shared);
+      } else {
+        LoadPages<kRows, kFp8>(p, maps.panel, tile, range, shared);
+      }
     } else if (warp == 1 && threadIdx.x % 32 == 0) {
-      LoadQueries<kRows>(p, maps.queries, tile, range, shared);
+      LoadQueries<kRows, kFp8>(p, maps.queries, tile, range, shared);
     } else if (warp == 2 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1 &&
                !p.batch_invariant) {
       RecordMerges(p, tile, range, partition, partitions);
