@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V
+from flashmla_jax.cache.layout import FP8, HEAD_DIM, HEAD_DIM_V
 
 LONG = 128 * 1024  # the one sequence among the others of a "skew" case
 
@@ -32,11 +32,13 @@ class Case:
     """Measure gather + einsum too."""
     batch_invariant: bool = False
     """In the mode `deterministic="batch_invariant"`."""
+    fp8: bool = False
+    """Over an FP8 cache."""
 
     def __str__(self) -> str:
         name = f"b{self.batch} s{self.s_q} h{self.h_q} {self.length} {self.spread}"
         name += "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        return name + " batch-invariant" * self.batch_invariant
+        return name + " fp8" * self.fp8 + " batch-invariant" * self.batch_invariant
 
     @property
     def causal(self) -> bool:
@@ -64,8 +66,9 @@ class Case:
     def bytes(self) -> int:
         """Queries, cached tokens and results, each counted once."""
         size = 4 if self.dtype == "float32" else 2
+        token = FP8.token_bytes if self.fp8 else size * HEAD_DIM
         rows = self.batch * self.s_q * self.h_q
-        return size * (int(self.lengths().sum()) * HEAD_DIM + rows * (HEAD_DIM + HEAD_DIM_V))
+        return token * int(self.lengths().sum()) + size * rows * (HEAD_DIM + HEAD_DIM_V)
 
 
 def _table() -> list[Case]:
@@ -103,6 +106,10 @@ def _table() -> list[Case]:
     ):
         sizes = batch, 1, heads, length * K
         cases.append(Case("batch-invariant", *sizes, spread, batch_invariant=True))
+    for heads, length in itertools.product((16, 32, 64, 128), (4, 16)):
+        cases.append(Case("fp8", 128, 1, heads, length * K, "varlen", fp8=True))
+    for batch, heads in itertools.product((1, 16), (16, 128)):
+        cases.append(Case("fp8", batch, 1, heads, 8 * K, fp8=True))
     return cases
 
 

@@ -34,6 +34,7 @@ from benchmarks import append, cases, report, timing
 from benchmarks.cases import Case
 from benchmarks.record import RESULTS, device_name, write_record
 from flashmla_jax import reference
+from flashmla_jax.cache import layout
 from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
 
 BEYOND_L2 = 160 * 2**20  # bytes of pages that the calls of a program walk through
@@ -51,7 +52,10 @@ def attention(case: Case, rival: bool) -> Attend:
         )
     deterministic = "batch_invariant" if case.batch_invariant else True
     return functools.partial(
-        fm.flash_mla_with_kvcache, causal=case.causal, deterministic=deterministic
+        fm.flash_mla_with_kvcache,
+        causal=case.causal,
+        deterministic=deterministic,
+        is_fp8_kvcache=case.fp8,
     )
 
 
@@ -75,8 +79,15 @@ def inputs(case: Case, calls: int, most_pools: int) -> tuple[jax.Array, jax.Arra
         tables.append(jnp.asarray(table))
     key_q, key_k = jax.random.split(jax.random.key(0))
     q = jax.random.normal(key_q, (case.batch, case.s_q, case.h_q, HEAD_DIM), case.dtype)
-    k_cache = jax.random.normal(key_k, (num_pages, PAGE_SIZE, 1, HEAD_DIM), case.dtype)
+    k_cache = random_pages(key_k, num_pages, case)
     return q, k_cache, tables, jnp.asarray(lengths)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_pages(key: jax.Array, num_pages: int, case: Case) -> jax.Array:
+    """A pool of standard normal numbers, in the case's format."""
+    pages = jax.random.normal(key, (num_pages, PAGE_SIZE, 1, HEAD_DIM), case.dtype)
+    return layout.quantize(pages) if case.fp8 else pages
 
 
 def seconds_on_gpu(case: Case, rival: bool) -> list[float]:

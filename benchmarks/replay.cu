@@ -3,7 +3,7 @@
 // repository's root:
 //
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -Icsrc
-//       benchmarks/replay.cu csrc/sm90/dense_decode/*.cu -o replay
+//       benchmarks/replay.cu csrc/sm90/attention/*.cu -o replay
 //   ./replay check                          random calls, each three times: correct, the same bits
 //   ./replay time 128 1 128 4096 varlen     batch, s_q, h_q, tokens each: uniform or varlen
 //   ./replay table                          small batches, 16 and 128 heads

@@ -127,8 +127,29 @@ struct SparseAttentionParams {
   float* max_logits;       // [batch, h_q, s_q]
   float* lse;              // [batch, h_q, s_q], natural logarithm
 
+  // GPU workspace, as that of dense decode. Partial results are in half precision.
+  void* partial_out;
+  float* partial_stats;  // in the fourth place the largest score
+  int32_t* merges;
+
   constexpr int64_t queries() const { return batch * s_q; }
   constexpr int64_t listed() const { return scopes[0].topk + scopes[1].topk; }
+  // To the Hopper kernels each query token is a sequence.
+  constexpr DenseDecodeParams like_dense() const {
+    DenseDecodeParams dense{};
+    dense.batch = queries();
+    dense.s_q = dense.h_kv = 1;
+    dense.h_q = h_q;
+    dense.softmax_scale = softmax_scale;
+    dense.dtype = dtype;
+    dense.q = q;
+    dense.out = out;
+    dense.lse = lse;
+    dense.partial_out = partial_out;
+    dense.partial_stats = partial_stats;
+    dense.merges = merges;
+    return dense;
+  }
 };
 
 inline constexpr int kAppendAlignment = 16;  // bytes

@@ -100,7 +100,10 @@ def assert_matches(actual: Any, expected: fp8_oracle.Sparse, batch: int) -> None
 @pytest.mark.parametrize(
     ("extra", "sink", "lengths"), [(0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0)], ids=str
 )
-@pytest.mark.parametrize(("s_q", "h_q", "page_size"), [(1, 3, 64), (2, 5, 16)])
+@pytest.mark.parametrize(
+    ("s_q", "h_q", "page_size", "topk"),
+    [(1, 3, 64, 37), (2, 5, 16, 37), (1, 70, 64, 200), (1, 128, 130, 400)],
+)
 def test_decode_matches_float64(
     rng: np.random.Generator,
     fmt: str,
@@ -111,8 +114,9 @@ def test_decode_matches_float64(
     s_q: int,
     h_q: int,
     page_size: int,
+    topk: int,
 ) -> None:
-    batch, topk = 4, 37
+    batch = 4
     dtype = BF16 if fmt in ("bf16", "fp8") else np.float32
     q = rng.standard_normal((batch, s_q, h_q, head_dim), np.float32).astype(dtype)
     counted = np.array([topk, 20, 0, 2 * topk], np.int32) if lengths else None
@@ -164,11 +168,13 @@ def test_table_and_lengths_are_ignored(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, np.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("head_dim", [576, 512])
-@pytest.mark.parametrize("s_q", [1, 70])  # more than are done at a time
+@pytest.mark.parametrize(
+    ("s_q", "h_q", "topk"), [(1, 3, 21), (70, 3, 21), (5, 66, 300), (300, 4, 130)]
+)
 def test_prefill_matches_float64(
-    rng: np.random.Generator, dtype: Any, head_dim: int, s_q: int
+    rng: np.random.Generator, dtype: Any, head_dim: int, s_q: int, h_q: int, topk: int
 ) -> None:
-    s_kv, h_q, topk = 50, 3, 21
+    s_kv = 50
     kv = rng.standard_normal((s_kv, 1, head_dim), np.float32).astype(dtype)
     kv[30:] = np.nan
     indices = rng.integers(0, 30, (s_q, 1, topk))
@@ -177,7 +183,8 @@ def test_prefill_matches_float64(
     indices = np.where(rng.random(indices.shape) < 0.2, junk, indices).astype(np.int32)
     indices[s_q // 2] = -1
     q = rng.standard_normal((s_q, h_q, head_dim), np.float32).astype(dtype)
-    sink = np.array([0.3, np.inf, -np.inf], np.float32)
+    sink = rng.standard_normal(h_q).astype(np.float32)
+    sink[:3] = 0.3, np.inf, -np.inf
     counted = rng.integers(-1, topk + 3, s_q).astype(np.int32)
     for options in ({}, {"attn_sink": sink}, {"topk_length": counted, "attn_sink": sink}):
         in_length = np.arange(topk) < options.get("topk_length", np.full(s_q, topk))[:, None]

@@ -23,6 +23,20 @@ xffi::Error ToError(const char* target, const sm90::Status& status) {
   return xffi::Error::Internal(message);
 }
 
+// Whether a call's workspace is as large as it needs.
+template <typename PartialOut>
+bool HasWorkspace(const DenseDecodeParams& params, int64_t row_bytes, PartialOut& partial_out,
+                  xffi::ResultBuffer<xffi::F32>& partial_stats,
+                  xffi::ResultBuffer<xffi::S32>& merges) {
+  const int64_t rows = params.workspace_slots() * params.tile_rows();
+  const auto has = [](size_t elements, int64_t needed) {
+    return static_cast<int64_t>(elements) >= needed;
+  };
+  return has(partial_out->size_bytes(), rows * row_bytes) &&
+         has(partial_stats->element_count(), rows * 4) &&
+         has(merges->element_count(), params.max_partitions() * kMergeWords);
+}
+
 xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
                         xffi::Buffer<xffi::S32> block_table, xffi::Buffer<xffi::S32> cache_seqlens,
                         xffi::Result<xffi::AnyBuffer> out, xffi::ResultBuffer<xffi::F32> lse,
@@ -40,13 +54,7 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
     return xffi::Error(xffi::ErrorCode::kUnimplemented,
                        std::string(kDenseDecodeTarget) + ": float32 runs on the CPU only");
   }
-  const int64_t rows = params.workspace_slots() * params.tile_rows();
-  const auto fewer = [](size_t elements, int64_t needed) {
-    return static_cast<int64_t>(elements) < needed;
-  };
-  if (fewer(partial_out->size_bytes(), rows * params.partial_row_bytes()) ||
-      fewer(partial_stats->element_count(), rows * 4) ||
-      fewer(merges->element_count(), params.max_partitions() * kMergeWords)) {
+  if (!HasWorkspace(params, params.partial_row_bytes(), partial_out, partial_stats, merges)) {
     return xffi::Error::InvalidArgument(std::string(kDenseDecodeTarget) +
                                         ": the workspace is too small");
   }
@@ -54,6 +62,35 @@ xffi::Error DenseDecode(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer 
   params.partial_stats = partial_stats->typed_data();
   params.merges = merges->typed_data();
   return ToError(kDenseDecodeTarget, sm90::DenseDecode(params, stream));
+}
+
+xffi::Error SparseAttention(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuffer k_cache,
+                            xffi::Buffer<xffi::S32> indices, xffi::Buffer<xffi::S32> length,
+                            xffi::AnyBuffer extra_k_cache, xffi::Buffer<xffi::S32> extra_indices,
+                            xffi::Buffer<xffi::S32> extra_length, xffi::Buffer<xffi::F32> attn_sink,
+                            xffi::Result<xffi::AnyBuffer> out,
+                            xffi::ResultBuffer<xffi::F32> max_logits,
+                            xffi::ResultBuffer<xffi::F32> lse,
+                            xffi::Result<xffi::AnyBuffer> partial_out,
+                            xffi::ResultBuffer<xffi::F32> partial_stats,
+                            xffi::ResultBuffer<xffi::S32> merges, float softmax_scale) {
+  SparseAttentionParams params{};
+  params.softmax_scale = softmax_scale;
+  auto error = Unpack(q, {k_cache, extra_k_cache}, {indices, extra_indices}, {length, extra_length},
+                      attn_sink, *out, *max_logits, *lse, &params);
+  if (error.failure()) return error;
+  if (params.dtype == DType::kF32) {
+    return xffi::Error(xffi::ErrorCode::kUnimplemented,
+                       std::string(kSparseAttentionTarget) + ": float32 runs on the CPU only");
+  }
+  if (!HasWorkspace(params.like_dense(), kHeadDimV * 2, partial_out, partial_stats, merges)) {
+    return xffi::Error::InvalidArgument(std::string(kSparseAttentionTarget) +
+                                        ": the workspace is too small");
+  }
+  params.partial_out = partial_out->untyped_data();
+  params.partial_stats = partial_stats->typed_data();
+  params.merges = merges->typed_data();
+  return ToError(kSparseAttentionTarget, sm90::SparseAttention(params, stream));
 }
 
 xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyBuffer new_kv,
@@ -83,6 +120,26 @@ auto DenseDecodeBinding() {
       .Attr<bool>("batch_invariant");
 }
 
+auto SparseAttentionBinding() {
+  return xffi::Ffi::Bind()
+      .Ctx<xffi::PlatformStream<cudaStream_t>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::Buffer<xffi::F32>>()
+      .Ret<xffi::AnyBuffer>()
+      .Ret<xffi::Buffer<xffi::F32>>()
+      .Ret<xffi::Buffer<xffi::F32>>()
+      .Ret<xffi::AnyBuffer>()
+      .Ret<xffi::Buffer<xffi::F32>>()
+      .Ret<xffi::Buffer<xffi::S32>>()
+      .Attr<float>("softmax_scale");
+}
+
 auto CacheAppendBinding() {
   return xffi::Ffi::Bind()
       .Ctx<xffi::PlatformStream<cudaStream_t>>()
@@ -100,6 +157,8 @@ auto CacheAppendBinding() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode, DenseDecodeBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCuda, CacheAppend, CacheAppendBinding(),
+                              {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SparseAttentionCuda, SparseAttention, SparseAttentionBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCudaNoGraph, DenseDecode, DenseDecodeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCudaNoGraph, CacheAppend, CacheAppendBinding());

@@ -11,11 +11,10 @@ namespace flashmla::ffi {
 // flashmla_jax/ops/_ffi.py; a test compares them.
 inline constexpr char kDenseDecodeTarget[] = "flashmla_dense_decode_v1";
 inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v2";
+inline constexpr char kSparseAttentionTarget[] = "flashmla_sparse_attention_v1";
 // The same on a GPU, but never recorded in CUDA graphs.
 inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
 inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";
-// On the CPU only.
-inline constexpr char kSparseAttentionTarget[] = "flashmla_sparse_attention_v1";
 // On a GPU only.
 inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v2";
 
@@ -26,6 +25,7 @@ XLA_FFI_Error* SparseAttentionCpu(XLA_FFI_CallFrame* call_frame);
 #if FLASHMLA_WITH_CUDA
 XLA_FFI_Error* DenseDecodeCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* SparseAttentionCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* DenseDecodeCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FewTokensCuda(XLA_FFI_CallFrame* call_frame);

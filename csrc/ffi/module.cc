@@ -29,6 +29,7 @@ nb::dict Registrations() {
   nb::dict cuda;
   cuda[ffi::kDenseDecodeTarget] = Capsule(ffi::DenseDecodeCuda);
   cuda[ffi::kCacheAppendTarget] = Capsule(ffi::CacheAppendCuda);
+  cuda[ffi::kSparseAttentionTarget] = Capsule(ffi::SparseAttentionCuda);
   cuda[ffi::kDenseDecodeNoGraphTarget] = Capsule(ffi::DenseDecodeCudaNoGraph);
   cuda[ffi::kCacheAppendNoGraphTarget] = Capsule(ffi::CacheAppendCudaNoGraph);
   cuda[ffi::kFewTokensTarget] = Capsule(ffi::FewTokensCuda);

@@ -26,7 +26,7 @@
 #include <string>
 #include <type_traits>
 
-#include "sm90/dense_decode/schedule.cuh"
+#include "sm90/attention/schedule.cuh"
 #include "sm90/few_tokens.h"
 #include "sm90/page_row.cuh"
 #include "sm90/ptx.cuh"

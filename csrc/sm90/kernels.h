@@ -21,8 +21,9 @@ struct Status {
 
 Status DenseDecode(const DenseDecodeParams& params, cudaStream_t stream);
 // The same for a batch that is not empty, without merging: sequences that were divided among the
-// partitions are partial results (dense_decode/schedule.cuh).
+// partitions are partial results (attention/schedule.cuh).
 Status DenseDecodeParts(const DenseDecodeParams& params, cudaStream_t stream, int* partitions);
+Status SparseAttention(const SparseAttentionParams& params, cudaStream_t stream);
 Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

@@ -126,15 +126,52 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// What the lane has whose number is this lane's in the bits of `Own`, and `lane` in the others.
+template <uint32_t Own>
+__device__ __forceinline__ uint32_t ShuffleOwn(uint32_t value, uint32_t lane) {
+  uint32_t other;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, %3, 0xFFFFFFFF;"
+               : "=r"(other)
+               : "r"(value), "r"(lane), "n"(Own << 8 | 0x1F));
+  return other;
+}
+
 // --- Copies ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// 16 bytes of what nobody writes meanwhile. Volatile: where it stands in the code, the load begins.
+__device__ __forceinline__ uint4 Load16(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint2 Load8(const void* address) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+  return v;
+}
+
+// 16 bytes to shared memory.
+__device__ __forceinline__ void StoreShared16(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // A line of 128 bytes to the L2 cache.
 __device__ __forceinline__ void PrefetchL2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
+// Contiguous bytes to the L2 cache; address and number are multiples of 16.
+__device__ __forceinline__ void BulkPrefetchL2(const void* address, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
 }
 
 // The line of 128 bytes at `address` becomes undefined, and is not written back to memory.
@@ -166,16 +203,6 @@ __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* 
       "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst)
       : "memory");
 }
-// Contiguous bytes, a multiple of 16, into shared memory.
-__device__ __forceinline__ void BulkLoad(void* destination, const void* source, uint32_t bytes,
-                                         uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(SmemAddress(destination)),
-      "l"(source), "r"(bytes), "r"(SmemAddress(barrier)), "l"(kEvictFirst)
-      : "memory");
-}
-
 // The same, to that place in each block of the cluster whose bit is set in `blocks`; the barriers
 // at the place of `barrier` count the bytes.
 __device__ __forceinline__ void TmaLoad4DMulticast(void* destination, const CUtensorMap* map,
@@ -194,6 +221,12 @@ __device__ __forceinline__ void TmaLoad4DMulticast(void* destination, const CUte
 __device__ __forceinline__ void CpAsync16(uint32_t destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The barrier counts this thread as arrived once what it has copied so is there.
+__device__ __forceinline__ void CpAsyncArrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SmemAddress(barrier))
                : "memory");
 }
 

@@ -260,4 +260,5 @@ def to_bytes(x: jax.Array) -> jax.Array:
 def _numbers(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The last axis, of bytes, as numbers."""
     size = jnp.dtype(dtype).itemsize
-    return jax.lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, size), dtype)
+    x = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    return jax.lax.bitcast_convert_type(x, dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashmla_jax import reference
-from flashmla_jax.cache.layout import HEAD_DIM_V, PAGE_SIZE, dequantize
+from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, dequantize
 from flashmla_jax.ops import _ffi, _mapped, _sharding, tangents
 
 # The GPU workspace, as csrc/params.h bounds it: up to how many query rows partial results are in
@@ -103,6 +103,12 @@ def results_and_workspace(
     return _results(q) + _workspace(q.shape, h_kv, max_pages, batch_invariant=False)
 
 
+def sparse_workspace(h_q: int) -> list[jax.ShapeDtypeStruct]:
+    """That of sparse attention, to which each query token is a sequence."""
+    partial_out, *others = _workspace((1, 1, h_q, HEAD_DIM), 1, 1, batch_invariant=False)
+    return [jax.ShapeDtypeStruct(partial_out.shape, np.float16), *others]
+
+
 def _workspace(
     q: tuple[int, ...], h_kv: int, max_pages: int, batch_invariant: bool
 ) -> list[jax.ShapeDtypeStruct]:
@@ -147,8 +153,7 @@ def _call_cuda(
     cuda_graph: bool,
 ) -> list[jax.Array]:
     q, k_cache, block_table, _ = operands
-    rows = q.shape[1] * q.shape[2] // k_cache.shape[2]
-    if _is_fp8(k_cache) and (rows > NARROW_ROWS or q.dtype == jnp.float32):  # no kernel yet
+    if _is_fp8(k_cache) and q.dtype == jnp.float32:  # such numbers are for the CPU
         return _reference(
             *operands, softmax_scale=softmax_scale, causal=causal, batch_invariant=batch_invariant
         )
@@ -175,7 +180,7 @@ def _reference(
     q, k_cache = operands[:2]
     if batch_invariant:
         raise NotImplementedError(
-            'deterministic="batch_invariant" runs on CPUs and, but for FP8 caches, on Hopper GPUs; '
+            'deterministic="batch_invariant" runs on CPUs and, but for float32, on Hopper GPUs; '
             "elsewhere flash_mla_with_kvcache is jax.numpy, whose sums XLA orders as it likes."
         )
     to_numbers = functools.partial(dequantize, dtype=q.dtype) if _is_fp8(k_cache) else None

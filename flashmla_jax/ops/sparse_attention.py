@@ -11,6 +11,7 @@ import numpy as np
 from flashmla_jax import reference
 from flashmla_jax.cache.layout import FP8, FP8_512, HEAD_DIM, HEAD_DIM_V, FP8Format, take_tokens
 from flashmla_jax.ops import _ffi, _sharding
+from flashmla_jax.ops.dense_decode import sparse_workspace
 
 # Where there is no kernel: query tokens whose own tokens are gathered at a time.
 _CHUNK = 64
@@ -97,13 +98,26 @@ sparse_attention_p = _ffi.define_primitive("sparse_attention", _abstract_eval)
 # --- Lowerings -------------------------------------------------------------------------------
 
 
-def _call_cpu(*operands: jax.Array, softmax_scale: float, **_: Any) -> list[jax.Array]:
+def _call(
+    operands: tuple[jax.Array, ...], softmax_scale: float, workspace: list[jax.ShapeDtypeStruct]
+) -> list[jax.Array]:
     q = operands[0]
     batch, s_q, h_q = q.shape[:3]
     per_row = jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32)
     out = jax.ShapeDtypeStruct((batch, s_q, h_q, HEAD_DIM_V), q.dtype)
-    call = jax.ffi.ffi_call(_ffi.SPARSE_ATTENTION, [out, per_row, per_row])
-    return list(call(*operands, softmax_scale=np.float32(softmax_scale)))
+    call = jax.ffi.ffi_call(_ffi.SPARSE_ATTENTION, [out, per_row, per_row, *workspace])
+    return list(call(*operands, softmax_scale=np.float32(softmax_scale)))[:3]
+
+
+def _call_cpu(*operands: jax.Array, softmax_scale: float, **_: Any) -> list[jax.Array]:
+    return _call(operands, softmax_scale, [])
+
+
+def _call_cuda(*operands: jax.Array, softmax_scale: float, **_: Any) -> list[jax.Array]:
+    q = operands[0]
+    if q.dtype == jnp.float32:  # such numbers are for the CPU
+        return _reference(*operands, softmax_scale=softmax_scale)
+    return _call(operands, softmax_scale, sparse_workspace(q.shape[2]))
 
 
 def _reference(*operands: jax.Array, softmax_scale: float, **_: Any) -> list[jax.Array]:
@@ -148,7 +162,7 @@ def _format_of(q: jax.Array, pool: jax.Array) -> FP8Format | None:
 
 _ffi.register_lowerings(
     sparse_attention_p,
-    kernels={_ffi.CPU: _call_cpu},
+    kernels={_ffi.CPU: _call_cpu, _ffi.CUDA: _call_cuda},
     reference=_reference,
     sharding=SHARDING,
     name="flashmla_sparse_attention",

@@ -35,12 +35,17 @@
 // Shared memory: Q's 512 latent columns 64 KB, K 2 x 72 KB, P 2 x 8 KB, statistics 1 KB. Q's 64
 // RoPE columns are in registers. Registers: 224 a consumer thread, of which O takes 128; 56 a
 // producer thread.
+//
+// FP8 pages, and tokens that a query token lists (sparse attention), are brought by four producer
+// warps, to which consumers leave more registers: see Problem.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
-#include "sm90/dense_decode/common.cuh"
+#include "sm90/attention/common.cuh"
+#include "sm90/attention/fp8.cuh"
+#include "sm90/attention/tokens.cuh"
 
 namespace flashmla::sm90::wide {
 
@@ -49,8 +54,6 @@ inline constexpr int kSides = 2;
 inline constexpr int kWarpsPerSide = 4;
 inline constexpr int kConsumerThreads = kSides * kWarpsPerSide * 32;
 inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
-inline constexpr int kConsumerRegisters = 224;
-inline constexpr int kProducerRegisters = 56;
 inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
 inline constexpr int kLeastBlocks = 2;                   // one for each side
 inline constexpr int kSequenceCost = 3;  // blocks: the time to finish a sequence and begin another
@@ -58,30 +61,63 @@ static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64
 static_assert(kStages == kSides, "Softmax relies on a side's blocks having a stage to themselves");
 static_assert(kColumnsEach == 256);
 
-// The parts of a page that are loaded and released on their own.
-enum Unit : int { kLeftHalf, kRightHalf, kRope, kUnits };
-inline constexpr int kHalfPanels = kPanelsV / 2;
+// What is computed of what. Where tokens have RoPE columns of their own, those are K's alone.
+template <typename CallType, TokenFormat kTokenFormat, int kTokenDim>
+struct Problem {
+  using Call = CallType;
+  static constexpr TokenFormat kFormat = kTokenFormat;
+  static constexpr int kDim = kTokenDim;
+  static constexpr bool kSparse = std::is_same_v<Call, SparseCall>;
+  static constexpr bool kRopeApart = kDim > kHeadDimV;
+  static constexpr bool kTma = !kSparse && kFormat == TokenFormat::kNumbers;
+  static constexpr bool kConverted = kFormat != TokenFormat::kNumbers;
+  // One warp gives orders to the copy engine; four that move tokens themselves need registers. Then
+  // Q's RoPE columns are in shared memory, and K's have one place there, not one in each stage.
+  static constexpr bool kRopeShared = kRopeApart && !kTma;
+  static constexpr int kConsumerRegisters = kTma ? 224 : 200;
+  static constexpr int kProducerRegisters = kTma ? 56 : 104;
+  static constexpr int kQueryPanels = kRopeShared ? kPanels : kPanelsV;
+  static constexpr int kStagePanels = kTma ? kPanels : kPanelsV;
+  // Arrivals that hand over a unit. Copies that threads have begun count for each of them, and what
+  // is written beside the first unit is handed over by each warp.
+  static constexpr int HandOvers(int unit) {
+    return kTma ? 1 : kConverted ? 4 : unit == kLeftHalf ? 128 + 4 : 128;
+  }
+};
 
 enum Side : int { kLeft, kRight };
 
-struct SharedMemory {
-  alignas(1024) uint8_t q[kPanelsV * kPanelBytes];
-  alignas(1024) uint8_t k[kStages][kPanels * kPanelBytes];
+template <bool kExists>
+struct RopePanel {
+  alignas(1024) uint8_t rope[kPanelBytes];
+};
+template <>
+struct RopePanel<false> {
+  static constexpr const uint8_t* rope = nullptr;
+};
+
+template <typename Problem>
+struct SharedMemory : RopePanel<Problem::kRopeShared> {
+  alignas(1024) uint8_t q[Problem::kQueryPanels * kPanelBytes];
+  alignas(1024) uint8_t k[kStages][Problem::kStagePanels * kPanelBytes];
   alignas(1024) uint8_t p[kSides][kPanelBytes];
   float reference[kSides][kRowTile];
   float sum[kSides][kRowTile];
-  uint64_t full[kStages][kUnits];
+  float most[kSides][kRowTile];         // sparse: the largest score
+  alignas(16) uint32_t present[kStages][4];  // sparse: which tokens exist, as Lanes knows it
+  uint64_t full[kStages][kUnits];  // of RoPE columns with one place, the first
   uint64_t empty[kStages][kUnits];
   uint64_t query_ready;       // both sides: Q is in shared memory
   uint64_t gate;              // the right side may start its S: the left side's is nearly done
   uint64_t p_ready[kSides];   // the side's P and reference are in shared memory
   uint64_t sums_ready;        // both sides
   Segment segment[kSides];    // the side's current one
+  Range range;                // for the bookkeeper, when it has moved its tokens
+  RowTile tile;               // this, too, is for those who move tokens,
+  Walk<Problem::kFormat> walks[Problem::kTma ? 1 : 4];  // and this for each of their warps
   int query_row[kRowTile];    // per row of the tile, its place among a sequence's query rows,
   int query_token[kRowTile];  // and its token: divisions are slow
 };
-inline constexpr int kSharedBytes = sizeof(SharedMemory);
-static_assert(kSharedBytes <= kMaxSharedBytes);
 
 // The page pool as the copy engine sees it, in boxes of half a unit.
 struct PageMaps {
@@ -94,15 +130,17 @@ struct RingPosition {
   uint32_t count = 0;
   __device__ int stage() const { return count % kStages; }
   __device__ uint32_t parity() const { return count / kStages % 2; }
+  // Of the only place for RoPE columns.
+  __device__ uint32_t rope_parity() const { return count % 2; }
 };
 __device__ __forceinline__ RingPosition Next(RingPosition ring) { return {ring.count + 1}; }
 
 // --- Producer -------------------------------------------------------------------------------
 
 // Loads one unit of a page, all of it or, in a cluster, this block's half for both.
-template <int kCluster>
-__device__ __forceinline__ void LoadUnit(const PageMaps& maps, SharedMemory& shared, int stage,
-                                         Unit unit, int first_token, int kv_head) {
+template <int kCluster, typename Shared>
+__device__ __forceinline__ void LoadUnit(const PageMaps& maps, Shared& shared, int stage, Unit unit,
+                                         int first_token, int kv_head) {
   constexpr int kBoxBytes = kHalfPanels / 2 * kPanelBytes;
   constexpr int kRopeBytes = kPanelBytes / 2;
   uint64_t* full = &shared.full[stage][unit];
@@ -122,13 +160,14 @@ __device__ __forceinline__ void LoadUnit(const PageMaps& maps, SharedMemory& sha
   }
 }
 
-template <int kCluster>
+template <int kCluster, typename Shared>
 __device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
-                               const RowTile& tile, const Range& range, SharedMemory& shared) {
+                               const RowTile& tile, const Range& range, Shared& shared) {
   RingPosition ring;
   Pages pages(p, tile, range);
-  for (int first_token; pages.Next(&first_token); ring = Next(ring)) {
+  for (int page; pages.Next(&page); ring = Next(ring)) {
     if (threadIdx.x % 32 != 0) continue;
+    const int first_token = FirstToken(p, page);
     const int stage = ring.stage();
     const auto load = [&](Unit unit) {
       ptx::MbarrierWait(&shared.empty[stage][unit], ring.parity() ^ 1);
@@ -140,15 +179,93 @@ __device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
   }
 }
 
+// Where the four warps that move tokens themselves bring those of a block.
+template <typename Problem>
+struct Stage {
+  SharedMemory<Problem>& shared;
+  RingPosition ring;
+
+  __device__ __forceinline__ void Wait(Unit unit) const {
+    if (unit == kRope) {
+      ptx::MbarrierWait(&shared.empty[0][kRope], ring.rope_parity() ^ 1);
+    } else {
+      ptx::MbarrierWait(&shared.empty[ring.stage()][unit], ring.parity() ^ 1);
+    }
+  }
+  __device__ __forceinline__ uint32_t Panel(int panel) const {
+    if (panel == kPanelsV) return ptx::SmemAddress(shared.rope);
+    return ptx::SmemAddress(shared.k[ring.stage()]) + panel * kPanelBytes;
+  }
+  __device__ __forceinline__ void Describe(uint32_t present) const {
+    if constexpr (Problem::kSparse) {
+      if (threadIdx.x % 32 == 0) shared.present[ring.stage()][threadIdx.x / 32 % 4] = present;
+    }
+  }
+  static constexpr bool kFences = true;
+  // What is written to shared memory has to be made visible to the tensor cores by a fence, which
+  // waits for all that its thread has begun to load. So there is one for a block, behind the last
+  // unit; and the consumers do it for the left half, before they begin.
+  __device__ __forceinline__ void HandOver(Unit unit) const {
+    uint64_t* full = &shared.full[unit == kRope ? 0 : ring.stage()][unit];
+    if constexpr (Problem::kConverted) {
+      if (unit == kRightHalf && Problem::kRopeShared) return;  // with the RoPE columns
+      if (unit != kLeftHalf) ptx::FenceProxyAsync();
+      __syncwarp();
+      if (threadIdx.x % 32 != 0) return;
+      ptx::MbarrierArrive(full);
+      if (unit == kRope) ptx::MbarrierArrive(&shared.full[ring.stage()][kRightHalf]);
+    } else {
+      ptx::CpAsyncArrive(full);
+      if (unit == kLeftHalf && threadIdx.x % 32 == 0) ptx::MbarrierArrive(full);
+    }
+  }
+  __device__ __forceinline__ void Advance() { ring = Next(ring); }
+};
+
+// Copies listed tokens as they are.
+template <int kDim, typename Target>
+__device__ __forceinline__ void CopyTokens(ListedTokens<TokenFormat::kNumbers, kDim>& source,
+                                           Target& target) {
+  using Lanes = sm90::Lanes<false>;
+  static_assert(kPanel * 2 == Lanes::kPerToken * 16);
+  TokenAddress<TokenFormat::kNumbers> address[Lanes::kTokens];
+  while (source.Next(address)) {
+    const uint32_t present = source.present();
+    const auto copy = [&](int panel) {
+#pragma unroll
+      for (int i = 0; i < Lanes::kTokens; ++i) {
+        const int row = threadIdx.x / 32 % 4 * kTokensEach + Lanes::Token(i);
+        ptx::CpAsync16(target.Panel(panel) + row * 128 + ((Lanes::Part() ^ row % 8) << 4),
+                       address[i].token + panel * kPanel * 2 + Lanes::Part() * 16, true);
+      }
+    };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Unit unit = half == 0 ? kLeftHalf : kRightHalf;
+      target.Wait(unit);
+      if (half == 0) target.Describe(present);
+#pragma unroll 1
+      for (int panel = 0; panel < kHalfPanels; ++panel) copy(half * kHalfPanels + panel);
+      target.HandOver(unit);
+    }
+    if constexpr (kDim > kHeadDimV) {
+      target.Wait(kRope);
+      copy(kPanelsV);
+      target.HandOver(kRope);
+    }
+    target.Advance();
+  }
+}
+
 // --- Consumers ------------------------------------------------------------------------------
 
 // One side. Its four warps hold 16 rows each: a thread's accumulator elements are those of the rows
 // row and row + 8, in the columns 8 j + column + {0, 1}.
-template <typename T, int kCluster>
+template <typename T, int kCluster, typename Problem>
 class Consumer {
  public:
-  __device__ Consumer(const DenseDecodeParams& p, const RowTile& tile, SharedMemory& shared,
-                      int side)
+  using Call = typename Problem::Call;
+  __device__ Consumer(const Call& p, const RowTile& tile, SharedMemory<Problem>& shared, int side)
       : p_(p),
         tile_(tile),
         shared_(shared),
@@ -183,11 +300,13 @@ class Consumer {
     ptx::LetNextKernelStart();
   }
 
+  static constexpr bool kSparse = Problem::kSparse;
+
   // Takes in the query rows of a sequence; rows that do not exist become zero.
   __device__ __forceinline__ void Begin(const Segment& s) {
-    constexpr int kChunks = kHeadDimV / 8;  // of 16 bytes, per row
+    constexpr int kChunks = kHeadDimV / 8;  // of 16 bytes, per row, without the RoPE columns
     constexpr int kRowsAtOnce = kConsumerThreads / kChunks;
-    const T* q = static_cast<const T*>(p_.q) + s.batch * p_.s_q * p_.h_q * kHeadDim;
+    const T* q = static_cast<const T*>(p_.q) + s.batch * p_.s_q * p_.h_q * Problem::kDim;
     const int chunk = threadIdx.x % kChunks;
     const uint32_t panel = ptx::SmemAddress(shared_.q) + chunk / 8 * kPanelBytes;
 #pragma unroll 1
@@ -197,22 +316,37 @@ class Consumer {
         const int r = first + i * kRowsAtOnce;
         const int64_t source = shared_.query_row[r];
         ptx::CpAsync16(panel + r * 128 + ((chunk % 8 ^ r % 8) << 4),
-                       q + source * kHeadDim + chunk * 8, r < tile_.count);
+                       q + source * Problem::kDim + chunk * 8, r < tile_.count);
+      }
+    }
+    if constexpr (Problem::kRopeShared) {
+      constexpr int kRopeChunks = kPanel / 8;
+#pragma unroll
+      for (int i = 0; i < kRowTile * kRopeChunks / kConsumerThreads; ++i) {
+        const int r = threadIdx.x / kRopeChunks + i * (kConsumerThreads / kRopeChunks);
+        const int64_t source = shared_.query_row[r];
+        const int rope = threadIdx.x % kRopeChunks;
+        ptx::CpAsync16(ptx::SmemAddress(shared_.q) + kPanelsV * kPanelBytes + r * 128 +
+                           ((rope ^ r % 8) << 4),
+                       q + source * Problem::kDim + kHeadDimV + rope * 8, r < tile_.count);
       }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
-      const int64_t source = shared_.query_row[r];
-      const T* rope = q + source * kHeadDim + kHeadDimV + column();
+      if constexpr (Problem::kTma) {
+        const int64_t source = shared_.query_row[r];
+        const T* rope = q + source * Problem::kDim + kHeadDimV + column();
 #pragma unroll
-      for (int j = 0; j < kPanel / 8; ++j) {
-        q_rope_[2 * j + h] =
-            r < tile_.count ? *reinterpret_cast<const uint32_t*>(rope + 8 * j) : 0u;
+        for (int j = 0; j < kPanel / 8; ++j) {
+          q_rope_[2 * j + h] =
+              r < tile_.count ? *reinterpret_cast<const uint32_t*>(rope + 8 * j) : 0u;
+        }
       }
       limit_[h] = tile_.limit(p_, s.length, shared_.query_token[r]);
       reference_[h] = -INFINITY;
       sum_[h] = 0;
+      most_[h] = -INFINITY;
     }
     length_ = s.length;
     lowest_limit_ = tile_.limit(p_, s.length, shared_.query_token[0]);
@@ -288,23 +422,37 @@ class Consumer {
     const int stage = ring.stage();
     uint64_t* full = shared_.full[stage];
     const uint64_t k = ptx::Advance(k_operand_, stage * sizeof(shared_.k[0]));
-    ptx::MbarrierWait(&full[kRope], ring.parity());
+    ptx::MbarrierWait(&full[Problem::kTma ? kRope : kLeftHalf], ring.parity());
+    if constexpr (Problem::kConverted) ptx::FenceProxyAsync();
     ptx::WgmmaFence();
+    if constexpr (Problem::kTma) {
 #pragma unroll
-    for (int step = 0; step < kPanel / 16; ++step) {
-      const uint32_t offset = kPanelsV * kPanelBytes + step * 32;
-      ptx::WgmmaM64N64<T>(x_, q_rope_ + 4 * step, ptx::Advance(k, offset), step > 0);
+      for (int step = 0; step < kPanel / 16; ++step) {
+        const uint32_t offset = kPanelsV * kPanelBytes + step * 32;
+        ptx::WgmmaM64N64<T>(x_, q_rope_ + 4 * step, ptx::Advance(k, offset), step > 0);
+      }
     }
 #pragma unroll
     for (int panel = 0; panel < kPanelsV; ++panel) {
-      if (panel % kHalfPanels == 0) {
+      if (panel % kHalfPanels == 0 && (panel > 0 || Problem::kTma)) {
         ptx::MbarrierWait(&full[panel / kHalfPanels], ring.parity());
       }
-      if (kSide == kLeft && panel == kPanelsV - 1) ptx::WgmmaCommit();
+      if (kSide == kLeft && !Problem::kRopeShared && panel == kPanelsV - 1) ptx::WgmmaCommit();
 #pragma unroll
       for (int step = 0; step < kPanel / 16; ++step) {
         const uint32_t offset = panel * kPanelBytes + step * 32;
-        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand_, offset), ptx::Advance(k, offset), 1);
+        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand_, offset), ptx::Advance(k, offset),
+                            Problem::kTma || panel > 0 || step > 0);
+      }
+    }
+    if constexpr (Problem::kRopeShared) {
+      if (kSide == kLeft) ptx::WgmmaCommit();
+      ptx::MbarrierWait(&shared_.full[0][kRope], ring.rope_parity());
+      const uint64_t rope = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared_.rope));
+#pragma unroll
+      for (int step = 0; step < kPanel / 16; ++step) {
+        const uint32_t offset = kPanelsV * kPanelBytes + step * 32;
+        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand_, offset), ptx::Advance(rope, step * 32), 1);
       }
     }
     ptx::WgmmaCommit();
@@ -313,11 +461,23 @@ class Consumer {
       if (lane() == 0) ptx::MbarrierArrive(&shared_.gate);
     }
     ptx::WgmmaWait<0>();
-    Release(stage, kRope);
+    if constexpr (Problem::kRopeApart) Release(Problem::kRopeShared ? 0 : stage, kRope);
 
 #pragma unroll
     for (float& x : x_) x *= scale_;
-    if (lowest_limit_ - first_token < kPageSize) {
+    if constexpr (kSparse) {
+      // The left half of the block is not released before its P is there: so this is still its.
+      using Lanes = sm90::Lanes<Problem::kConverted>;
+      const uint4 present = *reinterpret_cast<const uint4*>(shared_.present[stage]);
+      if ((present.x & present.y & present.z & present.w) != ~0u) {
+        const uint32_t words[4] = {Lanes::FromColumn(present.x), Lanes::FromColumn(present.y),
+                                   Lanes::FromColumn(present.z), Lanes::FromColumn(present.w)};
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {
+          if (!(words[j / 8] >> Lanes::Bit(j % 2, j / 4 % 2) & 1)) x_[j] = -INFINITY;
+        }
+      }
+    } else if (lowest_limit_ - first_token < kPageSize) {
       const int token = first_token + column();
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
@@ -341,6 +501,7 @@ class Consumer {
       highest_[h] = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
       highest_[h] = fmaxf(highest_[h], __shfl_xor_sync(~0u, highest_[h], 1));
       highest_[h] = fmaxf(highest_[h], __shfl_xor_sync(~0u, highest_[h], 2));
+      if constexpr (kSparse) most_[h] = fmaxf(most_[h], highest_[h]);
     }
   }
 
@@ -456,6 +617,7 @@ class Consumer {
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 1);
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 2);
       if (lane() % 4 == 0) shared_.sum[side_][row() + 8 * h] = sum_[h];
+      if (kSparse && lane() % 4 == 0) shared_.most[side_][row() + 8 * h] = most_[h];
     }
     ptx::MbarrierArrive(&shared_.sums_ready);
     ptx::MbarrierWait(&shared_.sums_ready, segment_parity_);
@@ -470,6 +632,9 @@ class Consumer {
       // In the same order on both sides, so that both find the same bits.
       total[h] = shared_.sum[kLeft][r] + shared_.sum[kRight][r];
       inverse[h] = total[h] == 0 ? 0.f : 1.f / total[h];
+      if (kSparse && complete && r < tile_.count && total[h] != 0) {
+        inverse[h] *= SinkShare(p_, tile_.head(r), reference_[h] + log2f(total[h]));
+      }
     }
     float scale[2] = {1, 1};
     if (!complete) {
@@ -483,14 +648,19 @@ class Consumer {
       const float all = h == 0 ? total[0] : total[1];
       const float lse =
           all == 0 ? -INFINITY : (h == 0 ? reference_[0] : reference_[1]) + log2f(all);
+      const float most =
+          kSparse ? fmaxf(shared_.most[kLeft][own], shared_.most[kRight][own]) : 0.f;
       if (!complete) {
         float* stats = p_.partial_stats + (int64_t{partial_row} + own) * 4;
         if (side_ == kLeft) stats[0] = lse;
+        if (kSparse && side_ == kLeft) stats[3] = most;
         stats[1 + side_] = PowerReciprocal(h == 0 ? scale[0] : scale[1]);
       } else if (side_ == kLeft) {
         const int token = shared_.query_token[own];
         const int64_t head = shared_.query_row[own] - token * p_.h_q;
-        p_.lse[(s.batch * p_.h_q + head) * p_.s_q + token] = lse * static_cast<float>(M_LN2);
+        const int64_t place = RowPlace(p_, s.batch, static_cast<int>(head), token);
+        p_.lse[place] = lse * static_cast<float>(M_LN2);
+        if constexpr (kSparse) p_.max_logits[place] = most * static_cast<float>(M_LN2);
       }
     }
     inverse[0] *= scale[0];
@@ -561,9 +731,9 @@ class Consumer {
     return (warp() * 16 + lane() % 16) * 128 + ((step * 2 + lane() / 16 ^ lane() % 8) << 4);
   }
 
-  const DenseDecodeParams& p_;
+  const Call& p_;
   const RowTile& tile_;
-  SharedMemory& shared_;
+  SharedMemory<Problem>& shared_;
   const int side_;
   const float scale_;
   const uint64_t q_operand_, k_operand_;
@@ -575,9 +745,10 @@ class Consumer {
   int length_;
   int limit_[2];      // per row, the tokens it may see are those before this
   int lowest_limit_;  // the least of the tile
-  uint32_t q_rope_[16];
+  uint32_t q_rope_[16];  // unless they are in shared memory
   float reference_[2];
-  float sum_[2];  // over the blocks whose P this side has computed
+  float most_[2];  // sparse: the largest score of a row in the blocks whose P this side has computed
+  float sum_[2];   // over the blocks whose P this side has computed
   float o_[128];
   // Of the current block.
   float x_[32];
@@ -588,18 +759,23 @@ class Consumer {
 // --- The kernel -----------------------------------------------------------------------------
 
 // Grid: (row tiles, partitions), in clusters of kCluster row tiles of the same KV head.
-template <typename T, int kCluster>
+template <typename T, int kCluster, typename Problem>
 __global__ void __launch_bounds__(kThreads, 1)
-    Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ PageMaps maps) {
-  extern __shared__ __align__(alignof(SharedMemory)) uint8_t raw[];
-  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(raw);
+    Kernel(const __grid_constant__ typename Problem::Call p,
+           const __grid_constant__ PageMaps maps) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  using Shared = SharedMemory<Problem>;
+  static_assert(sizeof(Shared) <= kMaxSharedBytes);
+  Shared& shared = *reinterpret_cast<Shared*>(raw);
   if (threadIdx.x == 0) {
-    if (ptx::SmemAddress(raw) % alignof(SharedMemory) != 0) __trap();  // swizzled tiles need it
-    ptx::PrefetchTensorMap(&maps.half_panels);
-    ptx::PrefetchTensorMap(&maps.rope);
+    if (ptx::SmemAddress(raw) % alignof(Shared) != 0) __trap();  // swizzled tiles need it
+    if constexpr (Problem::kTma) {
+      ptx::PrefetchTensorMap(&maps.half_panels);
+      ptx::PrefetchTensorMap(&maps.rope);
+    }
     for (int i = 0; i < kStages; ++i) {
       for (int unit = 0; unit < kUnits; ++unit) {
-        ptx::MbarrierInit(&shared.full[i][unit], 1);
+        ptx::MbarrierInit(&shared.full[i][unit], Problem::HandOvers(unit));
         ptx::MbarrierInit(&shared.empty[i][unit], kCluster * kWarpsPerSide);
       }
     }
@@ -611,6 +787,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::FenceMbarrierInit();
   }
   const RowTile tile(p, blockIdx.x, kCluster);
+  if (threadIdx.x == kThreads - 1) shared.tile = tile;
   if (threadIdx.x < kRowTile) {
     const int r = min(static_cast<int>(threadIdx.x), tile.count - 1);
     shared.query_token[threadIdx.x] = tile.token(r);
@@ -625,19 +802,40 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (role == kSides) {
-    ptx::DecreaseRegisters<kProducerRegisters>();
+    ptx::DecreaseRegisters<Problem::kProducerRegisters>();
     const int warp = threadIdx.x / 32 - kConsumerThreads / 32;
-    if (warp == 0) {
-      Produce<kCluster>(p, maps, tile, range, shared);
-    } else if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1 &&
+    if constexpr (Problem::kTma) {
+      if (warp == 0) Produce<kCluster>(p, maps, tile, range, shared);
+    } else {
+      if (threadIdx.x == kConsumerThreads + 32) shared.range = range;
+      auto& walk = shared.walks[warp];
+      walk.Begin(range);
+      Stage<Problem> stage{shared};
+      if constexpr (!Problem::kSparse) {
+        Fp8Pages source(p, shared.tile, walk);
+        ConvertTokens<TokenFormat::kFp8, 6>(source, walk, stage);
+      } else {
+        ListedTokens<Problem::kFormat, Problem::kDim> source(p, shared.tile, walk);
+        if constexpr (Problem::kConverted) {
+          ConvertTokens<Problem::kFormat, Problem::kRopeShared ? 5 : 4>(source, walk, stage);
+        } else {
+          CopyTokens(source, stage);
+        }
+      }
+    }
+    if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && gridDim.y > 1 &&
                !p.batch_invariant) {
-      RecordMerges(p, tile, range, partition, partitions);
+      if (Problem::kTma) {
+        RecordMerges(p, tile, range, partition, partitions);
+      } else {  // that was kept in shared memory
+        RecordMerges(p, shared.tile, shared.range, blockIdx.y, gridDim.y);
+      }
     }
     __syncwarp();
     if constexpr (kCluster > 1) ptx::ClusterArrive();
   } else {
-    ptx::IncreaseRegisters<kConsumerRegisters>();
-    Consumer<T, kCluster>(p, tile, shared, role).Run(range, partition, partitions);
+    ptx::IncreaseRegisters<Problem::kConsumerRegisters>();
+    Consumer<T, kCluster, Problem>(p, tile, shared, role).Run(range, partition, partitions);
   }
   if constexpr (kCluster > 1) ptx::ClusterWait();  // the other no longer copies into this block
 }

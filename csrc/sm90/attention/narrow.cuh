@@ -25,49 +25,52 @@
 
 #include <cmath>
 
-#include "sm90/dense_decode/common.cuh"
-#include "sm90/dense_decode/fp8.cuh"
+#include "sm90/attention/common.cuh"
+#include "sm90/attention/fp8.cuh"
+#include "sm90/attention/tokens.cuh"
 
 namespace flashmla::sm90::narrow {
 
 inline constexpr int kGroupThreads = 128;  // of the warps that do scores, or values
 template <bool kFp8>
 constexpr int kThreads = (kFp8 ? 4 : 3) * kGroupThreads;
-// Registers of a thread: all start with 168, which those that do scores keep; with FP8 pages, 128.
-inline constexpr int kValueRegisters = 240;
-template <bool kFp8>
-constexpr int kLoaderRegisters = kFp8 ? 40 : 96;
-inline constexpr int kFp8ScoreRegisters = 152;
-inline constexpr int kConverterRegisters = 80;
-
-// FP8 tokens come in pieces of pages.
-inline constexpr int kRawTokens = 16;
-inline constexpr int kRawBytes = kRawTokens * kFp8TokenBytes;
+// Registers of a thread, by what it does. All start with 168 or, with FP8 pages, with 128.
+template <int kRows, bool kFp8>
+struct Registers {
+  static constexpr int kScores = 168, kValues = 240, kLoaders = 96, kConverters = 0;
+};
+template <>
+struct Registers<16, true> {
+  static constexpr int kScores = 152, kValues = 176, kLoaders = 40, kConverters = 144;
+};
+template <>
+struct Registers<32, true> {
+  static constexpr int kScores = 160, kValues = 208, kLoaders = 40, kConverters = 104;
+};
 
 inline constexpr int kSequenceCost = 1;  // blocks
 inline constexpr int kLeastBlocks = 1;
 
 template <int kRows, bool kFp8>
 struct SharedMemory {
-  static constexpr int kQueries = kRows == 16 && !kFp8 ? 2 : 1;  // buffers for Q
-  // Panels in the ring: of FP8 pages, those of two blocks, or nearly so.
-  static constexpr int kSlots = kFp8 ? (kRows == 16 ? 18 : 17) : (kRows == 16 ? 23 : 22);
-  static constexpr int kRawSlots = kFp8 ? (kRows == 16 ? 5 : 4) : 0;  // of kRawTokens each
+  static constexpr int kQueries = kRows == 16 ? 2 : 1;  // buffers for Q
+  static constexpr int kSlots = kRows == 16 ? 23 : 22;  // panels in the ring
   static constexpr int kPanelBytesQ = kRows * kPanel * 2;
 
   alignas(1024) uint8_t k[kSlots][kPanelBytes];
   alignas(1024) uint8_t q[kQueries][kPanels * kPanelBytesQ];
   alignas(1024) uint8_t p[2][kRows * kPageSize * 2];
-  alignas(16) uint8_t raw[kFp8 ? kRawSlots : 1][kFp8 ? kRawBytes : 16];
   float alpha[2][kRows];            // with each P: what O has to be multiplied with before
   float warp_highest[2][4][kRows];  // of alternate blocks, per warp of the scores
   float reference[2][kRows];        // of alternate sequences, when all of their blocks are done,
   float warp_sum[2][4][kRows];      // and their weights' sums
   uint64_t full[kSlots], empty[kSlots];
-  uint64_t raw_full[kFp8 ? kRawSlots : 1], raw_empty[kFp8 ? kRawSlots : 1];
+  uint64_t converted[kFp8 ? kSlots : 1];
   uint64_t query_ready[kQueries], query_free[kQueries];
   uint64_t p_ready[2], p_free[2];
   uint64_t sums_ready[2], sums_free[2];
+  RowTile tile;  // for those who convert tokens,
+  Walk<TokenFormat::kFp8> walks[kFp8 ? 4 : 1];  // and this for each of their warps
   int query_row[kRows];    // per row of the tile, its place among a sequence's query rows,
   int query_token[kRows];  // and its token
 };
@@ -91,18 +94,18 @@ struct Ring {
   }
 };
 
-// The panels of a block follow each other in the ring: RoPE, then those of V.
+// The panels of a block follow each other in the ring: those of V, then RoPE.
 template <int kRows, bool kFp8>
 __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& map,
                                  const RowTile& tile, const Range& range,
                                  SharedMemory<kRows, kFp8>& shared) {
   Ring<SharedMemory<kRows, kFp8>::kSlots> ring;
   Pages pages(p, tile, range);
-  for (int first_token; pages.Next(&first_token);) {
+  for (int page; pages.Next(&page);) {
     if (threadIdx.x % 32 != 0) continue;
+    const int first_token = FirstToken(p, page);
 #pragma unroll 1
-    for (int i = 0; i < kPanels; ++i) {
-      const int panel = i == 0 ? kPanelsV : i - 1;
+    for (int panel = 0; panel < kPanels; ++panel) {
       uint64_t* full = &shared.full[ring.slot];
       ptx::MbarrierWait(&shared.empty[ring.slot], ring.parity ^ 1);
       ptx::MbarrierArriveExpectTx(full, kPanelBytes);
@@ -112,109 +115,59 @@ __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& 
   }
 }
 
-// FP8 pages, as they are. A page that does not exist is left out.
+// The panels of a block in the ring, for those who convert FP8 tokens.
 template <int kRows>
-__device__ inline void LoadRawPages(const DenseDecodeParams& p, const RowTile& tile,
-                                    const Range& range, SharedMemory<kRows, true>& shared) {
-  Ring<SharedMemory<kRows, true>::kRawSlots> ring;
-  Pages pages(p, tile, range);
-  const int lane = threadIdx.x % 32;
-  const int64_t token_bytes = p.h_kv * kFp8TokenBytes;
-  const auto* k_cache = static_cast<const uint8_t*>(p.k_cache) + tile.kv_head * kFp8TokenBytes;
-  for (int first_token; pages.Next(&first_token);) {
-    if (first_token >= p.num_pages * kPageSize) continue;
-#pragma unroll 1
-    for (int token = 0; token < kPageSize; token += kRawTokens) {
-      const uint8_t* from = k_cache + (first_token + token) * token_bytes;
-      uint64_t* full = &shared.raw_full[ring.slot];
-      if (lane == 0) {
-        ptx::MbarrierWait(&shared.raw_empty[ring.slot], ring.parity ^ 1);
-        ptx::MbarrierArriveExpectTx(full, kRawBytes);
-        if (p.h_kv == 1) ptx::BulkLoad(shared.raw[ring.slot], from, kRawBytes, full);
-      }
-      if (p.h_kv > 1) {
-        __syncwarp();
-        if (lane < kRawTokens) {
-          ptx::BulkLoad(shared.raw[ring.slot] + lane * kFp8TokenBytes, from + lane * token_bytes,
-                        kFp8TokenBytes, full);
-        }
-      }
-      ring.Advance();
+struct Panels {
+  SharedMemory<kRows, true>& shared;
+  Ring<SharedMemory<kRows, true>::kSlots> ring;
+
+  __device__ __forceinline__ auto Place(int panel) const {
+    auto place = ring;
+    place.Advance(panel);
+    return place;
+  }
+  // A unit's panels, by a lane for each.
+  template <typename Visit>
+  __device__ __forceinline__ void ForEach(Unit unit, Visit visit) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < (unit == kRope ? 1 : kHalfPanels)) {
+      visit(Place(unit == kRope ? kPanelsV : unit * kHalfPanels + lane));
     }
   }
-}
+  __device__ __forceinline__ void Wait(Unit unit) const {
+    ForEach(unit, [&](auto place) {
+      ptx::MbarrierWait(&shared.empty[place.slot], place.parity ^ 1);
+    });
+    __syncwarp();
+  }
+  __device__ __forceinline__ uint32_t Panel(int panel) const {
+    return ptx::SmemAddress(shared.k[Place(panel).slot]);
+  }
+  __device__ __forceinline__ void Describe(uint32_t) const {}
+  static constexpr bool kFences = false;
+  __device__ __forceinline__ void HandOver(Unit unit) const {
+    __syncwarp();
+    ForEach(unit, [&](auto place) { ptx::MbarrierArrive(&shared.converted[place.slot]); });
+  }
+  __device__ __forceinline__ void Advance() { ring.Advance(kPanels); }
+};
 
-// FP8 pages to the panels that the others read, by four warps: of each piece of a page, a warp has
-// four tokens, one after the other, and of a token a lane has sixteen codes.
+// What is written to shared memory has to be made visible to the tensor cores by a fence, which
+// waits for all that its thread has begun to load. Those who convert have always begun something: so
+// this thread does it for them.
 template <int kRows>
-__device__ inline void ConvertPages(const DenseDecodeParams& p, const RowTile& tile,
-                                    const Range& range, SharedMemory<kRows, true>& shared) {
-  using Shared = SharedMemory<kRows, true>;
-  constexpr int kTokensEach = kRawTokens / (kGroupThreads / 32);
-  Ring<Shared::kSlots> ring;
-  Ring<Shared::kRawSlots> raw;
-  Pages pages(p, tile, range);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kGroupThreads / 32);
-  for (int first_token; pages.Next(&first_token);) {
-    // A lane looks after one of the block's panels: RoPE, and then those of V.
-    Ring<Shared::kSlots> own = ring;
-    own.Advance(min(lane, kPanels - 1));
-    if (lane < kPanels) ptx::MbarrierWait(&shared.empty[own.slot], own.parity ^ 1);
-    __syncwarp();
-    uint8_t* rope = shared.k[ring.slot];
-    Ring<Shared::kSlots> place = ring;
-    place.Advance(1 + lane / 4);
-    uint8_t* panel = shared.k[place.slot];
-    const bool exists = first_token < p.num_pages * kPageSize;
+__device__ inline void FencePanels(const DenseDecodeParams& p, const RowTile& tile,
+                                   const Range& range, SharedMemory<kRows, true>& shared) {
+  Ring<SharedMemory<kRows, true>::kSlots> ring;
+  Segments segments(p, tile, range);
+  for (Segment s; segments.Next(&s);) {
 #pragma unroll 1
-    for (int first = 0; first < kPageSize; first += kRawTokens) {
-      if (exists) ptx::MbarrierWait(&shared.raw_full[raw.slot], raw.parity);
-      const uint8_t* tokens = shared.raw[raw.slot] + warp * kTokensEach * kFp8TokenBytes;
-      const int first_row = first + warp * kTokensEach;
-      uint4 codes[kTokensEach], key{0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF};  // NaN
-      float scales[kTokensEach];
-#pragma unroll
-      for (int i = 0; i < kTokensEach; ++i) {
-        codes[i] = uint4{0, 0, 0, 0};
-        scales[i] = __uint_as_float(0x7FFFFFFF);
-        if (exists) {
-          const uint8_t* token = tokens + i * kFp8TokenBytes;
-          codes[i] = reinterpret_cast<const uint4*>(token)[lane];
-          constexpr int kLanes = kFp8Tile / 16;  // that share a scale
-          scales[i] = reinterpret_cast<const float*>(token + kHeadDimV)[lane / kLanes];
-        }
-      }
-      static_assert(kTokensEach * kPanel * 2 == 32 * 16);
-      if (exists) {
-        const uint8_t* token = tokens + lane / 8 * kFp8TokenBytes;
-        key = reinterpret_cast<const uint4*>(token + kFp8RopeOffset)[lane % 8];
-      }
-      const int row = first_row + lane / 8;
-      *reinterpret_cast<uint4*>(rope + row * 128 + ((lane % 8 ^ row % 8) << 4)) = key;
-#pragma unroll
-      for (int i = 0; i < kTokensEach; ++i) {
-        uint4 numbers[2];
-        Dequantize(codes[i], scales[i], numbers);
-        // Lanes 0 to 3 and 4 to 7 have the same columns of two panels: those write the second half
-        // first, or there would be bank conflicts.
-        const int r = first_row + i, swapped = lane / 4 % 2;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int chunk = lane % 4 * 2 + (half ^ swapped);
-          *reinterpret_cast<uint4*>(panel + r * 128 + ((chunk ^ r % 8) << 4)) =
-              swapped ? numbers[half ^ 1] : numbers[half];
-        }
-      }
-      if (exists) {
-        __syncwarp();
-        if (lane == 0) ptx::MbarrierArrive(&shared.raw_empty[raw.slot]);
-        raw.Advance();
-      }
+    for (int i = 0; i < s.visible * kPanels; ++i) {
+      ptx::MbarrierWait(&shared.converted[ring.slot], ring.parity);
+      ptx::FenceProxyAsync();
+      ptx::MbarrierArrive(&shared.full[ring.slot]);
+      ring.Advance();
     }
-    ptx::FenceProxyAsync();
-    __syncwarp();
-    if (lane < kPanels) ptx::MbarrierArrive(&shared.full[own.slot]);
-    ring.Advance(kPanels);
   }
 }
 
@@ -280,25 +233,26 @@ class Scores {
   __device__ __forceinline__ void Block(int query, int first_token) {
     const Ring<SharedMemory<kRows, kFp8>::kSlots> block = ring_;
     const uint64_t q = ptx::Advance(q_operand_, query * sizeof(shared_.q[0]));
+    int rope = 0;
     ptx::MbarrierWait(&shared_.full[ring_.slot], ring_.parity);
     ptx::WgmmaFence();
 #pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
-      if (i > 0) ptx::MbarrierWait(&shared_.full[ring_.slot], ring_.parity);
-      const int panel = i == 0 ? kPanelsV : i - 1;
+    for (int panel = 0; panel < kPanels; ++panel) {
+      if (panel > 0) ptx::MbarrierWait(&shared_.full[ring_.slot], ring_.parity);
       const uint64_t k = ptx::Advance(k_operand_, ring_.slot * kPanelBytes);
 #pragma unroll
       for (int step = 0; step < kPanel / 16; ++step) {
         const uint32_t offset = panel * SharedMemory<kRows, kFp8>::kPanelBytesQ + step * 32;
         ptx::WgmmaM64<T, 0>(x_, ptx::Advance(k, step * 32), ptx::Advance(q, offset),
-                            i > 0 || step > 0);
+                            panel > 0 || step > 0);
       }
+      rope = ring_.slot;  // at last
       ring_.Advance();
     }
     ptx::WgmmaCommit();
     ptx::WgmmaWait<0>();
     __syncwarp();
-    if (lane() == 0) ptx::MbarrierArrive(&shared_.empty[block.slot]);  // of RoPE columns
+    if (lane() == 0) ptx::MbarrierArrive(&shared_.empty[rope]);
 
 #pragma unroll
     for (int j = 0; j < kRows / 2; ++j) x_[j] *= scale_;
@@ -328,7 +282,7 @@ class Scores {
       CleanValues<T>(
           [&](int panel) {
             Ring<SharedMemory<kRows, kFp8>::kSlots> place = block;
-            place.Advance(1 + panel);
+            place.Advance(panel);
             return shared_.k[place.slot];
           },
           lowest_limit_ - first_token, length_ - first_token);
@@ -459,7 +413,6 @@ class Values {
       }
     }
     const uint64_t p = ptx::Advance(p_operand_, p_ring_.slot * sizeof(shared_.p[0]));
-    ring_.Advance();  // past the RoPE columns
     int slots[kPanelsV];
     ptx::WgmmaFence();
 #pragma unroll
@@ -473,6 +426,7 @@ class Values {
       if (j % (kPanelsV / 2) == kPanelsV / 2 - 1) ptx::WgmmaCommit();
       ring_.Advance();
     }
+    ring_.Advance();  // past the RoPE columns
     ptx::WgmmaWait<1>();
     Release(slots);
     ptx::WgmmaWait<0>();
@@ -581,6 +535,7 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
     Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
   using Shared = SharedMemory<kRows, kFp8>;
+  using Own = Registers<kRows, kFp8>;
   constexpr int kThreads = narrow::kThreads<kFp8>;
   static_assert(sizeof(Shared) <= kMaxSharedBytes);
   Shared& shared = *reinterpret_cast<Shared*>(raw);
@@ -589,21 +544,15 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
   if (threadIdx.x == 0) {
     if (ptx::SmemAddress(raw) % 1024 != 0) __trap();  // swizzled tiles need it
     for (uint64_t& barrier : shared.full) {
-      ptx::MbarrierInit(&barrier, kFp8 ? kGroupThreads / 32 : 1);
+      ptx::MbarrierInit(&barrier, 1);
     }
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 32) {
     for (uint64_t& barrier : shared.empty) ptx::MbarrierInit(&barrier, kGroupThreads / 32);
+    for (uint64_t& barrier : shared.converted) ptx::MbarrierInit(&barrier, kGroupThreads / 32);
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 64) {
-    if constexpr (kFp8) {
-      for (int i = 0; i < Shared::kRawSlots; ++i) {
-        ptx::MbarrierInit(&shared.raw_full[i], 1);
-        ptx::MbarrierInit(&shared.raw_empty[i], kGroupThreads / 32);
-      }
-    } else {
-      ptx::PrefetchTensorMap(&maps.panel);
-    }
+    if constexpr (!kFp8) ptx::PrefetchTensorMap(&maps.panel);
     ptx::PrefetchTensorMap(&maps.queries);
     // Those that hand over numbers count the threads that wrote them: racecheck follows that.
     for (int i = 0; i < Shared::kQueries; ++i) {
@@ -619,6 +568,7 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
     ptx::FenceMbarrierInit();
   }
   const RowTile tile(p, blockIdx.x);
+  if (threadIdx.x == 96) shared.tile = tile;
   if (threadIdx.x >= kThreads - kRows) {
     const int i = threadIdx.x - (kThreads - kRows);
     const int r = min(i, tile.count - 1);
@@ -640,22 +590,31 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
   const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {
-    if constexpr (kFp8) ptx::IncreaseRegisters<kFp8ScoreRegisters>();
+    if constexpr (kFp8) ptx::IncreaseRegisters<Own::kScores>();
     Scores<T, kRows, kFp8>(p, tile, shared).Run(range);
   } else if (role == 1) {
-    ptx::IncreaseRegisters<kValueRegisters>();
+    ptx::IncreaseRegisters<Own::kValues>();
     Values<T, kRows, kFp8>(p, tile, shared).Run(range, partition, partitions);
   } else if (kFp8 && role == 3) {
-    ptx::DecreaseRegisters<kConverterRegisters>();
-    if constexpr (kFp8) ConvertPages<kRows>(p, tile, range, shared);
+    if constexpr (kFp8) {
+      if constexpr (Own::kConverters > 128) {
+        ptx::IncreaseRegisters<Own::kConverters>();
+      } else {
+        ptx::DecreaseRegisters<Own::kConverters>();
+      }
+      auto& walk = shared.walks[threadIdx.x / 32 % 4];
+      walk.Begin(range);
+      Fp8Pages source(p, shared.tile, walk);
+      Panels<kRows> panels{shared};
+      ConvertTokens<TokenFormat::kFp8, kRows == 16 ? 10 : 6>(source, walk, panels);
+    }
   } else {
-    ptx::DecreaseRegisters<kLoaderRegisters<kFp8>>();
+    ptx::DecreaseRegisters<Own::kLoaders>();
     const int warp = threadIdx.x / 32 - 2 * kGroupThreads / 32;
     if (warp == 0) {
+      if constexpr (!kFp8) LoadPages<kRows, kFp8>(p, maps.panel, tile, range, shared);
       if constexpr (kFp8) {
-        LoadRawPages<kRows>(p, tile, range, shared);
-      } else {
-        LoadPages<kRows, kFp8>(p, maps.panel, tile, range, shared);
+        if (threadIdx.x % 32 == 0) FencePanels<kRows>(p, tile, range, shared);
       }
     } else if (warp == 1 && threadIdx.x % 32 == 0) {
       LoadQueries<kRows, kFp8>(p, maps.queries, tile, range, shared);

@@ -15,8 +15,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "sm90/dense_decode/combine.cuh"
-#include "sm90/dense_decode/common.cuh"
+#include "sm90/attention/combine.cuh"
+#include "sm90/attention/common.cuh"
 #include "sm90/ptx.cuh"
 
 namespace flashmla::sm90 {
@@ -66,11 +66,11 @@ __device__ __forceinline__ void Unpack(__half, uint4 v, float (&x)[8]) {
 }
 
 // T: of the result, Partial: of the partial results.
-template <typename T, typename Partial>
+template <typename T, typename Partial, typename Call>
 class Merger {
  public:
-  __device__ Merger(const DenseDecodeParams& p, const RowTile& tile, const Merge& merge,
-                    int first_row, int member, int team, Scratch<sm90::kWarps<Partial>>& scratch)
+  __device__ Merger(const Call& p, const RowTile& tile, const Merge& merge, int first_row,
+                    int member, int team, Scratch<sm90::kWarps<Partial>>& scratch)
       : p_(p),
         tile_(tile),
         merge_(merge),
@@ -93,6 +93,7 @@ class Merger {
   }
 
  private:
+  static constexpr bool kSparse = std::is_same_v<Call, SparseCall>;
   static constexpr int kWarps = sm90::kWarps<Partial>;
   static constexpr int kEach = 16 / sizeof(Partial);  // numbers of a lane
   static constexpr int kSlice = 32 * kEach;
@@ -112,11 +113,14 @@ class Merger {
     const int slice = Row(part, unit) * kSlices + unit % kSlices;
     return static_cast<const uint4*>(p_.partial_out) + (int64_t{slice} * 32 + lane());
   }
-  // Its logarithm and its weight's factor.
-  __device__ __forceinline__ float2 Stats(int part, int unit) const {
+  // Its logarithm, its weight's factor and, of sparse attention, its largest score.
+  struct PartStats {
+    float lse = -INFINITY, factor = 0, most = -INFINITY;
+  };
+  __device__ __forceinline__ PartStats Stats(int part, int unit) const {
     const float4 stats =
         __ldcg(reinterpret_cast<const float4*>(p_.partial_stats) + Row(part, unit));
-    return {stats.x, unit % kSlices * kSlice < kHeadDimV / 2 ? stats.y : stats.z};
+    return {stats.x, unit % kSlices * kSlice < kHeadDimV / 2 ? stats.y : stats.z, stats.w};
   }
 
   static __device__ __forceinline__ void Accumulate(float (&total)[kEach], float weight, uint4 v) {
@@ -138,11 +142,12 @@ class Merger {
       static_cast<uint2*>(p_.out)[place] = {pairs[0], pairs[1]};
     }
   }
-  // `lse` is in base 2.
-  __device__ __forceinline__ void StoreLse(int unit, float lse) const {
+  // Both are in base 2.
+  __device__ __forceinline__ void StoreStats(int unit, float lse, float most) const {
     const int row = unit / kSlices;
-    p_.lse[(merge_.batch * p_.h_q + tile_.head(row)) * p_.s_q + tile_.token(row)] =
-        lse * static_cast<float>(M_LN2);
+    const int64_t place = RowPlace(p_, merge_.batch, tile_.head(row), tile_.token(row));
+    p_.lse[place] = lse * static_cast<float>(M_LN2);
+    if constexpr (kSparse) p_.max_logits[place] = most * static_cast<float>(M_LN2);
   }
 
   // Each warp on its own: as many slices at once as there is room for, each of at most kParts
@@ -164,21 +169,29 @@ class Merger {
       }
       // Lane i has the weight of load i.
       const int own = unit_of(lane());
-      float2 stats{-INFINITY, 0};
+      PartStats stats;
       if (exists(lane())) stats = Stats(lane() % kParts, own);
-      float top = stats.x;
+      float top = stats.lse;
 #pragma unroll
       for (int step = kParts / 2; step > 0; step /= 2) {
         top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
       }
       if (top == -INFINITY) top = 0;
-      const float share = exp2f(stats.x - top);
+      const float share = exp2f(stats.lse - top);
       float sum = share;
 #pragma unroll
       for (int step = kParts / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const float weight = sum == 0 ? 0.f : share / sum * stats.y;
+      if constexpr (kSparse) {
+#pragma unroll
+        for (int step = kParts / 2; step > 0; step /= 2) {
+          stats.most = fmaxf(stats.most, __shfl_xor_sync(~0u, stats.most, step));
+        }
+      }
+      const float lse = top + log2f(sum);
+      float weight = sum == 0 ? 0.f : share / sum * stats.factor;
+      if (exists(lane()) && sum != 0) weight *= SinkShare(p_, tile_.head(own / kSlices), lse);
       if (own % kSlices == 0 && lane() % kParts == 0 && exists(lane())) {
-        StoreLse(own, top + log2f(sum));
+        StoreStats(own, lse, stats.most);
       }
       // What all lanes have loaded need not be written back to memory. (Where parts are many there
       // are few sequences, and nothing displaces the parts from the cache.)
@@ -250,15 +263,20 @@ class Merger {
   __device__ __forceinline__ void Weigh(int unit) {
     constexpr int kPerLane = (kMaxPartitions + 31) / 32;
     float lse[kPerLane], factor[kPerLane];
-    float top = -INFINITY;
+    float top = -INFINITY, most = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
       const int part = lane() + 32 * k;
-      float2 stats{-INFINITY, 0};
+      PartStats stats;
       if (part < merge_.parts) stats = Stats(part, unit);
-      lse[k] = stats.x;
-      factor[k] = stats.y;
+      lse[k] = stats.lse;
+      factor[k] = stats.factor;
       top = fmaxf(top, lse[k]);
+      most = fmaxf(most, stats.most);
+    }
+    if constexpr (kSparse) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
@@ -271,19 +289,21 @@ class Merger {
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    const float inverse = sum == 0 ? 0.f : 1.f / sum;
+    const float all = top + log2f(sum);
+    float inverse = sum == 0 ? 0.f : 1.f / sum;
+    if (sum != 0) inverse *= SinkShare(p_, tile_.head(unit / kSlices), all);
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
       const int part = lane() + 32 * k;
       if (part < kMaxPartitions) scratch_.weights[part] = lse[k] * inverse * factor[k];
     }
-    if (unit % kSlices == 0 && lane() == 0) StoreLse(unit, top + log2f(sum));
+    if (unit % kSlices == 0 && lane() == 0) StoreStats(unit, all, most);
   }
 
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
 
-  const DenseDecodeParams& p_;
+  const Call& p_;
   const RowTile& tile_;
   const Merge& merge_;
   const int first_unit_, step_, units_;
@@ -293,9 +313,9 @@ class Merger {
 
 // Grid: row tiles x subjects x team. Each partition or, batch-invariantly, sequence is the subject
 // of `team` blocks.
-template <typename T, typename Partial>
+template <typename T, typename Partial, typename Call>
 __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor<Partial>)
-    CombineKernel(const __grid_constant__ DenseDecodeParams p, uint32_t row_tiles, int partitions,
+    CombineKernel(const __grid_constant__ Call p, uint32_t row_tiles, int partitions,
                   uint32_t team) {
   __shared__ Scratch<kWarps<Partial>> scratch;
   const uint32_t block = blockIdx.x / row_tiles, subject = block / team;
@@ -325,12 +345,12 @@ __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor
   const int first_row = p.batch_invariant ? 0 : tile.partial_row(partitions, 0, true);
 #pragma unroll 1
   for (int i = 0; i < kMergesEach && merges[i].parts > 0; ++i) {
-    Merger<T, Partial>(p, tile, merges[i], first_row, member, team, scratch).Run();
+    Merger<T, Partial, Call>(p, tile, merges[i], first_row, member, team, scratch).Run();
   }
 }
 
-template <typename T, typename Partial>
-cudaError_t Launch(const DenseDecodeParams& params, int partitions, int multiprocessors,
+template <typename T, typename Partial, typename Call>
+cudaError_t Launch(const Call& params, int partitions, int multiprocessors,
                    cudaStream_t stream) {
   const uint32_t row_tiles = params.row_tiles();
   const uint32_t subjects = params.batch_invariant ? params.batch : partitions;
@@ -346,7 +366,7 @@ cudaError_t Launch(const DenseDecodeParams& params, int partitions, int multipro
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, CombineKernel<T, Partial>, params, row_tiles, partitions,
+  return cudaLaunchKernelEx(&config, CombineKernel<T, Partial, Call>, params, row_tiles, partitions,
                             team);
 }
 
@@ -356,14 +376,22 @@ cudaError_t LaunchFor(const DenseDecodeParams& params, int partitions, int multi
   return params.half_partials() ? Launch<T, __half>(params, partitions, multiprocessors, stream)
                                 : Launch<T, float>(params, partitions, multiprocessors, stream);
 }
+template <typename T>
+cudaError_t LaunchFor(const SparseCall& params, int partitions, int multiprocessors,
+                      cudaStream_t stream) {
+  return Launch<T, __half>(params, partitions, multiprocessors, stream);
+}
 
 }  // namespace
 
-cudaError_t LaunchCombine(const DenseDecodeParams& params, int partitions, int multiprocessors,
+template <typename Call>
+cudaError_t LaunchCombine(const Call& params, int partitions, int multiprocessors,
                           cudaStream_t stream) {
   return params.dtype == DType::kBF16
              ? LaunchFor<__nv_bfloat16>(params, partitions, multiprocessors, stream)
              : LaunchFor<__half>(params, partitions, multiprocessors, stream);
 }
+template cudaError_t LaunchCombine(const DenseDecodeParams&, int, int, cudaStream_t);
+template cudaError_t LaunchCombine(const SparseCall&, int, int, cudaStream_t);
 
 }  // namespace flashmla::sm90

@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "params.h"
+#include "sm90/attention/call.cuh"
 
 namespace flashmla::sm90 {
 
@@ -39,15 +40,18 @@ struct Range {
   }
 };
 
-__device__ __forceinline__ int SequenceLength(const DenseDecodeParams& p, int batch) {
-  return EffectiveLength(p.cache_seqlens[batch], p.max_pages_per_seq, p.s_q);
-}
-
 // KV blocks that hold the first `length` tokens.
 __device__ __forceinline__ int BlocksBefore(int length) {
   return length <= 0 ? 0 : (length - 1) / kPageSize + 1;
 }
 __device__ __forceinline__ int BlocksOf(int length) { return max(BlocksBefore(length), 1); }
+
+__device__ __forceinline__ int SequenceLength(const DenseDecodeParams& p, int batch) {
+  return EffectiveLength(p.cache_seqlens[batch], p.max_pages_per_seq, p.s_q);
+}
+__device__ __forceinline__ int SequenceLength(const SparseCall& p, int query) {
+  return (BlocksBefore(p.count(0, query)) + BlocksBefore(p.count(1, query))) * kPageSize;
+}
 
 // KV blocks of a chunk of a sequence of so many.
 __device__ __forceinline__ int ChunkBlocks(int blocks) {
@@ -74,8 +78,9 @@ static_assert(kMergesEach * sizeof(Merge) == kMergeWords * 4);
 // `most_cost` is the cost of another sequence in blocks; less is counted where ranges are short.
 // `least` blocks are no reason to divide.
 // The launch has checked that the line's length is no more than 31 bits.
-__device__ inline Range FindRange(const DenseDecodeParams& p, int partition, int partitions,
-                                  int most_cost, int least) {
+template <typename Call>
+__device__ inline Range FindRange(const Call& p, int partition, int partitions, int most_cost,
+                                  int least) {
   const int lane = threadIdx.x % 32;
   const int batch = static_cast<int>(p.batch);
   const int per_lane = (batch + 31) / 32;
@@ -186,6 +191,8 @@ struct RowTile {
   int count;
   int last_token;  // of the tiles that load pages together
 
+  RowTile() = default;
+
   // The launch has checked that s_q * h_q is no more than 31 bits.
   __device__ RowTile(const DenseDecodeParams& p, int index, int cluster = 1)
       : index(index),
@@ -204,7 +211,8 @@ struct RowTile {
     return kv_head * group + static_cast<uint32_t>(first + row) % group;
   }
   // Tokens of a sequence that the rows of a query token may see are those before this.
-  __device__ int limit(const DenseDecodeParams& p, int length, int query_token) const {
+  template <typename Call>
+  __device__ int limit(const Call& p, int length, int query_token) const {
     return p.causal ? length - static_cast<int>(p.s_q) + query_token + 1 : length;
   }
   // Where the workspace has the rows of a partial result: of a partition's first sequence or
@@ -216,7 +224,8 @@ struct RowTile {
     const int sequence = index * static_cast<int>(p.batch) + batch;
     return (sequence * max_chunks + chunk) * min(rows, kRowTile);
   }
-  __device__ int partial_row(const DenseDecodeParams& p, const Segment& s, int partitions,
+  template <typename Call>
+  __device__ int partial_row(const Call& p, const Segment& s, int partitions,
                              int partition) const {
     if (!p.batch_invariant) return partial_row(partitions, partition, s.opening);
     const int chunk = s.first_block / ChunkBlocks(s.all_blocks);
@@ -225,9 +234,10 @@ struct RowTile {
 };
 
 // Walks the sequences of a range, or their chunks.
+template <typename Call>
 class Segments {
  public:
-  __device__ Segments(const DenseDecodeParams& p, const RowTile& tile, const Range& range)
+  __device__ Segments(const Call& p, const RowTile& tile, const Range& range)
       : p_(p),
         tile_(tile),
         batch_(range.batch),
@@ -235,6 +245,9 @@ class Segments {
         end_batch_(range.end_batch),
         end_block_(range.end_block) {}
 
+  // Where the rest of the range begins.
+  __device__ int batch() const { return batch_; }
+  __device__ int block() const { return block_; }
   __device__ bool done() const {
     return batch_ > end_batch_ || (batch_ == end_batch_ && block_ >= end_block_);
   }
@@ -257,7 +270,7 @@ class Segments {
   }
 
  private:
-  const DenseDecodeParams& p_;
+  const Call& p_;
   const RowTile& tile_;
   int batch_;
   int block_;

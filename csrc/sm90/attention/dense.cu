@@ -1,21 +1,17 @@
-// Host side of dense decode: device limits, the tensor maps, and the launches.
+// Host side of dense decode: limits, the tensor maps, and the launches.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "sm90/dense_decode/combine.cuh"
-#include "sm90/dense_decode/narrow.cuh"
-#include "sm90/dense_decode/wide.cuh"
+#include "sm90/attention/combine.cuh"
+#include "sm90/attention/launch.cuh"
+#include "sm90/attention/narrow.cuh"
+#include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
 
 namespace flashmla::sm90 {
 namespace {
-
-Status Failed(const char* what, cudaError_t error) {
-  cudaGetLastError();  // or the next call on this thread would find it
-  return {StatusCode::kInternal, std::string(what) + ": " + cudaGetErrorString(error)};
-}
 
 // A tensor of 16-bit numbers, copied in boxes of `box`; the innermost 64 numbers are 128 swizzled
 // bytes in shared memory. What lies outside reads as NaN.
@@ -66,29 +62,6 @@ Status MakeQueryMap(const DenseDecodeParams& p, CUtensorMap* map) {
       {kPanel, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(p.s_q), 1, 1}, map);
 }
 
-// The kernel may start while the one before it in the stream ends: it waits where it has to.
-template <typename... Parameters, typename... Arguments>
-Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
-              cudaStream_t stream, const Arguments&... arguments) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return Failed("shared memory", error);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  return error == cudaSuccess ? Status{} : Failed("launch", error);
-}
-
 template <typename T, int kRows, bool kFp8 = false>
 Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   narrow::Maps maps{};
@@ -100,23 +73,21 @@ Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) 
                 sizeof(narrow::SharedMemory<kRows, kFp8>), 1, stream, p, maps);
 }
 
-Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
-  if (p.rows() <= 16) return LaunchNarrow<__nv_bfloat16, 16, true>(p, grid, stream);
-  if (p.rows() <= kNarrowRows) {
-    return LaunchNarrow<__nv_bfloat16, kNarrowRows, true>(p, grid, stream);
-  }
-  return {StatusCode::kInvalidArgument,
-          "FP8 caches need at most 32 query rows for a KV head, got " + std::to_string(p.rows())};
-}
-
 template <typename T, int kCluster>
 Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kNumbers, kHeadDim>;
   wide::PageMaps maps;
-  Status status = MakePageMap(p, kPageSize, wide::kHalfPanels / 2, &maps.half_panels);
+  Status status = MakePageMap(p, kPageSize, kHalfPanels / 2, &maps.half_panels);
   if (status.ok()) status = MakePageMap(p, kPageSize / 2, 1, &maps.rope);
   if (!status.ok()) return status;
-  return Launch(wide::Kernel<T, kCluster>, grid, wide::kThreads, wide::kSharedBytes, kCluster,
-                stream, p, maps);
+  return Launch(wide::Kernel<T, kCluster, Problem>, grid, wide::kThreads, sizeof(wide::SharedMemory<Problem>),
+                kCluster, stream, p, maps);
+}
+
+Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
+  return Launch(wide::Kernel<__nv_bfloat16, 1, Problem>, grid, wide::kThreads, sizeof(wide::SharedMemory<Problem>),
+                1, stream, p, wide::PageMaps{});
 }
 
 // Which shape serves which call, by the query rows that read one KV head (s_q * h_q / h_kv):
@@ -124,6 +95,11 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
 //   up to 16, up to 32   narrow: the query rows are the short side of every product
 //   more                 wide: tiles of 64 rows; an even number of tiles forms pairs that load
 //                        each page once
+Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  if (p.rows() <= 16) return LaunchNarrow<__nv_bfloat16, 16, true>(p, grid, stream);
+  if (p.rows() > kNarrowRows) return LaunchWideFp8(p, grid, stream);
+  return LaunchNarrow<__nv_bfloat16, kNarrowRows, true>(p, grid, stream);
+}
 template <typename T>
 Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   if (p.rows() <= 16) return LaunchNarrow<T, 16>(p, grid, stream);
@@ -135,23 +111,8 @@ Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
 // The decode alone, by how many partitions, on how many multiprocessors.
 Status Decode(const DenseDecodeParams& p, cudaStream_t stream, int* partitions,
               int* multiprocessors) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
-  if (error != cudaSuccess) return Failed("device", error);
-  if (major != 9 || minor != 0) {
-    return {StatusCode::kFailedPrecondition, "compiled for compute capability 9.0, this GPU has " +
-                                                 std::to_string(major) + "." +
-                                                 std::to_string(minor)};
-  }
+  Status status = FindDevice(multiprocessors);
+  if (!status.ok()) return status;
   if (p.num_pages >= INT32_MAX / kPageSize) {
     return {StatusCode::kInvalidArgument,
             "k_cache has too many pages: " + std::to_string(p.num_pages)};

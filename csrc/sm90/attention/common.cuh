@@ -5,7 +5,8 @@
 #include <type_traits>
 
 #include "params.h"
-#include "sm90/dense_decode/schedule.cuh"
+#include "sm90/attention/call.cuh"
+#include "sm90/attention/schedule.cuh"
 #include "sm90/ptx.cuh"
 
 namespace flashmla::sm90 {
@@ -17,6 +18,11 @@ inline constexpr int kPanelBytes = kPageSize * kPanel * 2;  // 8 KB
 inline constexpr int kMaxSharedBytes = 232448;              // 227 KB: what a thread block can have
 inline constexpr float kRescaleThreshold = 8;               // a factor of 2^8
 static_assert(kPanels == kPanelsV + 1);
+
+// Units of a block, which are waited for and handed over on their own. Where RoPE columns are part
+// of the value there is no third.
+enum Unit : int { kLeftHalf, kRightHalf, kRope, kUnits };
+inline constexpr int kHalfPanels = kPanelsV / 2;
 
 __device__ __forceinline__ uint32_t Pack(__nv_bfloat16, float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -36,7 +42,8 @@ __device__ __forceinline__ void FetchParams(const DenseDecodeParams& p) {
 // Brings to L2 what will be read first, as far as a line of each thread of the grid goes: lengths,
 // block table and queries. It may be called before the previous kernel has ended: what that writes
 // goes to L2 too.
-__device__ __forceinline__ void PrefetchInputs(const DenseDecodeParams& p) {
+template <typename Call>
+__device__ __forceinline__ void PrefetchInputs(const Call& p) {
   constexpr int kLine = 128;
   int64_t offset =
       ((int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
@@ -44,13 +51,21 @@ __device__ __forceinline__ void PrefetchInputs(const DenseDecodeParams& p) {
     if (offset >= 0 && offset < bytes) ptx::PrefetchL2(static_cast<const char*>(data) + offset);
     offset -= (bytes + kLine - 1) / kLine * kLine;
   };
-  prefetch(p.cache_seqlens, p.batch * 4);
-  prefetch(p.block_table, p.batch * p.max_pages_per_seq * 4);
-  prefetch(p.q, p.batch * p.s_q * p.h_q * kHeadDim * 2);
+  if constexpr (std::is_same_v<Call, SparseCall>) {
+    for (const TokenScope& scope : p.scopes) {
+      prefetch(scope.length, p.sequences() * 4);
+      prefetch(scope.indices, p.batch * scope.topk * 4);
+    }
+    prefetch(p.q, p.batch * p.h_q * p.head_dim * 2);
+  } else {
+    prefetch(p.cache_seqlens, p.batch * 4);
+    prefetch(p.block_table, p.batch * p.max_pages_per_seq * 4);
+    prefetch(p.q, p.batch * p.s_q * p.h_q * kHeadDim * 2);
+  }
 }
 
 // Walks the pages of a range; the warp reads 32 table entries at once. Entries that do not exist
-// count as bad pages, which read as NaN, being out of bounds.
+// count as bad pages.
 class Pages {
  public:
   __device__ Pages(const DenseDecodeParams& p, const RowTile& tile, const Range& range)
@@ -59,8 +74,8 @@ class Pages {
     if (range.batch < p.batch) Load(range.batch, range.block);
   }
 
-  // The page's first token in the pool; all lanes call it.
-  __device__ bool Next(int* first_token) {
+  // The page, negative if it is a bad one; all lanes call it.
+  __device__ bool Next(int* page) {
     while (next_ == visible_) {
       Segment s;
       if (!segments_.Next(&s)) return false;
@@ -70,10 +85,8 @@ class Pages {
       batch_ = s.batch;
     }
     if (next_ == loaded_ + 32) Load(batch_, next_);
-    const int page = __shfl_sync(~0u, pages_, next_ - loaded_);
+    *page = __shfl_sync(~0u, pages_, next_ - loaded_);
     ++next_;
-    const bool bad = page < 0 || page >= p_.num_pages;
-    *first_token = (bad ? static_cast<int>(p_.num_pages) : page) * kPageSize;
     return true;
   }
 
@@ -82,22 +95,30 @@ class Pages {
     const int64_t entry = int64_t{first} + threadIdx.x % 32;
     pages_ = -1;
     if (entry < p_.max_pages_per_seq) {
-      pages_ = p_.block_table[batch * p_.max_pages_per_seq + entry];
+      const int page = p_.block_table[batch * p_.max_pages_per_seq + entry];
+      if (page < p_.num_pages) pages_ = page;
     }
     loaded_ = first;
   }
 
   const DenseDecodeParams& p_;
-  Segments segments_;
+  Segments<DenseDecodeParams> segments_;
   int batch_ = 0, next_ = 0, visible_ = 0;
   int loaded_ = 0;  // the first of 32 entries, of which each lane has one
-  int pages_ = -1;
+  int pages_ = -1;  // negative: bad
 };
+
+// A page's first token in the pool, for the copy engine, to which a bad page is one behind the last:
+// out of bounds, it reads as NaN.
+__device__ __forceinline__ int FirstToken(const DenseDecodeParams& p, int page) {
+  return (page < 0 ? static_cast<int>(p.num_pages) : page) * kPageSize;
+}
 
 // Tells the combine which parts it has to merge: each partition has a share in those of its own
 // sequences, and those that have no range help the others. Every entry that is used is written.
-__device__ inline void RecordMerges(const DenseDecodeParams& p, const RowTile& tile,
-                                    const Range& range, int partition, int partitions) {
+template <typename Call>
+__device__ inline void RecordMerges(const Call& p, const RowTile& tile, const Range& range,
+                                    int partition, int partitions) {
   Merge* merges = reinterpret_cast<Merge*>(p.merges);
   const int active = range.PartitionBefore(range.total) + 1;
   const int members = partitions / active, helpers = members - 1;
