@@ -15,6 +15,21 @@ __device__ __forceinline__ uint32_t SmemAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same object in shared memory, its address in a register: or it would be found out again and
+// again, where registers are scarce, by asking for this block's place in its cluster.
+template <typename T>
+__device__ __forceinline__ T& KeepAddress(T& object) {
+  const uint32_t address = __shfl_sync(~0u, SmemAddress(&object), 0);
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
+// This thread's place in its warp, found out where it is needed: not kept in a register for long.
+__device__ __forceinline__ int LaneId() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // --- mbarrier -------------------------------------------------------------------------------
 
 __device__ __forceinline__ void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
@@ -94,6 +109,30 @@ __device__ __forceinline__ void StoreCluster(float* address, uint32_t rank, floa
       : "memory");
 }
 
+// The address that stands for the same place in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t ClusterAddress(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// Writes to the shared memory of a block of the cluster; a barrier there counts the bytes. Both
+// addresses are ClusterAddress's.
+__device__ __forceinline__ void StoreAsync16(uint32_t address, uint4 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void StoreAsync4(uint32_t address, uint32_t v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+          address),
+      "r"(v), "r"(barrier)
+      : "memory");
+}
+
 // Orders ordinary shared-memory accesses of this thread before those of wgmma and TMA.
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -124,16 +163,6 @@ __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// What the lane has whose number is this lane's in the bits of `Own`, and `lane` in the others.
-template <uint32_t Own>
-__device__ __forceinline__ uint32_t ShuffleOwn(uint32_t value, uint32_t lane) {
-  uint32_t other;
-  asm volatile("shfl.sync.idx.b32 %0, %1, %2, %3, 0xFFFFFFFF;"
-               : "=r"(other)
-               : "r"(value), "r"(lane), "n"(Own << 8 | 0x1F));
-  return other;
 }
 
 // --- Copies ---------------------------------------------------------------------------------

@@ -84,10 +84,11 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
                 kCluster, stream, p, maps);
 }
 
+template <int kCluster>
 Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
-  return Launch(wide::Kernel<__nv_bfloat16, 1, Problem>, grid, wide::kThreads, sizeof(wide::SharedMemory<Problem>),
-                1, stream, p, wide::PageMaps{});
+  return Launch(wide::Kernel<__nv_bfloat16, kCluster, Problem>, grid, wide::kThreads, sizeof(wide::SharedMemory<Problem>),
+                kCluster, stream, p, wide::PageMaps{});
 }
 
 // Which shape serves which call, by the query rows that read one KV head (s_q * h_q / h_kv):
@@ -97,8 +98,11 @@ Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream)
 //                        each page once
 Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   if (p.rows() <= 16) return LaunchNarrow<__nv_bfloat16, 16, true>(p, grid, stream);
-  if (p.rows() > kNarrowRows) return LaunchWideFp8(p, grid, stream);
-  return LaunchNarrow<__nv_bfloat16, kNarrowRows, true>(p, grid, stream);
+  if (p.rows() <= kNarrowRows) {
+    return LaunchNarrow<__nv_bfloat16, kNarrowRows, true>(p, grid, stream);
+  }
+  return p.tiles_per_head() % 2 == 0 ? LaunchWideFp8<2>(p, grid, stream)
+                                     : LaunchWideFp8<1>(p, grid, stream);
 }
 template <typename T>
 Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {

@@ -27,13 +27,13 @@ __device__ __forceinline__ uint32_t Multiply(uint32_t pair, uint32_t factors) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
-// A factor of 2^120 times `scale`, twice, if `scale` is a power of two and there is such a
-// bfloat16; or else 0.
+// A factor of 2^120 times `scale`, if `scale` is a power of two and there is such a bfloat16; or
+// else 0.
 __device__ __forceinline__ uint32_t FactorOf(float scale) {
   const uint32_t bits = __float_as_uint(scale);
   constexpr uint32_t kLeast = 1u << 23, kMost = (254u - 120) << 23;
   const bool fits = (bits & 0x7FFFFF) == 0 && bits - kLeast <= kMost - kLeast;
-  return fits ? ((bits + (120u << 23)) >> 16) * 0x00010001u : 0;
+  return fits ? (bits + (120u << 23)) >> 16 : 0;
 }
 
 // The scale that a number in ue8m0 stands for.
@@ -42,11 +42,13 @@ __device__ __forceinline__ float PowerOf(uint32_t exponent) {
   return __uint_as_float(exponent == 0 ? 0x400000 : exponent << 23);
 }
 
-// Eight codes times a power of two, given by its factor, in bfloat16. Sets a bit of *other where
-// that is wrong: for codes 127 and 255, which stand for NaN, and not for 480 and -480.
-__device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, uint32_t factor,
-                                            uint32_t* other) {
-  *other |= (((low & 0x7F7F7F7F) + 0x01010101) | ((high & 0x7F7F7F7F) + 0x01010101)) & 0x80808080;
+// Not zero if one of four codes stands for NaN.
+__device__ __forceinline__ uint32_t NanCodes(uint32_t codes) {
+  return ((codes & 0x7F7F7F7F) + 0x01010101) & 0x80808080;
+}
+
+// Eight codes, none of them NaN, times a power of two, given by its factor, in bfloat16.
+__device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, uint32_t factor) {
   return {Multiply(PlaceCodes(__byte_perm(low, 0, 0x4140)), factor),
           Multiply(PlaceCodes(__byte_perm(low, 0, 0x4342)), factor),
           Multiply(PlaceCodes(__byte_perm(high, 0, 0x4140)), factor),
@@ -56,12 +58,11 @@ __device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, uint32_
 // Eight codes times any scale, rounded to bfloat16.
 __device__ __forceinline__ uint4 DequantizeAny(uint32_t low, uint32_t high, float scale) {
   constexpr uint32_t kUnscaled = 0x7B807B80;  // 2^120
-  uint32_t other = 0;
-  const uint4 codes = Dequantize(low, high, kUnscaled, &other);
+  const uint4 codes = Dequantize(low, high, kUnscaled);
   uint32_t pairs[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t two = (i < 2 ? low : high) >> (i % 2 * 16);
+    const uint32_t two = (i < 2 ? low : high) >> (i % 2 * 16);  // 127 and 255 are no numbers
     if ((two & 0x7F) == 0x7F) pairs[i] |= 0x00007FFF;
     if ((two & 0x7F00) == 0x7F00) pairs[i] |= 0x7FFF0000;
     const float first = __uint_as_float(pairs[i] << 16);
@@ -73,23 +74,32 @@ __device__ __forceinline__ uint4 DequantizeAny(uint32_t low, uint32_t high, floa
 
 // --- Tokens ---------------------------------------------------------------------------------
 
-// Of a panel, a lane has 16 codes of two tokens, one after the other; of RoPE columns, 16 bytes at
-// two places of both. Each is a step: the left half of the columns, the right one, and RoPE. kAhead
-// steps are on their way to registers.
+// Of a panel, a lane has 16 codes of each of its tokens, one after the other; of RoPE columns, 16
+// bytes at two places. Each is a step: the left half of the columns, the right one, and RoPE. Four
+// or less are converted together: one vote tells whether all of their scales are powers of two and
+// none of their codes is NaN.
+//
+// What is on its way to registers from one part of the loop to another is counted by the hardware
+// as one: to wait for the first is to wait for all. So there is as little of that as can be. Where
+// there are registers for all steps of a block (kWhole), it is waited for once, and those of the
+// next one are loaded as they fall free. Or else they are for half of the codes, which are waited
+// for, then the other half, then RoPE. And before the first wait, what is after the next block is
+// found out.
 //
 // `Source` (tokens.cuh) walks over blocks and knows where this warp's tokens are. `Target` is where
 // the panels of a block are:
 //
-//   void Wait(Unit)               until it is free, to be called before
-//   uint32_t Panel(int)           its address in shared memory
-//   void Describe(uint32_t)       which of this warp's tokens exist, once the left half is free
+//   void Wait(Unit)                   until it is free, to be called before
+//   void Store(int, uint32_t, uint4)  into a panel, at an offset
+//   void Describe(uint32_t)           which of this warp's tokens exist, when the left half is free
 //   void HandOver(Unit)
-//   void Advance()                to the next block
-//   kFences                       whether the last HandOver waits for all that this thread has begun
-//                                 to load: then those loads come after it that can
-template <TokenFormat kFormat, int kAhead, typename Source, typename Target>
+//   void Advance()                    to the next block
+//
+// What is written so has to be made visible to the tensor cores by a fence, which waits for all that
+// its thread has begun to load. There is always something here: others have to do it.
+template <TokenFormat kFormat, bool kWhole, typename Source, typename Target>
 __device__ __forceinline__ void ConvertTokens(Source& source, Walk<kFormat>& walk, Target& target) {
-  using Lanes = sm90::Lanes<true>;
+  using Lanes = typename Source::Lanes;
   constexpr bool kApart = kFormat == TokenFormat::kFp8Apart;
   constexpr int kTokens = Lanes::kTokens;
   constexpr int kCodePanels = kApart ? kPanelsV - 1 : kPanelsV;
@@ -97,37 +107,43 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Walk<kFormat>& wal
   constexpr int kRopePanel = kCodePanels;
   constexpr int kHalfSteps = kHalfPanels * kTokens, kCodeSteps = kCodePanels * kTokens;
   constexpr int kSteps = kCodeSteps + 2 * kTokens;
-  static_assert(kSteps - kAhead >= kHalfSteps, "scales have no other place");
-  static_assert(kSteps - kCodeSteps <= kAhead);
+  constexpr int kBatch = 4;
+  const auto slot = [](int step) { return kWhole ? step : step % kHalfSteps; };
+  static_assert(kHalfSteps % kBatch == 0 && (kWhole || 2 * kHalfSteps >= kCodeSteps));
   static_assert(kPanel == 16 * Lanes::kPerToken && kFp8ApartTile == kPanel);
 
   // Row r of a panel has its 16-byte chunk c at r * 128 + (c ^ r % 8) * 16. A lane's rows are equal
   // modulo 8, and it writes chunks 2 c and 2 c + 1.
   static_assert(Lanes::kStep == 8);
-  const int row = threadIdx.x / 32 % 4 * kTokensEach + Lanes::Token(0);
+  const int row = Lanes::Token(0);
   const uint32_t place = row * 128 + ((Lanes::Part() * 2 ^ row % 8) << 4);
   const uint32_t places[2] = {place, place ^ 16};
 
   TokenAddress<kFormat> address[kTokens];  // of the block that is loaded
-  uint4 ring[kAhead];
-  // The scales of half a block: of the one that is loaded and, as factors, of the one that is
-  // converted.
-  uint2 scales[kTokens];
-  uint32_t factors[kTokens][kApart ? kHalfPanels : 2];
+  uint4 steps[kWhole ? kSteps : kHalfSteps];
+  // Its scales; and those of the block that is converted, as factors, two of them together.
+  constexpr int kTiles = kApart ? kCodePanels : kHeadDimV / kFp8Tile;
+  uint4 scales[kTokens];
+  uint32_t factors[kTokens][(kTiles + 1) / 2];
 
-  const auto load_scales = [&](int half) {
+  const auto load_scales = [&] {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if constexpr (kApart) {
-        scales[i].x = __ldg(reinterpret_cast<const uint32_t*>(address[i].scales) + half);
+        const uint2 eight = ptx::Load8(address[i].scales);
+        scales[i].x = eight.x, scales[i].y = eight.y;
       } else {
-        scales[i] = __ldg(reinterpret_cast<const uint2*>(address[i].token + kHeadDimV) + half);
+        scales[i] = ptx::Load16(address[i].token + kHeadDimV);
       }
     }
   };
-  const auto scale_of = [](uint2 scales, int panel) {
-    if constexpr (kApart) return PowerOf(scales.x >> (panel % kHalfPanels * 8) & 0xFF);
-    return __uint_as_float(panel % kHalfPanels < 2 ? scales.x : scales.y);
+  const auto scale_of = [](const uint4& scales, int tile) {
+    if constexpr (kApart) {
+      return PowerOf((tile < 4 ? scales.x : scales.y) >> (tile % 4 * 8) & 0xFF);
+    } else {
+      return __uint_as_float(tile < 2 ? (tile == 0 ? scales.x : scales.y)
+                                      : (tile == 2 ? scales.z : scales.w));
+    }
   };
   // Pages of an odd number of such tokens begin at odd multiples of 8 bytes.
   const auto load16 = [](const uint8_t* from) {
@@ -135,23 +151,24 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Walk<kFormat>& wal
     const uint2 low = ptx::Load8(from), high = ptx::Load8(from + 8);
     return uint4{low.x, low.y, high.x, high.y};
   };
-  const auto load = [&](int step, uint4& v) {
-    if (step >= kCodeSteps) {
-      const int i = (step - kCodeSteps) / 2, chunk = Lanes::Part() * 2 + step % 2;
-      v = load16(address[i].token + kRopeOffset + chunk * 16);
-    } else {
-      const int panel = step / kTokens;
-      v = load16(address[step % kTokens].token + panel * kPanel + Lanes::Part() * 16);
-    }
+  const auto token_of = [](int step) {
+    return step < kCodeSteps ? step % kTokens : (step - kCodeSteps) / 2;
   };
+  const auto load_from = [&](const uint8_t* token, int step) {
+    const int offset = step < kCodeSteps
+                           ? step / kTokens * kPanel + Lanes::Part() * 16
+                           : kRopeOffset + (Lanes::Part() * 2 + (step - kCodeSteps) % 2) * 16;
+    steps[slot(step)] = load16(token + offset);
+  };
+  const auto load = [&](int step) { load_from(address[token_of(step)].token, step); };
 
-  // Where there is a scale that is no power of two, or a NaN: half of the codes once more. Of what
-  // is seldom as little code as will do.
-  const auto convert_again = [&](int half) {
+  // A batch with a scale that is no power of two, or with a NaN. Of what is seldom as little code as
+  // will do: it reads once more.
+  const auto convert_any = [&](int first, int end) {
 #pragma unroll 1
-    for (int step = half * kHalfSteps; step < min((half + 1) * kHalfSteps, kCodeSteps); ++step) {
+    for (int step = first; step < end; ++step) {
       const int panel = step / kTokens, i = step % kTokens;
-      const TokenAddress<kFormat> from = walk.tokens[Lanes::Token(i)];
+      const TokenAddress<kFormat> from = walk.tokens[Lanes::Token(i) % Lanes::kTokensEach];
       const uint4 v = load16(from.token + panel * kPanel + Lanes::Part() * 16);
       float scale;
       if constexpr (kApart) {
@@ -159,89 +176,115 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Walk<kFormat>& wal
       } else {
         scale = __ldg(reinterpret_cast<const float*>(from.token + kHeadDimV) + panel / 2);
       }
-      const uint32_t to = target.Panel(panel) + i * Lanes::kStep * 128;
-      ptx::StoreShared16(to + places[0], DequantizeAny(v.x, v.y, scale));
-      ptx::StoreShared16(to + places[1], DequantizeAny(v.z, v.w, scale));
+      const uint32_t more = i * Lanes::kStep * 128;
+      target.Store(panel, places[0] + more, DequantizeAny(v.x, v.y, scale));
+      target.Store(panel, places[1] + more, DequantizeAny(v.z, v.w, scale));
     }
   };
-  bool more = source.Next(address);
-  if (more) {
-    load_scales(kLeftHalf);
+  const auto load_steps = [&](int first, int end) {
 #pragma unroll
-    for (int step = 0; step < kAhead; ++step) load(step, ring[step]);
-  }
-  while (more) {
-    const uint32_t present = source.present();
+    for (int step = first; step < end; ++step) load(step);
+  };
+
+  // Of the block that is converted, when `address` is already the next one's.
+  const auto load_again = [&](int first, int end) {
+#pragma unroll
+    for (int step = first; step < end; ++step) {
+      load_from(walk.tokens[Lanes::Token(token_of(step)) % Lanes::kTokensEach].token, step);
+    }
+  };
+
+  // The block that is converted, or loaded, and the one after it, at `address`.
+  const auto turn = [&] {
     __syncwarp();
+    if (threadIdx.x % 32 == 0) walk.present = walk.next_present;
     if (Lanes::Part() == 0) {
 #pragma unroll
-      for (int i = 0; i < kTokens; ++i) walk.tokens[Lanes::Token(i)] = address[i];
+      for (int i = 0; i < kTokens; ++i) {
+        walk.tokens[Lanes::Token(i) % Lanes::kTokensEach] = address[i];
+      }
     }
     __syncwarp();
-    uint32_t other = 0;  // what factors cannot express
+    return source.Next(address);
+  };
+  bool more = source.Next(address), next = false;
+  if (more) {
+    load_scales();
+    load_steps(0, kWhole ? kSteps : kHalfSteps);
+    next = turn();
+  }
+  while (more) {
+    uint32_t no_factor = 0;  // for some scale
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step == 0) {
+    for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint32_t factor = FactorOf(scale_of(scales[i], tile));
+        no_factor |= factor == 0;
+        factors[i][tile / 2] = tile % 2 == 0 ? factor : factors[i][tile / 2] | factor << 16;
+      }
+    }
+#pragma unroll
+    for (int first = 0; first < kCodeSteps; first += kBatch) {
+      const int end = min(first + kBatch, kCodeSteps);
+      if (first == 0) {
         target.Wait(kLeftHalf);
-        target.Describe(present);
+        target.Describe(walk.present);
       }
-      if (step == kHalfSteps) target.Wait(kRightHalf);
-      if (!kApart && step == kCodeSteps) target.Wait(kRope);
-      if (step == 0 || step == kHalfSteps) {
+      if (first == kHalfSteps) target.Wait(kRightHalf);
+      uint32_t other = no_factor;
 #pragma unroll
-        for (int i = 0; i < kTokens; ++i) {
+      for (int step = first; step < end; ++step) {
+        const uint4 v = steps[slot(step)];
+        other |= NanCodes(v.x) | NanCodes(v.y) | NanCodes(v.z) | NanCodes(v.w);
+      }
+      if (!__any_sync(~0u, other != 0)) {
 #pragma unroll
-          for (int j = 0; j < (kApart ? kHalfPanels : 2); ++j) {
-            factors[i][j] = FactorOf(scale_of(scales[i], kApart ? j : 2 * j));
-            const bool used = !kApart || step == 0 || j < kHalfPanels - 1;
-            if (used && factors[i][j] == 0) other = 1;
-          }
+        for (int step = first; step < end; ++step) {
+          const int panel = step / kTokens, i = step % kTokens;
+          const uint4 v = steps[slot(step)];
+          const int tile = kApart ? panel : panel / 2;
+          const uint32_t factor =
+              __byte_perm(factors[i][tile / 2], 0, tile % 2 == 0 ? 0x1010 : 0x3232);
+          const uint32_t more = i * Lanes::kStep * 128;
+          target.Store(panel, places[0] + more, Dequantize(v.x, v.y, factor));
+          target.Store(panel, places[1] + more, Dequantize(v.z, v.w, factor));
         }
-        if (step == 0) load_scales(kRightHalf);
-      }
-      const uint4 v = ring[step % kAhead];
-      if (step >= kCodeSteps) {
-        const int i = (step - kCodeSteps) / 2;
-        const uint32_t panel = target.Panel(kRopePanel) + i * Lanes::kStep * 128;
-        ptx::StoreShared16(panel + places[step % 2], v);
       } else {
-        const int panel = step / kTokens, i = step % kTokens;
-        const uint32_t factor = factors[i][kApart ? panel % kHalfPanels : panel % kHalfPanels / 2];
-        const uint32_t to = target.Panel(panel) + i * Lanes::kStep * 128;
-        ptx::StoreShared16(to + places[0], Dequantize(v.x, v.y, factor, &other));
-        ptx::StoreShared16(to + places[1], Dequantize(v.z, v.w, factor, &other));
+        convert_any(first, end);
       }
-      if (step + 1 == kHalfSteps || step + 1 == kCodeSteps) {
-        const Unit half = step + 1 == kHalfSteps ? kLeftHalf : kRightHalf;
-        if (__any_sync(~0u, other != 0)) convert_again(half);
-        other = 0;
-        if (!kApart || half == kLeftHalf) target.HandOver(half);
+      // These registers are free.
+      if constexpr (kWhole) {
+        if (next) {
+          if (first == 0) load_scales();
+          load_steps(first, end);
+        }
+      } else if (first < kHalfSteps) {
+        load_again(first + kHalfSteps, min(end + kHalfSteps, kCodeSteps));
+      } else if (first == kHalfSteps) {
+        load_again(kCodeSteps, kSteps);
       }
-      if (step + kAhead == kSteps) {
-        more = source.Next(address);
-        if (more) load_scales(kLeftHalf);
-      }
-      if (step + kAhead < kSteps) {
-        load(step + kAhead, ring[step % kAhead]);
-      } else if (more && !(Target::kFences && step >= kCodeSteps)) {
-        load(step + kAhead - kSteps, ring[step % kAhead]);
+      if (end == kHalfSteps) target.HandOver(kLeftHalf);
+      if (end == kCodeSteps && !kApart) target.HandOver(kRightHalf);
+    }
+    if (!kApart) target.Wait(kRope);
+#pragma unroll
+    for (int step = kCodeSteps; step < kSteps; ++step) {
+      const int i = (step - kCodeSteps) / 2, chunk = (step - kCodeSteps) % 2;
+      target.Store(kRopePanel, places[chunk] + i * Lanes::kStep * 128, steps[slot(step)]);
+    }
+    if (next) {
+      if (!kWhole) load_scales();
+      if (kWhole) {
+        load_steps(kCodeSteps, kSteps);
+      } else {
+        load_steps(0, kHalfSteps);
       }
     }
     target.HandOver(kApart ? kRightHalf : kRope);
     target.Advance();
-    if (Target::kFences && more) {
-#pragma unroll
-      for (int step = kCodeSteps; step < kSteps; ++step) {
-        load(step + kAhead - kSteps, ring[step % kAhead]);
-      }
-    }
-    if constexpr (kSteps % kAhead != 0) {  // the next block's first step is in the first place
-      uint4 own[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) own[i] = ring[(i + kSteps) % kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) ring[i] = own[i];
-    }
+    more = next;
+    if (more) next = turn();
   }
 }
 

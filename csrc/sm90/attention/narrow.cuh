@@ -41,7 +41,7 @@ struct Registers {
 };
 template <>
 struct Registers<16, true> {
-  static constexpr int kScores = 152, kValues = 176, kLoaders = 40, kConverters = 144;
+  static constexpr int kScores = 144, kValues = 168, kLoaders = 40, kConverters = 160;
 };
 template <>
 struct Registers<32, true> {
@@ -140,11 +140,10 @@ struct Panels {
     });
     __syncwarp();
   }
-  __device__ __forceinline__ uint32_t Panel(int panel) const {
-    return ptx::SmemAddress(shared.k[Place(panel).slot]);
+  __device__ __forceinline__ void Store(int panel, uint32_t offset, uint4 v) const {
+    ptx::StoreShared16(ptx::SmemAddress(shared.k[Place(panel).slot]) + offset, v);
   }
   __device__ __forceinline__ void Describe(uint32_t) const {}
-  static constexpr bool kFences = false;
   __device__ __forceinline__ void HandOver(Unit unit) const {
     __syncwarp();
     ForEach(unit, [&](auto place) { ptx::MbarrierArrive(&shared.converted[place.slot]); });
@@ -602,11 +601,12 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
       } else {
         ptx::DecreaseRegisters<Own::kConverters>();
       }
-      auto& walk = shared.walks[threadIdx.x / 32 % 4];
+      Shared& kept = ptx::KeepAddress(shared);
+      auto& walk = kept.walks[threadIdx.x / 32 % 4];
       walk.Begin(range);
-      Fp8Pages source(p, shared.tile, walk);
-      Panels<kRows> panels{shared};
-      ConvertTokens<TokenFormat::kFp8, kRows == 16 ? 10 : 6>(source, walk, panels);
+      Fp8Pages<1> source(p, kept.tile, walk);
+      Panels<kRows> panels{kept};
+      ConvertTokens<TokenFormat::kFp8, kRows == 16>(source, walk, panels);
     }
   } else {
     ptx::DecreaseRegisters<Own::kLoaders>();

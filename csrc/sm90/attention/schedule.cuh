@@ -21,6 +21,7 @@
 
 #include "params.h"
 #include "sm90/attention/call.cuh"
+#include "sm90/ptx.cuh"
 
 namespace flashmla::sm90 {
 
@@ -81,7 +82,7 @@ static_assert(kMergesEach * sizeof(Merge) == kMergeWords * 4);
 template <typename Call>
 __device__ inline Range FindRange(const Call& p, int partition, int partitions, int most_cost,
                                   int least) {
-  const int lane = threadIdx.x % 32;
+  const int lane = ptx::LaneId();
   const int batch = static_cast<int>(p.batch);
   const int per_lane = (batch + 31) / 32;
   const int first = min(lane * per_lane, batch), last = min(first + per_lane, batch);

@@ -103,8 +103,8 @@ struct SharedMemory : RopePanel<Problem::kRopeShared> {
   alignas(1024) uint8_t p[kSides][kPanelBytes];
   float reference[kSides][kRowTile];
   float sum[kSides][kRowTile];
-  float most[kSides][kRowTile];         // sparse: the largest score
-  alignas(16) uint32_t present[kStages][4];  // sparse: which tokens exist, as Lanes knows it
+  float most[kSides][Problem::kSparse ? kRowTile : 1];  // the largest score
+  alignas(16) uint32_t present[kStages][8];  // sparse: which tokens exist, as Lanes knows it
   uint64_t full[kStages][kUnits];  // of RoPE columns with one place, the first
   uint64_t empty[kStages][kUnits];
   uint64_t query_ready;       // both sides: Q is in shared memory
@@ -116,7 +116,9 @@ struct SharedMemory : RopePanel<Problem::kRopeShared> {
   RowTile tile;               // this, too, is for those who move tokens,
   Walk<Problem::kFormat> walks[Problem::kTma ? 1 : 4];  // and this for each of their warps
   int query_row[kRowTile];    // per row of the tile, its place among a sequence's query rows,
-  int query_token[kRowTile];  // and its token: divisions are slow
+  // And its token: divisions are slow.
+  int query_tokens[Problem::kSparse ? 1 : kRowTile];
+  __device__ int query_token(int row) const { return Problem::kSparse ? 0 : query_tokens[row]; }
 };
 
 // The page pool as the copy engine sees it, in boxes of half a unit.
@@ -179,62 +181,92 @@ __device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
   }
 }
 
-// Where the four warps that move tokens themselves bring those of a block.
-template <typename Problem>
-struct Stage {
-  SharedMemory<Problem>& shared;
-  RingPosition ring;
-
+// Where the four warps that move tokens themselves bring those of a block. In a cluster each block
+// brings half of them, to both.
+template <typename Problem, int kCluster>
+class Stage {
+ public:
+  __device__ explicit Stage(SharedMemory<Problem>& shared) : shared_(shared) {
+    if constexpr (kCluster > 1) {
+      const uint32_t own = ptx::SmemAddress(&shared);
+      to_other_ = ptx::ClusterAddress(own, ptx::ClusterRank() ^ 1) - own;
+    }
+  }
   __device__ __forceinline__ void Wait(Unit unit) const {
     if (unit == kRope) {
-      ptx::MbarrierWait(&shared.empty[0][kRope], ring.rope_parity() ^ 1);
+      ptx::MbarrierWait(&shared_.empty[0][kRope], ring_.rope_parity() ^ 1);
     } else {
-      ptx::MbarrierWait(&shared.empty[ring.stage()][unit], ring.parity() ^ 1);
+      ptx::MbarrierWait(&shared_.empty[ring_.stage()][unit], ring_.parity() ^ 1);
     }
   }
   __device__ __forceinline__ uint32_t Panel(int panel) const {
-    if (panel == kPanelsV) return ptx::SmemAddress(shared.rope);
-    return ptx::SmemAddress(shared.k[ring.stage()]) + panel * kPanelBytes;
+    if (panel == kPanelsV) return ptx::SmemAddress(shared_.rope);
+    return ptx::SmemAddress(shared_.k[ring_.stage()]) + panel * kPanelBytes;
+  }
+  __device__ __forceinline__ void Store(int panel, uint32_t offset, uint4 v) const {
+    const uint32_t address = Panel(panel) + offset;
+    ptx::StoreShared16(address, v);
+    if constexpr (kCluster > 1) {
+      const Unit unit = panel == kPanelsV ? kRope : panel < kHalfPanels ? kLeftHalf : kRightHalf;
+      ptx::StoreAsync16(address + to_other_, v, ptx::SmemAddress(Full(unit)) + to_other_);
+    }
   }
   __device__ __forceinline__ void Describe(uint32_t present) const {
     if constexpr (Problem::kSparse) {
-      if (threadIdx.x % 32 == 0) shared.present[ring.stage()][threadIdx.x / 32 % 4] = present;
+      if (threadIdx.x % 32 != 0) return;
+      uint32_t* place = &shared_.present[ring_.stage()][threadIdx.x / 32 % 4];
+      if constexpr (kCluster > 1) {
+        place += 4 * ptx::ClusterRank();
+        ptx::StoreAsync4(ptx::SmemAddress(place) + to_other_, present,
+                         ptx::SmemAddress(Full(kLeftHalf)) + to_other_);
+      }
+      *place = present;
     }
   }
-  static constexpr bool kFences = true;
-  // What is written to shared memory has to be made visible to the tensor cores by a fence, which
-  // waits for all that its thread has begun to load. So there is one for a block, behind the last
-  // unit; and the consumers do it for the left half, before they begin.
   __device__ __forceinline__ void HandOver(Unit unit) const {
-    uint64_t* full = &shared.full[unit == kRope ? 0 : ring.stage()][unit];
     if constexpr (Problem::kConverted) {
-      if (unit == kRightHalf && Problem::kRopeShared) return;  // with the RoPE columns
-      if (unit != kLeftHalf) ptx::FenceProxyAsync();
       __syncwarp();
       if (threadIdx.x % 32 != 0) return;
-      ptx::MbarrierArrive(full);
-      if (unit == kRope) ptx::MbarrierArrive(&shared.full[ring.stage()][kRightHalf]);
+      if constexpr (kCluster == 1) {
+        ptx::MbarrierArrive(Full(unit));
+      } else {  // and as much comes from a warp of the other block
+        constexpr int kTokens = Lanes<true, kCluster>::kTokensEach;
+        const int panels = unit == kRope ? 1 : kHalfPanels;
+        const int words = unit == kLeftHalf && Problem::kSparse ? 4 : 0;
+        ptx::MbarrierArriveExpectTx(Full(unit), panels * kTokens * kPanel * 2 + words);
+      }
     } else {
-      ptx::CpAsyncArrive(full);
-      if (unit == kLeftHalf && threadIdx.x % 32 == 0) ptx::MbarrierArrive(full);
+      ptx::CpAsyncArrive(Full(unit));
+      if (unit == kLeftHalf && threadIdx.x % 32 == 0) ptx::MbarrierArrive(Full(unit));
     }
   }
-  __device__ __forceinline__ void Advance() { ring = Next(ring); }
+  __device__ __forceinline__ void Advance() { ring_ = Next(ring_); }
+
+ private:
+  __device__ __forceinline__ uint64_t* Full(Unit unit) const {
+    return &shared_.full[unit == kRope ? 0 : ring_.stage()][unit];
+  }
+
+  SharedMemory<Problem>& shared_;
+  RingPosition ring_;
+  uint32_t to_other_ = 0;  // from an address of this block to that of the other
 };
 
 // Copies listed tokens as they are.
 template <int kDim, typename Target>
-__device__ __forceinline__ void CopyTokens(ListedTokens<TokenFormat::kNumbers, kDim>& source,
+__device__ __forceinline__ void CopyTokens(ListedTokens<TokenFormat::kNumbers, kDim, 1>& source,
+                                           const Walk<TokenFormat::kNumbers>& walk,
                                            Target& target) {
-  using Lanes = sm90::Lanes<false>;
+  using Lanes = sm90::Lanes<false, 1>;
   static_assert(kPanel * 2 == Lanes::kPerToken * 16);
   TokenAddress<TokenFormat::kNumbers> address[Lanes::kTokens];
   while (source.Next(address)) {
-    const uint32_t present = source.present();
+    const uint32_t present = walk.next_present;
+    __syncwarp();
     const auto copy = [&](int panel) {
 #pragma unroll
       for (int i = 0; i < Lanes::kTokens; ++i) {
-        const int row = threadIdx.x / 32 % 4 * kTokensEach + Lanes::Token(i);
+        const int row = Lanes::Token(i);
         ptx::CpAsync16(target.Panel(panel) + row * 128 + ((Lanes::Part() ^ row % 8) << 4),
                        address[i].token + panel * kPanel * 2 + Lanes::Part() * 16, true);
       }
@@ -343,13 +375,13 @@ class Consumer {
               r < tile_.count ? *reinterpret_cast<const uint32_t*>(rope + 8 * j) : 0u;
         }
       }
-      limit_[h] = tile_.limit(p_, s.length, shared_.query_token[r]);
+      limit_[h] = tile_.limit(p_, s.length, shared_.query_token(r));
       reference_[h] = -INFINITY;
       sum_[h] = 0;
       most_[h] = -INFINITY;
     }
     length_ = s.length;
-    lowest_limit_ = tile_.limit(p_, s.length, shared_.query_token[0]);
+    lowest_limit_ = tile_.limit(p_, s.length, shared_.query_token(0));
 #pragma unroll
     for (int i = 0; i < 128; ++i) o_[i] = 0;
     ptx::CpAsyncWaitAll();
@@ -422,8 +454,15 @@ class Consumer {
     const int stage = ring.stage();
     uint64_t* full = shared_.full[stage];
     const uint64_t k = ptx::Advance(k_operand_, stage * sizeof(shared_.k[0]));
-    ptx::MbarrierWait(&full[Problem::kTma ? kRope : kLeftHalf], ring.parity());
-    if constexpr (Problem::kConverted) ptx::FenceProxyAsync();
+    if constexpr (Problem::kConverted) {
+      // Written by threads: all of it, and then one fence.
+      ptx::MbarrierWait(&full[kLeftHalf], ring.parity());
+      ptx::MbarrierWait(&full[kRightHalf], ring.parity());
+      if (Problem::kRopeShared) ptx::MbarrierWait(&shared_.full[0][kRope], ring.rope_parity());
+      ptx::FenceProxyAsync();
+    } else {
+      ptx::MbarrierWait(&full[Problem::kTma ? kRope : kLeftHalf], ring.parity());
+    }
     ptx::WgmmaFence();
     if constexpr (Problem::kTma) {
 #pragma unroll
@@ -434,7 +473,7 @@ class Consumer {
     }
 #pragma unroll
     for (int panel = 0; panel < kPanelsV; ++panel) {
-      if (panel % kHalfPanels == 0 && (panel > 0 || Problem::kTma)) {
+      if (!Problem::kConverted && panel % kHalfPanels == 0 && (panel > 0 || Problem::kTma)) {
         ptx::MbarrierWait(&full[panel / kHalfPanels], ring.parity());
       }
       if (kSide == kLeft && !Problem::kRopeShared && panel == kPanelsV - 1) ptx::WgmmaCommit();
@@ -447,7 +486,9 @@ class Consumer {
     }
     if constexpr (Problem::kRopeShared) {
       if (kSide == kLeft) ptx::WgmmaCommit();
-      ptx::MbarrierWait(&shared_.full[0][kRope], ring.rope_parity());
+      if (!Problem::kConverted) {
+        ptx::MbarrierWait(&shared_.full[0][kRope], ring.rope_parity());
+      }
       const uint64_t rope = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared_.rope));
 #pragma unroll
       for (int step = 0; step < kPanel / 16; ++step) {
@@ -467,14 +508,20 @@ class Consumer {
     for (float& x : x_) x *= scale_;
     if constexpr (kSparse) {
       // The left half of the block is not released before its P is there: so this is still its.
-      using Lanes = sm90::Lanes<Problem::kConverted>;
-      const uint4 present = *reinterpret_cast<const uint4*>(shared_.present[stage]);
-      if ((present.x & present.y & present.z & present.w) != ~0u) {
-        const uint32_t words[4] = {Lanes::FromColumn(present.x), Lanes::FromColumn(present.y),
-                                   Lanes::FromColumn(present.z), Lanes::FromColumn(present.w)};
+      using Lanes = sm90::Lanes<Problem::kConverted, kCluster>;
+      const volatile uint32_t* words = shared_.present[stage];  // registers are scarce
+      uint32_t all = ~0u;
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          if (!(words[j / 8] >> Lanes::Bit(j % 2, j / 4 % 2) & 1)) x_[j] = -INFINITY;
+      for (int i = 0; i < Lanes::kWords; ++i) all &= words[i];
+      if (all != ~0u) {
+        constexpr int kEach = 32 / Lanes::kWords;  // scores of a thread that a word is for
+#pragma unroll
+        for (int i = 0; i < Lanes::kWords; ++i) {
+          const uint32_t word = Lanes::FromColumn(words[i]);
+#pragma unroll
+          for (int j = kEach * i; j < kEach * (i + 1); ++j) {
+            if (!(word >> Lanes::Bit(j % 2, Lanes::Next(j / 4)) & 1)) x_[j] = -INFINITY;
+          }
         }
       }
     } else if (lowest_limit_ - first_token < kPageSize) {
@@ -656,7 +703,7 @@ class Consumer {
         if (kSparse && side_ == kLeft) stats[3] = most;
         stats[1 + side_] = PowerReciprocal(h == 0 ? scale[0] : scale[1]);
       } else if (side_ == kLeft) {
-        const int token = shared_.query_token[own];
+        const int token = shared_.query_token(own);
         const int64_t head = shared_.query_row[own] - token * p_.h_q;
         const int64_t place = RowPlace(p_, s.batch, static_cast<int>(head), token);
         p_.lse[place] = lse * static_cast<float>(M_LN2);
@@ -790,7 +837,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == kThreads - 1) shared.tile = tile;
   if (threadIdx.x < kRowTile) {
     const int r = min(static_cast<int>(threadIdx.x), tile.count - 1);
-    shared.query_token[threadIdx.x] = tile.token(r);
+    if (!Problem::kSparse) shared.query_tokens[threadIdx.x] = tile.token(r);
     shared.query_row[threadIdx.x] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
   }
   const int partition = blockIdx.y, partitions = gridDim.y;
@@ -808,18 +855,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (warp == 0) Produce<kCluster>(p, maps, tile, range, shared);
     } else {
       if (threadIdx.x == kConsumerThreads + 32) shared.range = range;
-      auto& walk = shared.walks[warp];
+      Shared& kept = ptx::KeepAddress(shared);
+      auto& walk = kept.walks[warp];
       walk.Begin(range);
-      Stage<Problem> stage{shared};
+      Stage<Problem, kCluster> stage(kept);
       if constexpr (!Problem::kSparse) {
-        Fp8Pages source(p, shared.tile, walk);
-        ConvertTokens<TokenFormat::kFp8, 6>(source, walk, stage);
+        Fp8Pages<kCluster> source(p, kept.tile, walk);
+        ConvertTokens<TokenFormat::kFp8, (kCluster > 1)>(source, walk, stage);
       } else {
-        ListedTokens<Problem::kFormat, Problem::kDim> source(p, shared.tile, walk);
+        ListedTokens<Problem::kFormat, Problem::kDim, kCluster> source(p, kept.tile, walk);
         if constexpr (Problem::kConverted) {
-          ConvertTokens<Problem::kFormat, Problem::kRopeShared ? 5 : 4>(source, walk, stage);
+          ConvertTokens<Problem::kFormat, (kCluster > 1)>(source, walk, stage);
         } else {
-          CopyTokens(source, stage);
+          CopyTokens(source, walk, stage);
         }
       }
     }
