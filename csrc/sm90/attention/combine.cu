@@ -350,8 +350,7 @@ __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor
 }
 
 template <typename T, typename Partial, typename Call>
-cudaError_t Launch(const Call& params, int partitions, int multiprocessors,
-                   cudaStream_t stream) {
+cudaError_t Launch(const Call& params, int partitions, int multiprocessors, cudaStream_t stream) {
   const uint32_t row_tiles = params.row_tiles();
   const uint32_t subjects = params.batch_invariant ? params.batch : partitions;
   const uint32_t blocks = kBlocksPerMultiprocessor<Partial> * multiprocessors;

@@ -108,8 +108,8 @@ class Pages {
   int pages_ = -1;  // negative: bad
 };
 
-// A page's first token in the pool, for the copy engine, to which a bad page is one behind the last:
-// out of bounds, it reads as NaN.
+// A page's first token in the pool, for the copy engine, to which a bad page is one behind the
+// last: out of bounds, it reads as NaN.
 __device__ __forceinline__ int FirstToken(const DenseDecodeParams& p, int page) {
   return (page < 0 ? static_cast<int>(p.num_pages) : page) * kPageSize;
 }

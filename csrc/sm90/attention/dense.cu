@@ -80,15 +80,15 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   Status status = MakePageMap(p, kPageSize, kHalfPanels / 2, &maps.half_panels);
   if (status.ok()) status = MakePageMap(p, kPageSize / 2, 1, &maps.rope);
   if (!status.ok()) return status;
-  return Launch(wide::Kernel<T, kCluster, Problem>, grid, wide::kThreads, sizeof(wide::SharedMemory<Problem>),
-                kCluster, stream, p, maps);
+  return Launch(wide::Kernel<T, kCluster, Problem>, grid, wide::kThreads,
+                sizeof(wide::SharedMemory<Problem>), kCluster, stream, p, maps);
 }
 
 template <int kCluster>
 Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
-  return Launch(wide::Kernel<__nv_bfloat16, kCluster, Problem>, grid, wide::kThreads, sizeof(wide::SharedMemory<Problem>),
-                kCluster, stream, p, wide::PageMaps{});
+  return Launch(wide::Kernel<__nv_bfloat16, kCluster, Problem>, grid, wide::kThreads,
+                sizeof(wide::SharedMemory<Problem>), kCluster, stream, p, wide::PageMaps{});
 }
 
 // Which shape serves which call, by the query rows that read one KV head (s_q * h_q / h_kv):

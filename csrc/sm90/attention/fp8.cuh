@@ -95,8 +95,8 @@ __device__ __forceinline__ uint4 DequantizeAny(uint32_t low, uint32_t high, floa
 //   void HandOver(Unit)
 //   void Advance()                    to the next block
 //
-// What is written so has to be made visible to the tensor cores by a fence, which waits for all that
-// its thread has begun to load. There is always something here: others have to do it.
+// What is written so has to be made visible to the tensor cores by a fence, which waits for all
+// that its thread has begun to load. There is always something here: others have to do it.
 template <TokenFormat kFormat, bool kWhole, typename Source, typename Target>
 __device__ __forceinline__ void ConvertTokens(Source& source, Walk<kFormat>& walk, Target& target) {
   using Lanes = typename Source::Lanes;
@@ -162,8 +162,8 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Walk<kFormat>& wal
   };
   const auto load = [&](int step) { load_from(address[token_of(step)].token, step); };
 
-  // A batch with a scale that is no power of two, or with a NaN. Of what is seldom as little code as
-  // will do: it reads once more.
+  // A batch with a scale that is no power of two, or with a NaN. Of what is seldom as little code
+  // as will do: it reads once more.
   const auto convert_any = [&](int first, int end) {
 #pragma unroll 1
     for (int step = first; step < end; ++step) {

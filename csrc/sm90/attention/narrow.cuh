@@ -18,6 +18,9 @@
 //   warp 9     queries  a sequence's Q, ahead of its blocks
 //   warp 10    bookkeeper: tells the combine what to merge
 //
+// With FP8 pages, warps 12-15 read them and write the panels as bfloat16 (fp8.cuh), and warp 8
+// makes those visible to the tensor cores.
+//
 // Every hand-over is an mbarrier with one that gives back. The reference m moves only where a row's
 // maximum has grown by more than a factor of 2^8, so that O is rarely rescaled. Exact after the
 // final division.
@@ -69,7 +72,7 @@ struct SharedMemory {
   uint64_t query_ready[kQueries], query_free[kQueries];
   uint64_t p_ready[2], p_free[2];
   uint64_t sums_ready[2], sums_free[2];
-  RowTile tile;  // for those who convert tokens,
+  RowTile tile;                                 // for those who convert tokens,
   Walk<TokenFormat::kFp8> walks[kFp8 ? 4 : 1];  // and this for each of their warps
   int query_row[kRows];    // per row of the tile, its place among a sequence's query rows,
   int query_token[kRows];  // and its token
@@ -135,9 +138,8 @@ struct Panels {
     }
   }
   __device__ __forceinline__ void Wait(Unit unit) const {
-    ForEach(unit, [&](auto place) {
-      ptx::MbarrierWait(&shared.empty[place.slot], place.parity ^ 1);
-    });
+    ForEach(unit,
+            [&](auto place) { ptx::MbarrierWait(&shared.empty[place.slot], place.parity ^ 1); });
     __syncwarp();
   }
   __device__ __forceinline__ void Store(int panel, uint32_t offset, uint4 v) const {
@@ -152,8 +154,8 @@ struct Panels {
 };
 
 // What is written to shared memory has to be made visible to the tensor cores by a fence, which
-// waits for all that its thread has begun to load. Those who convert have always begun something: so
-// this thread does it for them.
+// waits for all that its thread has begun to load. Those who convert have always begun something:
+// so this thread does it for them.
 template <int kRows>
 __device__ inline void FencePanels(const DenseDecodeParams& p, const RowTile& tile,
                                    const Range& range, SharedMemory<kRows, true>& shared) {

@@ -226,8 +226,7 @@ struct RowTile {
     return (sequence * max_chunks + chunk) * min(rows, kRowTile);
   }
   template <typename Call>
-  __device__ int partial_row(const Call& p, const Segment& s, int partitions,
-                             int partition) const {
+  __device__ int partial_row(const Call& p, const Segment& s, int partitions, int partition) const {
     if (!p.batch_invariant) return partial_row(partitions, partition, s.opening);
     const int chunk = s.first_block / ChunkBlocks(s.all_blocks);
     return chunk_row(p, static_cast<int>(p.max_chunks()), s.batch, chunk);

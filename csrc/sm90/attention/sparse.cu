@@ -1,5 +1,5 @@
-// Host side of sparse attention. Every query token is a sequence of its own (call.cuh), and the wide
-// shape serves all of them, in tiles of 64 heads, gathering tokens itself.
+// Host side of sparse attention. Every query token is a sequence of its own (call.cuh), and the
+// wide shape serves all of them, in tiles of 64 heads, gathering tokens itself.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -17,13 +17,14 @@ namespace {
 template <typename T, TokenFormat kFormat, int kDim, int kCluster = 1>
 Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
   using Problem = wide::Problem<SparseCall, kFormat, kDim>;
-  return Launch(wide::Kernel<T, kCluster, Problem>, grid, wide::kThreads, sizeof(wide::SharedMemory<Problem>), kCluster,
-                stream, p, wide::PageMaps{});
+  return Launch(wide::Kernel<T, kCluster, Problem>, grid, wide::kThreads,
+                sizeof(wide::SharedMemory<Problem>), kCluster, stream, p, wide::PageMaps{});
 }
 
 template <typename T>
 Status LaunchNumbers(const SparseCall& p, dim3 grid, cudaStream_t stream) {
-  if (p.head_dim == kHeadDim) return LaunchWide<T, TokenFormat::kNumbers, kHeadDim>(p, grid, stream);
+  if (p.head_dim == kHeadDim)
+    return LaunchWide<T, TokenFormat::kNumbers, kHeadDim>(p, grid, stream);
   return LaunchWide<T, TokenFormat::kNumbers, kHeadDimV>(p, grid, stream);
 }
 
@@ -61,6 +62,10 @@ Status SparseAttention(const SparseAttentionParams& params, cudaStream_t stream)
   if (params.queries() > (INT32_MAX - kBehind) / (blocks + 4)) {
     return {StatusCode::kInvalidArgument,
             "too many query tokens for so many indices: " + std::to_string(params.queries())};
+  }
+  if (params.listed() > INT32_MAX / 4) {
+    return {StatusCode::kInvalidArgument,
+            "too many indices for a query token: " + std::to_string(params.listed())};
   }
   if (params.h_q > INT32_MAX / kRowTile) {
     return {StatusCode::kInvalidArgument, "h_q is too large: " + std::to_string(params.h_q)};

@@ -137,15 +137,15 @@ class Fp8Pages {
     Read();
   }
 
-  // To the next block, if there is one, and where this lane's tokens of it are. They are sent for, to
-  // the L2 cache.
+  // To the next block, if there is one, and where this lane's tokens of it are. They are sent for,
+  // to the L2 cache.
   __device__ __forceinline__ bool Next(TokenAddress<kFormat> (&addresses)[Lanes::kTokens]) {
     if (!has_page_) return false;
     const bool exists = page_ >= 0 && page_ < p_.num_pages;
 #pragma unroll
     for (int i = 0; i < Lanes::kTokens; ++i) {
-      addresses[i].token = exists ? Find(Lanes::Token(i))
-                                  : reinterpret_cast<const uint8_t*>(&kNanToken);
+      addresses[i].token =
+          exists ? Find(Lanes::Token(i)) : reinterpret_cast<const uint8_t*>(&kNanToken);
     }
     if (exists && p_.h_kv > 1) {
 #pragma unroll
@@ -159,6 +159,7 @@ class Fp8Pages {
     Read();
     return true;
   }
+
  private:
   __device__ __forceinline__ const uint8_t* Find(int row) const {
     const int64_t place = (page_ * int64_t{kPageSize} + row) * p_.h_kv + tile_.kv_head;
@@ -193,8 +194,8 @@ class ListedTokens {
     Read();
   }
 
-  // To the next block, if there is one, and where this lane's tokens of it are. They are sent for, to
-  // the L2 cache.
+  // To the next block, if there is one, and where this lane's tokens of it are. They are sent for,
+  // to the L2 cache.
   __device__ __forceinline__ bool Next(TokenAddress<kFormat> (&addresses)[Lanes::kTokens]) {
     const int list = walk_.list, counted = walk_.counted;
     if (list < 0) return false;
@@ -219,6 +220,7 @@ class ListedTokens {
     Read();
     return true;
   }
+
  private:
   static constexpr int kBytes = kFormat == TokenFormat::kFp8        ? kFp8TokenBytes
                                 : kFormat == TokenFormat::kFp8Apart ? kFp8ApartDataBytes

@@ -36,8 +36,10 @@
 // RoPE columns are in registers. Registers: 224 a consumer thread, of which O takes 128; 56 a
 // producer thread.
 //
-// FP8 pages, and tokens that a query token lists (sparse attention), are brought by four producer
-// warps, to which consumers leave more registers: see Problem.
+// FP8 pages, and tokens that a query token lists (sparse attention), are brought by the four warps
+// 8 to 11, which convert them (fp8.cuh) or copy them row by row, and to which consumers leave more
+// registers: Q's RoPE columns are then in shared memory, and K's have one place there instead of
+// one in each stage. In a cluster each block converts half of the tokens, and writes them to both.
 #pragma once
 
 #include <cmath>
@@ -78,8 +80,9 @@ struct Problem {
   static constexpr int kProducerRegisters = kTma ? 56 : 104;
   static constexpr int kQueryPanels = kRopeShared ? kPanels : kPanelsV;
   static constexpr int kStagePanels = kTma ? kPanels : kPanelsV;
-  // Arrivals that hand over a unit. Copies that threads have begun count for each of them, and what
-  // is written beside the first unit is handed over by each warp.
+  // Arrivals that hand over a unit: of the copy engine's one warp; of the four warps that convert;
+  // or of each thread that has begun to copy and, with the left half, of each warp, for what it has
+  // written beside.
   static constexpr int HandOvers(int unit) {
     return kTma ? 1 : kConverted ? 4 : unit == kLeftHalf ? 128 + 4 : 128;
   }
@@ -105,17 +108,17 @@ struct SharedMemory : RopePanel<Problem::kRopeShared> {
   float sum[kSides][kRowTile];
   float most[kSides][Problem::kSparse ? kRowTile : 1];  // the largest score
   alignas(16) uint32_t present[kStages][8];  // sparse: which tokens exist, as Lanes knows it
-  uint64_t full[kStages][kUnits];  // of RoPE columns with one place, the first
+  uint64_t full[kStages][kUnits];            // of RoPE columns with one place, the first
   uint64_t empty[kStages][kUnits];
-  uint64_t query_ready;       // both sides: Q is in shared memory
-  uint64_t gate;              // the right side may start its S: the left side's is nearly done
-  uint64_t p_ready[kSides];   // the side's P and reference are in shared memory
-  uint64_t sums_ready;        // both sides
-  Segment segment[kSides];    // the side's current one
-  Range range;                // for the bookkeeper, when it has moved its tokens
-  RowTile tile;               // this, too, is for those who move tokens,
+  uint64_t query_ready;      // both sides: Q is in shared memory
+  uint64_t gate;             // the right side may start its S: the left side's is nearly done
+  uint64_t p_ready[kSides];  // the side's P and reference are in shared memory
+  uint64_t sums_ready;       // both sides
+  Segment segment[kSides];   // the side's current one
+  Range range;               // for the bookkeeper, when it has moved its tokens
+  RowTile tile;              // this, too, is for those who move tokens,
   Walk<Problem::kFormat> walks[Problem::kTma ? 1 : 4];  // and this for each of their warps
-  int query_row[kRowTile];    // per row of the tile, its place among a sequence's query rows,
+  int query_row[kRowTile];  // per row of the tile, its place among a sequence's query rows,
   // And its token: divisions are slow.
   int query_tokens[Problem::kSparse ? 1 : kRowTile];
   __device__ int query_token(int row) const { return Problem::kSparse ? 0 : query_tokens[row]; }
@@ -358,9 +361,9 @@ class Consumer {
         const int r = threadIdx.x / kRopeChunks + i * (kConsumerThreads / kRopeChunks);
         const int64_t source = shared_.query_row[r];
         const int rope = threadIdx.x % kRopeChunks;
-        ptx::CpAsync16(ptx::SmemAddress(shared_.q) + kPanelsV * kPanelBytes + r * 128 +
-                           ((rope ^ r % 8) << 4),
-                       q + source * Problem::kDim + kHeadDimV + rope * 8, r < tile_.count);
+        ptx::CpAsync16(
+            ptx::SmemAddress(shared_.q) + kPanelsV * kPanelBytes + r * 128 + ((rope ^ r % 8) << 4),
+            q + source * Problem::kDim + kHeadDimV + rope * 8, r < tile_.count);
       }
     }
 #pragma unroll
@@ -695,8 +698,7 @@ class Consumer {
       const float all = h == 0 ? total[0] : total[1];
       const float lse =
           all == 0 ? -INFINITY : (h == 0 ? reference_[0] : reference_[1]) + log2f(all);
-      const float most =
-          kSparse ? fmaxf(shared_.most[kLeft][own], shared_.most[kRight][own]) : 0.f;
+      const float most = kSparse ? fmaxf(shared_.most[kLeft][own], shared_.most[kRight][own]) : 0.f;
       if (!complete) {
         float* stats = p_.partial_stats + (int64_t{partial_row} + own) * 4;
         if (side_ == kLeft) stats[0] = lse;
@@ -790,12 +792,13 @@ class Consumer {
   uint32_t segment_parity_ = 0, pair_parity_ = 0;
   // Of the current sequence.
   int length_;
-  int limit_[2];      // per row, the tokens it may see are those before this
-  int lowest_limit_;  // the least of the tile
+  int limit_[2];         // per row, the tokens it may see are those before this
+  int lowest_limit_;     // the least of the tile
   uint32_t q_rope_[16];  // unless they are in shared memory
   float reference_[2];
-  float most_[2];  // sparse: the largest score of a row in the blocks whose P this side has computed
-  float sum_[2];   // over the blocks whose P this side has computed
+  float
+      most_[2];   // sparse: the largest score of a row in the blocks whose P this side has computed
+  float sum_[2];  // over the blocks whose P this side has computed
   float o_[128];
   // Of the current block.
   float x_[32];
@@ -872,7 +875,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && gridDim.y > 1 &&
-               !p.batch_invariant) {
+        !p.batch_invariant) {
       if (Problem::kTma) {
         RecordMerges(p, tile, range, partition, partitions);
       } else {  // that was kept in shared memory
