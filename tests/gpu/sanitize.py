@@ -45,6 +45,7 @@ class Case(NamedTuple):
     causal: bool = False
     dtype: str = "bf16"
     deterministic: bool | str = True
+    fp8: bool = False
 
 
 DENSE_DECODE = {
@@ -61,6 +62,35 @@ DENSE_DECODE = {
     "few parts to a sequence": Case((300, 400) * 8, s_q=3, h_q=16, causal=True),
     "batch-invariant, narrow": Case((2_200, 5, 4_097), h_q=9, deterministic="batch_invariant"),
     "batch-invariant, wide": Case((2_200, 0), h_q=128, deterministic="batch_invariant"),
+    "fp8, up to 16 rows": Case((300, 0, 65), h_q=9, fp8=True),
+    "fp8, up to 32 rows, two KV heads, causal": Case(
+        (129, 64), s_q=2, h_q=24, h_kv=2, causal=True, fp8=True
+    ),
+    "fp8, a tile": Case((200, 1), h_q=64, fp8=True),
+    "fp8, two tiles, batch-invariant": Case(
+        (200, 65), h_q=128, fp8=True, deterministic="batch_invariant"
+    ),
+    "fp8, many pages to a thread block": Case((9_000,), h_q=3, fp8=True),
+}
+
+
+class SparseCase(NamedTuple):
+    shape: tuple[int, int, int]
+    """batch, s_q, topk"""
+    h_q: int
+    fmt: str = "bf16"
+    head_dim: int = 576
+    page_size: int = 64
+
+
+SPARSE = {
+    "listed tokens": SparseCase((2, 1, 200), 64),
+    "listed tokens, 512 columns": SparseCase((1, 3, 70), 3, head_dim=512),
+    "more query tokens than multiprocessors": SparseCase((1, 300, 20), 5),
+    "listed fp8 tokens, a tile": SparseCase((2, 1, 200), 9, "fp8", page_size=20),
+    "listed fp8 tokens, two tiles": SparseCase((2, 2, 130), 128, "fp8"),
+    "listed fp8 tokens of 512, a tile": SparseCase((2, 1, 130), 64, "fp8", 512, page_size=5),
+    "listed fp8 tokens of 512, two tiles": SparseCase((1, 2, 130), 128, "fp8", 512),
 }
 
 
@@ -68,29 +98,56 @@ def run_cases() -> None:
     """Runs every case once on the default device and compares the results."""
     import functools
 
+    import fp8_oracle
     import jax
     import numpy as np
     import oracle
     import test_few_tokens
+    import test_fp8
+    import test_sparse
 
     import flashmla_jax as fm
 
     rng = np.random.default_rng(0)
     for name, case in DENSE_DECODE.items():
-        problem = oracle.make_problem(
-            rng,
-            case.lengths,
-            s_q=case.s_q,
-            h_q=case.h_q,
-            h_kv=case.h_kv,
-            dtype=oracle.DTYPES[case.dtype],
-        )
+        sizes = {"s_q": case.s_q, "h_q": case.h_q, "h_kv": case.h_kv}
+        dtype = oracle.DTYPES[case.dtype]
+        if case.fp8:
+            problem, exact = test_fp8.make_problem(rng, case.lengths, dtype, **sizes)
+        else:
+            problem = exact = oracle.make_problem(rng, case.lengths, dtype=dtype, **sizes)
         attend = jax.jit(
             functools.partial(
-                fm.flash_mla_with_kvcache, causal=case.causal, deterministic=case.deterministic
+                fm.flash_mla_with_kvcache,
+                causal=case.causal,
+                deterministic=case.deterministic,
+                is_fp8_kvcache=case.fp8,
             )
         )
-        oracle.assert_matches(attend(*problem), oracle.attend(problem, causal=case.causal))
+        oracle.assert_matches(attend(*problem), oracle.attend(exact, causal=case.causal))
+        print(f"{name}: correct", flush=True)
+
+    for name, case in SPARSE.items():
+        batch, s_q, topk = case.shape
+        counted = rng.integers(0, topk + 1, batch).astype(np.int32)
+        scopes = [
+            test_sparse.Scope(rng, case.head_dim, case.fmt, shape, case.page_size, count)
+            for shape, count in ((case.shape, counted), ((batch, s_q, 70), None))
+        ]
+        q = rng.standard_normal((batch, s_q, case.h_q, case.head_dim), np.float32)
+        q = q.astype(test_sparse.BF16)
+        sink = rng.standard_normal(case.h_q).astype(np.float32)
+        attend = jax.jit(
+            functools.partial(test_sparse.attend, is_fp8_kvcache=case.fmt == "fp8")
+        )
+        actual = attend(
+            *(q, scopes[0].pool, scopes[0].indices, scopes[1].pool, scopes[1].indices, sink),
+            topk_length=counted,
+        )
+        tokens = [np.concatenate(x) for x in zip(*(x.tokens() for x in scopes), strict=True)]
+        rows = q.reshape(-1, case.h_q, case.head_dim)
+        expected = fp8_oracle.attend_sparse(rows, tokens, case.head_dim**-0.5, sink)
+        test_sparse.assert_matches(actual, expected, batch)
         print(f"{name}: correct", flush=True)
 
     append = jax.jit(fm.cache_append, donate_argnums=0)
