@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import flashmla_jax as fm
-from benchmarks import append, cases, report, timing
+from benchmarks import append, cases, report, sparse, timing
 from benchmarks.cases import Case
 from benchmarks.record import RESULTS, device_name, write_record
 from flashmla_jax import reference
@@ -262,6 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["cache_append"] = [append.measure(case) for case in append.CASES]
         for row in results["cache_append"]:
             console.print({key: row[key] for key in ("case", "us", "gbps")})
+        results["sparse_attention"] = [sparse.measure(case) for case in sparse.CASES]
+        for row in results["sparse_attention"]:
+            console.print({key: row[key] for key in ("case", "us", "tflops")})
         results["in_a_model"] = in_a_model()
         results["gpu"] = gpu_state()
         console.print(results["in_a_model"])

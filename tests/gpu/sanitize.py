@@ -137,9 +137,7 @@ def run_cases() -> None:
         q = rng.standard_normal((batch, s_q, case.h_q, case.head_dim), np.float32)
         q = q.astype(test_sparse.BF16)
         sink = rng.standard_normal(case.h_q).astype(np.float32)
-        attend = jax.jit(
-            functools.partial(test_sparse.attend, is_fp8_kvcache=case.fmt == "fp8")
-        )
+        attend = jax.jit(functools.partial(test_sparse.attend, is_fp8_kvcache=case.fmt == "fp8"))
         actual = attend(
             *(q, scopes[0].pool, scopes[0].indices, scopes[1].pool, scopes[1].indices, sink),
             topk_length=counted,
