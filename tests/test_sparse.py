@@ -204,6 +204,36 @@ def test_prefill_matches_float64(
         np.testing.assert_allclose(max_logits, expected.max_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "fp8"])
+@pytest.mark.parametrize("head_dim", [576, 512])
+@pytest.mark.parametrize("h_q", [5, 128])
+def test_nan_in_a_listed_token_shows(
+    rng: np.random.Generator, fmt: str, head_dim: int, h_q: int
+) -> None:
+    """In the rows of the query tokens that list it, and in those alone."""
+    scope = Scope(rng, head_dim, fmt, (1, 4, 150), 64)
+    q = rng.standard_normal((1, 4, h_q, head_dim), np.float32).astype(BF16)
+    attend = jax.jit(
+        lambda pool: fm.flash_mla_with_kvcache(
+            q, pool, None, None, indices=scope.indices, is_fp8_kvcache=fmt == "fp8"
+        )
+    )
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in attend(scope.pool))
+    bad = scope.named[1][7]
+    page, row = divmod(int(bad), 64)
+    pool = scope.pool.copy()
+    if fmt == "bf16":
+        pool[page, row, 0, 300] = np.nan
+    else:  # a code that stands for NaN
+        width = 656 if head_dim == 576 else 576
+        pool[page].reshape(-1)[width * row + 300] = 0xFF
+    out, lse = (np.asarray(x, np.float32) for x in attend(pool))
+    for i, named in enumerate(scope.named):
+        assert np.isnan(lse[0, :, i]).all() == (bad in named)
+        assert np.isnan(out[0, i, :, 300]).all() == (bad in named)
+        assert np.isfinite(out[0, i]).all() == (bad not in named)
+
+
 def make_calls(rng: np.random.Generator, fmt: str = "f32") -> tuple[np.ndarray, Scope, Scope]:
     q = rng.standard_normal((4, 2, 6, 576), np.float32)
     scope = Scope(rng, 576, fmt, (4, 2, 90), 64)
