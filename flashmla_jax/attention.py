@@ -124,7 +124,7 @@ def flash_mla_with_kvcache(
     named is not read. Of FP8 caches there is a second format, for queries of 512 numbers
     (`layout.FP8_512`), whose values are all of a token.
 
-    Neither has a kernel on GPUs yet: XLA computes them there.
+    With queries in float32, XLA computes both on GPUs.
 
     Args:
       q: [batch, s_q, h_q, 576] bfloat16, float16, or on the CPU float32: queries in latent space.
@@ -343,7 +343,7 @@ def flash_mla_sparse_fwd(
     that is named twice counts twice. What is not named has no say, whatever it holds. A token that
     names none gives `out = 0` and -inf for the others. (FlashMLA gives `lse = +inf`.)
 
-    There is no kernel for GPUs yet: XLA computes it there.
+    In float32, XLA computes it on GPUs.
 
     Args:
       q: [s_q, h_q, 576] or [s_q, h_q, 512] bfloat16, float16 or float32: queries in latent space.

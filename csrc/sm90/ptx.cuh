@@ -62,7 +62,10 @@ __device__ __forceinline__ void MbarrierArriveAt(uint64_t* barrier, uint32_t ran
       : "memory");
 }
 
-// Returns once the phase of this parity has completed.
+// Returns once the phase of this parity has completed. What was written before is visible to this
+// thread: by other threads of the block and, into its shared memory, by other blocks of the cluster
+// (for which the letter of the model wants .cluster as a scope; that would throw away the L1
+// cache).
 __device__ __forceinline__ void MbarrierWait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"

@@ -1,4 +1,4 @@
-// What the shapes of dense decode share: the panels that tiles are made of, the walk over pages,
+// What the shapes of attention share: the panels that tiles are made of, the walk over pages,
 // the bookkeeping for the combine, and the care for tokens that must not be read.
 #pragma once
 

@@ -252,7 +252,7 @@ class ListedTokens {
     int block;
     const auto enter = [&](int query) {
       if (threadIdx.x % 32 < 2) walk_.counts[threadIdx.x % 32] = p_.count(threadIdx.x % 2, query);
-      // The next one's list is on its way to the L2 cache, when it is read.
+      // The next one's first list is on its way to the L2 cache, when it is read.
       if (query + 1 < p_.batch) {
         const auto topk = static_cast<int>(p_.scopes[0].topk);
         const int32_t* list = p_.scopes[0].indices + (query + int64_t{1}) * topk;

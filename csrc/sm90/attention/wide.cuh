@@ -1,4 +1,4 @@
-// Dense MLA decoding on Hopper for more than 32 query rows that share a KV head.
+// MLA decoding on Hopper for more than 32 query rows that share a KV head, and sparse attention.
 //
 // A thread block owns one tile of 64 query rows (tokens times heads that share a KV head) and a
 // range of KV blocks (see schedule.cuh). Per KV block of 64 tokens, one page:
@@ -29,8 +29,8 @@
 // 2^8, so that O is rarely rescaled and the sides seldom depend on each other. Exact after the
 // final division; P is at most 2^8, within half precision's range.
 //
-// Where two row tiles read the same KV head, their blocks form a cluster of two. Each loads half of
-// every unit, and multicasts it to both.
+// Where an even number of row tiles reads the same KV head, their blocks form clusters of two. Each
+// loads half of every unit, and multicasts it to both.
 //
 // Shared memory: Q's 512 latent columns 64 KB, K 2 x 72 KB, P 2 x 8 KB, statistics 1 KB. Q's 64
 // RoPE columns are in registers. Registers: 224 a consumer thread, of which O takes 128; 56 a
@@ -38,8 +38,9 @@
 //
 // FP8 pages, and tokens that a query token lists (sparse attention), are brought by the four warps
 // 8 to 11, which convert them (fp8.cuh) or copy them row by row, and to which consumers leave more
-// registers: Q's RoPE columns are then in shared memory, and K's have one place there instead of
-// one in each stage. In a cluster each block converts half of the tokens, and writes them to both.
+// registers: 200, and 104 for those. Q's RoPE columns are then in shared memory, and K's have one
+// place there instead of one in each stage. In a cluster each block converts half of the tokens,
+// and writes them to both; those that copy form none.
 #pragma once
 
 #include <cmath>
