@@ -108,6 +108,7 @@ struct Walk {
       enter(s.batch);
       __syncwarp();
     }
+    __syncwarp();  // all have read it
     if (threadIdx.x % 32 == 0) block = next + 1;
     *number = next;
     return true;
