@@ -152,6 +152,13 @@ def test_batch_invariance(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(alone[1][0], lse[i])
 
 
+@pytest.mark.skipif(jax.devices()[0].platform == "cpu", reason="the CPU's kernel can")
+def test_batch_invariance_in_float32_is_refused(rng: np.random.Generator) -> None:
+    fp8, _ = make_problem(rng, (70,), np.float32, h_q=2)
+    with pytest.raises(NotImplementedError, match="but for float32"):
+        run(fp8, deterministic="batch_invariant")
+
+
 def test_vmap(rng: np.random.Generator) -> None:
     """Over sequences that share the pool."""
     fp8, _ = make_problem(rng, (70, 1, 0, 130), np.float32, h_q=2)

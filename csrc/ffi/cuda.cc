@@ -24,8 +24,8 @@ xffi::Error ToError(const char* target, const sm90::Status& status) {
 }
 
 // Whether a call's workspace is as large as it needs.
-template <typename PartialOut>
-bool HasWorkspace(const DenseDecodeParams& params, int64_t row_bytes, PartialOut& partial_out,
+bool HasWorkspace(const DenseDecodeParams& params, int64_t row_bytes,
+                  xffi::Result<xffi::AnyBuffer>& partial_out,
                   xffi::ResultBuffer<xffi::F32>& partial_stats,
                   xffi::ResultBuffer<xffi::S32>& merges) {
   const int64_t rows = params.workspace_slots() * params.tile_rows();

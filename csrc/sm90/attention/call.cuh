@@ -1,6 +1,7 @@
 // What the kernels are called with: dense decode as it is, and sparse attention in its likeness.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "params.h"
@@ -50,8 +51,7 @@ __device__ __forceinline__ int64_t RowPlace(const SparseCall& p, int batch, int 
 // in base 2, and not that of no token.
 __device__ __forceinline__ float SinkShare(const DenseDecodeParams&, int, float) { return 1; }
 __device__ __forceinline__ float SinkShare(const SparseCall& p, int head, float lse) {
-  constexpr float kLog2E = 1.44269504f;
-  return 1.f / (1.f + exp2f(p.attn_sink[head] * kLog2E - lse));
+  return 1.f / (1.f + exp2f(p.attn_sink[head] * static_cast<float>(M_LOG2E) - lse));
 }
 
 }  // namespace flashmla::sm90

@@ -61,11 +61,12 @@ Status SparseAttention(const SparseAttentionParams& params, cudaStream_t stream)
   constexpr int64_t kBehind = 4 * kMaxPartitions;
   if (params.queries() > (INT32_MAX - kBehind) / (blocks + 4)) {
     return {StatusCode::kInvalidArgument,
-            "too many query tokens for so many indices: " + std::to_string(params.queries())};
+            "batch * s_q = " + std::to_string(params.queries()) + " query tokens with " +
+                std::to_string(params.listed()) + " indices each are too many"};
   }
   if (params.listed() > INT32_MAX / 4) {
     return {StatusCode::kInvalidArgument,
-            "too many indices for a query token: " + std::to_string(params.listed())};
+            "indices has too many for a query token: " + std::to_string(params.listed())};
   }
   if (params.h_q > INT32_MAX / kRowTile) {
     return {StatusCode::kInvalidArgument, "h_q is too large: " + std::to_string(params.h_q)};

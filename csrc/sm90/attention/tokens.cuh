@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "params.h"
 #include "sm90/attention/call.cuh"
