@@ -23,11 +23,29 @@ __device__ __forceinline__ T& KeepAddress(T& object) {
   return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
-// This thread's place in its warp, found out where it is needed: not kept in a register for long.
+// This thread's place in its warp, and in its block, found out where it is needed: neither it nor
+// what follows from it is kept in registers for long.
 __device__ __forceinline__ int LaneId() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
+}
+__device__ __forceinline__ int ThreadId() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ int GridY() {
+  int blocks;
+  asm volatile("mov.u32 %0, %%nctaid.y;" : "=r"(blocks));
+  return blocks;
+}
+
+// The same, but the compiler does not know: what follows from it is found out after this, and not
+// kept in registers from before.
+__device__ __forceinline__ uint32_t Opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // --- mbarrier -------------------------------------------------------------------------------
@@ -112,30 +130,6 @@ __device__ __forceinline__ void StoreCluster(float* address, uint32_t rank, floa
       : "memory");
 }
 
-// The address that stands for the same place in block `rank` of the cluster.
-__device__ __forceinline__ uint32_t ClusterAddress(uint32_t address, uint32_t rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  return remote;
-}
-
-// Writes to the shared memory of a block of the cluster; a barrier there counts the bytes. Both
-// addresses are ClusterAddress's.
-__device__ __forceinline__ void StoreAsync16(uint32_t address, uint4 v, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
-      "[%5];" ::"r"(address),
-      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
-      : "memory");
-}
-__device__ __forceinline__ void StoreAsync4(uint32_t address, uint32_t v, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-          address),
-      "r"(v), "r"(barrier)
-      : "memory");
-}
-
 // Orders ordinary shared-memory accesses of this thread before those of wgmma and TMA.
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -168,6 +162,13 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// The numbers that two e4m3 codes stand for.
+__device__ __forceinline__ float2 FromE4m3(uint32_t codes) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(codes)));
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
 // --- Copies ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
@@ -186,6 +187,25 @@ __device__ __forceinline__ uint4 Load16(const void* address) {
 __device__ __forceinline__ uint2 Load8(const void* address) {
   uint2 v;
   asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t Load4(const void* address) {
+  uint32_t v;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
+
+// Or else -1. Without a branch, after which the number would be waited for.
+__device__ __forceinline__ int LoadIf(bool condition, const int32_t* address) {
+  int v;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %1, 0;\n"
+      "mov.b32 %0, -1;\n"
+      "@p ld.global.nc.b32 %0, [%2];\n}\n"
+      : "=r"(v)
+      : "r"(static_cast<int>(condition)), "l"(address));
   return v;
 }
 
@@ -256,9 +276,15 @@ __device__ __forceinline__ void CpAsync16(uint32_t destination, const void* sour
                : "memory");
 }
 
-// The barrier counts this thread as arrived once what it has copied so is there.
-__device__ __forceinline__ void CpAsyncArrive(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SmemAddress(barrier))
+// 8 bytes.
+__device__ __forceinline__ void CpAsync8(uint32_t destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(destination), "l"(source)
+               : "memory");
+}
+
+// The barrier waits for what this thread has copied so until now, beside its arrivals.
+__device__ __forceinline__ void CpAsyncTrack(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(SmemAddress(barrier))
                : "memory");
 }
 
@@ -432,6 +458,47 @@ __device__ __forceinline__ void WgmmaM64N256(float (&d)[128], const uint32_t* a,
   asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE " " FLASHMLA_D128_TEXT \
                "{%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"                            \
                : FLASHMLA_D128(d)                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+
+// d[64 x 128] += a[64 x 16] b[16 x 128], as WgmmaM64N256: where threads start with too few
+// registers for that.
+#define FLASHMLA_D64(d) FLASHMLA_D32(d, 0), FLASHMLA_D32(d, 32)
+#define FLASHMLA_D64_TEXT                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  " %8, %9, %10, %11, %12, %13, %14, %15, "   \
+  " %16, %17, %18, %19, %20, %21, %22, %23, " \
+  " %24, %25, %26, %27, %28, %29, %30, %31, " \
+  " %32, %33, %34, %35, %36, %37, %38, %39, " \
+  " %40, %41, %42, %43, %44, %45, %46, %47, " \
+  " %48, %49, %50, %51, %52, %53, %54, %55, " \
+  " %56, %57, %58, %59, %60, %61, %62, %63}, "
+template <typename T>
+__device__ __forceinline__ void WgmmaM64N128(float* d, uint64_t a, uint64_t b) {
+#define FLASHMLA_WGMMA(TYPE)                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE " " FLASHMLA_D64_TEXT \
+               "%64, %65, 1, 1, 1, 0, 1;\n"                                              \
+               : FLASHMLA_D64(d)                                                         \
+               : "l"(a), "l"(b))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+template <typename T>
+__device__ __forceinline__ void WgmmaM64N128(float* d, const uint32_t* a, uint64_t b) {
+#define FLASHMLA_WGMMA(TYPE)                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE " " FLASHMLA_D64_TEXT \
+               "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                \
+               : FLASHMLA_D64(d)                                                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   if constexpr (std::is_same_v<T, __half>) {
     FLASHMLA_WGMMA("f16.f16");

@@ -1,6 +1,7 @@
 // What the kernels are called with: dense decode as it is, and sparse attention in its likeness.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -14,6 +15,7 @@ namespace flashmla::sm90 {
 struct SparseCall : DenseDecodeParams {
   static constexpr bool causal = false, batch_invariant = false;
   TokenScope scopes[2];
+  int tokens[2];     // that a list may name: those before this
   int query_tokens;  // that a sequence of the caller's has
   int head_dim;
   const float* attn_sink;
@@ -22,11 +24,15 @@ struct SparseCall : DenseDecodeParams {
   explicit SparseCall(const SparseAttentionParams& p)
       : DenseDecodeParams(p.like_dense()),
         scopes{p.scopes[0], p.scopes[1]},
+        tokens{Named(p.scopes[0]), Named(p.scopes[1])},
         query_tokens(static_cast<int>(p.s_q)),
         head_dim(p.head_dim),
         attn_sink(p.attn_sink),
         max_logits(p.max_logits) {}
 
+  static int Named(const TokenScope& scope) {
+    return static_cast<int>(std::min<int64_t>(scope.num_pages * scope.page_size, INT32_MAX));
+  }
   __host__ __device__ int64_t sequences() const { return batch / query_tokens; }
   // How many of the leftmost places of a list count.
   __device__ int count(int scope, int query) const {

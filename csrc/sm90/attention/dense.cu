@@ -69,7 +69,7 @@ Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) 
   if (!kFp8) status = MakePageMap(p, kPageSize, 1, &maps.panel);
   if (status.ok()) status = MakeQueryMap(p, &maps.queries);
   if (!status.ok()) return status;
-  return Launch(narrow::Kernel<T, kRows, kFp8>, grid, narrow::kThreads<kFp8>,
+  return Launch(narrow::Kernel<T, kRows, kFp8>, grid, narrow::kThreads<kRows, kFp8>,
                 sizeof(narrow::SharedMemory<kRows, kFp8>), 1, stream, p, maps);
 }
 
@@ -80,15 +80,14 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   Status status = MakePageMap(p, kPageSize, kHalfPanels / 2, &maps.half_panels);
   if (status.ok()) status = MakePageMap(p, kPageSize / 2, 1, &maps.rope);
   if (!status.ok()) return status;
-  return Launch(wide::Kernel<T, kCluster, Problem>, grid, wide::kThreads,
+  return Launch(wide::Kernel<T, kCluster, Problem>, grid, Problem::kThreads,
                 sizeof(wide::SharedMemory<Problem>), kCluster, stream, p, maps);
 }
 
-template <int kCluster>
 Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
-  return Launch(wide::Kernel<__nv_bfloat16, kCluster, Problem>, grid, wide::kThreads,
-                sizeof(wide::SharedMemory<Problem>), kCluster, stream, p, wide::PageMaps{});
+  return Launch(wide::Kernel<__nv_bfloat16, 1, Problem>, grid, Problem::kThreads,
+                sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});
 }
 
 // Which shape serves which call, by the query rows that read one KV head (s_q * h_q / h_kv):
@@ -101,8 +100,7 @@ Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   if (p.rows() <= kNarrowRows) {
     return LaunchNarrow<__nv_bfloat16, kNarrowRows, true>(p, grid, stream);
   }
-  return p.tiles_per_head() % 2 == 0 ? LaunchWideFp8<2>(p, grid, stream)
-                                     : LaunchWideFp8<1>(p, grid, stream);
+  return LaunchWideFp8(p, grid, stream);
 }
 template <typename T>
 Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {

@@ -18,8 +18,8 @@
 //   warp 9     queries  a sequence's Q, ahead of its blocks
 //   warp 10    bookkeeper: tells the combine what to merge
 //
-// With FP8 pages, warps 12-15 read them and write the panels as bfloat16 (fp8.cuh), and warp 8
-// makes those visible to the tensor cores.
+// With FP8 pages, warps 12-15, or 12-19, read them and write the panels as bfloat16 (fp8.cuh), and
+// warp 8 makes those visible to the tensor cores.
 //
 // Every hand-over is an mbarrier with one that gives back. The reference m moves only where a row's
 // maximum has grown by more than a factor of 2^8, so that O is rarely rescaled. Exact after the
@@ -35,16 +35,21 @@
 namespace flashmla::sm90::narrow {
 
 inline constexpr int kGroupThreads = 128;  // of the warps that do scores, or values
-template <bool kFp8>
-constexpr int kThreads = (kFp8 ? 4 : 3) * kGroupThreads;
-// Registers of a thread, by what it does. All start with 168 or, with FP8 pages, with 128.
+// Groups that convert FP8 tokens: two, as far as there are registers.
+template <int kRows, bool kFp8>
+constexpr int kConverterGroups = !kFp8         ? 0
+                                 : kRows == 16 ? 2
+                                               : 1;
+template <int kRows, bool kFp8>
+constexpr int kThreads = (3 + kConverterGroups<kRows, kFp8>)*kGroupThreads;
+// Registers of a thread, by what it does. All start with 168, with FP8 pages with 96 or 128.
 template <int kRows, bool kFp8>
 struct Registers {
   static constexpr int kScores = 168, kValues = 240, kLoaders = 96, kConverters = 0;
 };
 template <>
 struct Registers<16, true> {
-  static constexpr int kScores = 144, kValues = 168, kLoaders = 40, kConverters = 160;
+  static constexpr int kScores = 144, kValues = 168, kLoaders = 40, kConverters = 64;
 };
 template <>
 struct Registers<32, true> {
@@ -72,8 +77,8 @@ struct SharedMemory {
   uint64_t query_ready[kQueries], query_free[kQueries];
   uint64_t p_ready[2], p_free[2];
   uint64_t sums_ready[2], sums_free[2];
-  RowTile tile;                                 // for those who convert tokens,
-  Walk<TokenFormat::kFp8> walks[kFp8 ? 4 : 1];  // and this for each of their warps
+  RowTile tile;                                              // for those who convert tokens,
+  Walk walks[kFp8 ? 4 * kConverterGroups<kRows, kFp8> : 1];  // and this for each of their warps
   int query_row[kRows];    // per row of the tile, its place among a sequence's query rows,
   int query_token[kRows];  // and its token
 };
@@ -124,6 +129,9 @@ struct Panels {
   SharedMemory<kRows, true>& shared;
   Ring<SharedMemory<kRows, true>::kSlots> ring;
 
+  static __device__ __forceinline__ int FirstHalf() {
+    return kConverterGroups<kRows, true> == 1 ? 0 : ptx::ThreadId() / kGroupThreads - 3;
+  }
   __device__ __forceinline__ auto Place(int panel) const {
     auto place = ring;
     place.Advance(panel);
@@ -142,10 +150,13 @@ struct Panels {
             [&](auto place) { ptx::MbarrierWait(&shared.empty[place.slot], place.parity ^ 1); });
     __syncwarp();
   }
-  __device__ __forceinline__ void Store(int panel, uint32_t offset, uint4 v) const {
-    ptx::StoreShared16(ptx::SmemAddress(shared.k[Place(panel).slot]) + offset, v);
+  __device__ __forceinline__ uint32_t Panel(int panel) const {
+    return ptx::SmemAddress(shared.k[Place(panel).slot]);
   }
-  __device__ __forceinline__ void Describe(uint32_t) const {}
+  __device__ __forceinline__ void Describe(int, uint32_t) const {}
+  __device__ __forceinline__ void TrackCopies(Unit unit) const {
+    ptx::CpAsyncTrack(&shared.converted[Place(kPanelsV).slot]);  // only RoPE columns are copied
+  }
   __device__ __forceinline__ void HandOver(Unit unit) const {
     __syncwarp();
     ForEach(unit, [&](auto place) { ptx::MbarrierArrive(&shared.converted[place.slot]); });
@@ -532,12 +543,12 @@ class Values {
 
 // Grid: (row tiles, partitions).
 template <typename T, int kRows, bool kFp8>
-__global__ void __launch_bounds__(kThreads<kFp8>, 1)
+__global__ void __launch_bounds__((kThreads<kRows, kFp8>), 1)
     Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
   using Shared = SharedMemory<kRows, kFp8>;
   using Own = Registers<kRows, kFp8>;
-  constexpr int kThreads = narrow::kThreads<kFp8>;
+  constexpr int kThreads = narrow::kThreads<kRows, kFp8>;
   static_assert(sizeof(Shared) <= kMaxSharedBytes);
   Shared& shared = *reinterpret_cast<Shared*>(raw);
   // One thread of a warp for some of the barriers: of many, it would be one after the other, too,
@@ -583,46 +594,43 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
     reinterpret_cast<uint4*>(shared.q)[(panel * kRows + r) * 8 + i % 8] = uint4{0, 0, 0, 0};
   }
   ptx::FenceProxyAsync();
-  const int partition = blockIdx.y, partitions = gridDim.y;
   FetchParams(p);
   PrefetchInputs(p);
   __syncthreads();  // barriers and row numbers are there
   ptx::WaitForPreviousKernel();
-  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
+  const Range range = FindRange(p, blockIdx.y, ptx::GridY(), kSequenceCost, kLeastBlocks);
+  // With so many threads registers are scarce at first.
+  const RowTile& own_tile = kFp8 ? shared.tile : tile;
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {
     if constexpr (kFp8) ptx::IncreaseRegisters<Own::kScores>();
-    Scores<T, kRows, kFp8>(p, tile, shared).Run(range);
+    Scores<T, kRows, kFp8>(p, own_tile, shared).Run(range);
   } else if (role == 1) {
     ptx::IncreaseRegisters<Own::kValues>();
-    Values<T, kRows, kFp8>(p, tile, shared).Run(range, partition, partitions);
-  } else if (kFp8 && role == 3) {
+    Values<T, kRows, kFp8>(p, own_tile, shared).Run(range, blockIdx.y, ptx::GridY());
+  } else if (kFp8 && role >= 3) {
     if constexpr (kFp8) {
-      if constexpr (Own::kConverters > 128) {
-        ptx::IncreaseRegisters<Own::kConverters>();
-      } else {
-        ptx::DecreaseRegisters<Own::kConverters>();
-      }
+      ptx::DecreaseRegisters<Own::kConverters>();
       Shared& kept = ptx::KeepAddress(shared);
-      auto& walk = kept.walks[threadIdx.x / 32 % 4];
+      auto& walk = kept.walks[threadIdx.x / 32 - 3 * kGroupThreads / 32];
       walk.Begin(range);
-      Fp8Pages<1> source(p, kept.tile, walk);
+      Fp8Pages source(p, kept.tile, walk);
       Panels<kRows> panels{kept};
-      ConvertTokens<TokenFormat::kFp8, kRows == 16>(source, walk, panels);
+      ConvertTokens<TokenFormat::kFp8, 2 / kConverterGroups<kRows, true>, 4, 3>(source, panels);
     }
   } else {
     ptx::DecreaseRegisters<Own::kLoaders>();
     const int warp = threadIdx.x / 32 - 2 * kGroupThreads / 32;
     if (warp == 0) {
-      if constexpr (!kFp8) LoadPages<kRows, kFp8>(p, maps.panel, tile, range, shared);
+      if constexpr (!kFp8) LoadPages<kRows, kFp8>(p, maps.panel, own_tile, range, shared);
       if constexpr (kFp8) {
-        if (threadIdx.x % 32 == 0) FencePanels<kRows>(p, tile, range, shared);
+        if (threadIdx.x % 32 == 0) FencePanels<kRows>(p, own_tile, range, shared);
       }
     } else if (warp == 1 && threadIdx.x % 32 == 0) {
-      LoadQueries<kRows, kFp8>(p, maps.queries, tile, range, shared);
-    } else if (warp == 2 && threadIdx.x % 32 == 0 && tile.index == 0 && partitions > 1 &&
+      LoadQueries<kRows, kFp8>(p, maps.queries, own_tile, range, shared);
+    } else if (warp == 2 && threadIdx.x % 32 == 0 && blockIdx.x == 0 && ptx::GridY() > 1 &&
                !p.batch_invariant) {
-      RecordMerges(p, tile, range, partition, partitions);
+      RecordMerges(p, own_tile, range, blockIdx.y, ptx::GridY());
     }
   }
 }

@@ -176,7 +176,7 @@ struct Segment {
   int blocks;
   int all_blocks;  // blocks of the sequence, whoever has them
   int visible;     // how many of this range's blocks some row of the cluster may see
-  bool opening;    // the first segment of its range
+  int opening;     // not 0: the first segment of its range
 
   __device__ bool complete() const { return first_block == 0 && blocks == all_blocks; }
 };
@@ -233,50 +233,84 @@ struct RowTile {
   }
 };
 
+// What is left of a range.
+struct Rest {
+  int batch, block;
+  int end_batch, end_block;
+  int opening;  // not 0: all of it
+
+  Rest() = default;
+  __device__ explicit Rest(const Range& range)
+      : batch(range.batch),
+        block(range.block),
+        end_batch(range.end_batch),
+        end_block(range.end_block),
+        opening(1) {}
+
+  __device__ bool done() const {
+    return batch > end_batch || (batch == end_batch && block >= end_block);
+  }
+  // Takes the first sequence from what is left, if anything is; or a chunk of it.
+  template <typename Call>
+  __device__ __forceinline__ void Take(const Call& p, const RowTile& tile, Segment* s) {
+    s->batch = batch;
+    s->opening = opening;
+    opening = 0;
+    const int first = block;
+    s->first_block = first;
+    const int length = SequenceLength(p, batch), all = BlocksOf(length);
+    s->length = length;
+    s->all_blocks = all;
+    int end = batch == end_batch ? end_block : all;
+    if (p.batch_invariant) end = min(end, first + ChunkBlocks(all));
+    s->blocks = end - first;
+    const int seen = BlocksBefore(tile.limit(p, length, tile.last_token));
+    s->visible = max(0, min(seen, end) - first);
+    block = end;
+    if (end == all) ++batch, block = 0;
+  }
+};
+
 // Walks the sequences of a range, or their chunks.
 template <typename Call>
 class Segments {
  public:
   __device__ Segments(const Call& p, const RowTile& tile, const Range& range)
-      : p_(p),
-        tile_(tile),
-        batch_(range.batch),
-        block_(range.block),
-        end_batch_(range.end_batch),
-        end_block_(range.end_block) {}
+      : p_(p), tile_(tile), rest_(range) {}
 
-  // Where the rest of the range begins.
-  __device__ int batch() const { return batch_; }
-  __device__ int block() const { return block_; }
-  __device__ bool done() const {
-    return batch_ > end_batch_ || (batch_ == end_batch_ && block_ >= end_block_);
-  }
+  __device__ bool done() const { return rest_.done(); }
   __device__ bool Next(Segment* s) {
     if (done()) return false;
-    s->batch = batch_;
-    s->length = SequenceLength(p_, batch_);
-    s->all_blocks = BlocksOf(s->length);
-    s->first_block = block_;
-    int end = batch_ == end_batch_ ? end_block_ : s->all_blocks;
-    if (p_.batch_invariant) end = min(end, block_ + ChunkBlocks(s->all_blocks));
-    s->blocks = end - block_;
-    const int seen = BlocksBefore(tile_.limit(p_, s->length, tile_.last_token));
-    s->visible = max(0, min(seen - block_, s->blocks));
-    s->opening = opening_;
-    opening_ = false;
-    block_ = end;
-    if (end == s->all_blocks) ++batch_, block_ = 0;
+    rest_.Take(p_, tile_, s);
     return true;
   }
 
  private:
   const Call& p_;
   const RowTile& tile_;
-  int batch_;
-  int block_;
-  const int end_batch_;
-  const int end_block_;
-  bool opening_ = true;
+  Rest rest_;
+};
+
+// The same by a warp that keeps in shared memory where it is, as its registers are scarce. All of
+// its lanes call these.
+struct SharedSegments {
+  Rest rest;
+  Segment current;
+  int number;  // of those before it
+
+  __device__ void Begin(const Range& range) {
+    if (ptx::LaneId() == 0) rest = Rest(range), number = -1;
+    __syncwarp();
+  }
+  __device__ bool done() const { return rest.done(); }
+  template <typename Call>
+  __device__ __forceinline__ bool Next(const Call& p, const RowTile& tile) {
+    if (done()) return false;
+    __syncwarp();  // all have read it
+    if (ptx::LaneId() == 0) rest.Take(p, tile, &current), ++number;
+    __syncwarp();
+    return true;
+  }
 };
 
 }  // namespace flashmla::sm90

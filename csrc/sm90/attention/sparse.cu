@@ -14,11 +14,11 @@
 namespace flashmla::sm90 {
 namespace {
 
-template <typename T, TokenFormat kFormat, int kDim, int kCluster = 1>
+template <typename T, TokenFormat kFormat, int kDim>
 Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
   using Problem = wide::Problem<SparseCall, kFormat, kDim>;
-  return Launch(wide::Kernel<T, kCluster, Problem>, grid, wide::kThreads,
-                sizeof(wide::SharedMemory<Problem>), kCluster, stream, p, wide::PageMaps{});
+  return Launch(wide::Kernel<T, 1, Problem>, grid, Problem::kThreads,
+                sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});
 }
 
 template <typename T>
@@ -28,24 +28,17 @@ Status LaunchNumbers(const SparseCall& p, dim3 grid, cudaStream_t stream) {
   return LaunchWide<T, TokenFormat::kNumbers, kHeadDimV>(p, grid, stream);
 }
 
-// An even number of tiles forms pairs, which convert each token once.
-template <TokenFormat kFormat, int kDim>
-Status LaunchFp8(const SparseCall& p, dim3 grid, cudaStream_t stream) {
-  return p.tiles_per_head() % 2 == 0 ? LaunchWide<__nv_bfloat16, kFormat, kDim, 2>(p, grid, stream)
-                                     : LaunchWide<__nv_bfloat16, kFormat, kDim>(p, grid, stream);
-}
-
 Status LaunchFormat(const SparseCall& p, TokenFormat format, dim3 grid, cudaStream_t stream) {
   switch (format) {
     case TokenFormat::kNumbers:
       return p.dtype == DType::kBF16 ? LaunchNumbers<__nv_bfloat16>(p, grid, stream)
                                      : LaunchNumbers<__half>(p, grid, stream);
     case TokenFormat::kFp8:
-      return LaunchFp8<TokenFormat::kFp8, kHeadDim>(p, grid, stream);
+      return LaunchWide<__nv_bfloat16, TokenFormat::kFp8, kHeadDim>(p, grid, stream);
     case TokenFormat::kFp8Apart:
       break;
   }
-  return LaunchFp8<TokenFormat::kFp8Apart, kFp8ApartDim>(p, grid, stream);
+  return LaunchWide<__nv_bfloat16, TokenFormat::kFp8Apart, kFp8ApartDim>(p, grid, stream);
 }
 
 }  // namespace

@@ -36,11 +36,21 @@
 // RoPE columns are in registers. Registers: 224 a consumer thread, of which O takes 128; 56 a
 // producer thread.
 //
-// FP8 pages, and tokens that a query token lists (sparse attention), are brought by the four warps
-// 8 to 11, which convert them (fp8.cuh) or copy them row by row, and to which consumers leave more
-// registers: 200, and 104 for those. Q's RoPE columns are then in shared memory, and K's have one
-// place there instead of one in each stage. In a cluster each block converts half of the tokens,
-// and writes them to both; those that copy form none.
+// FP8 pages, and tokens that a query token lists (sparse attention), are brought by warps that read
+// them on their own. They need more registers than the producer:
+//
+//   copied     warps 8-11: four warps, each a quarter of the tokens (CopyTokens). 208 registers a
+//              consumer thread, 88 for those
+//   converted  warps 8-15: eight warps, of which four have the left half of the columns and four
+//   the
+//              right one (fp8.cuh). 192 registers a consumer thread, and 64. So P goes through
+//              shared memory to its own side as well, and O += P V takes two instructions, as the
+//              compiler has no registers for one of 256 columns where 512 threads start with 128
+//              each
+//
+// Q's RoPE columns are then in shared memory, and K's have one place there instead of one in each
+// stage. These form no clusters: what one of two blocks would save by converting half of the
+// tokens, it would lose by waiting for the network between them to take its stores.
 #pragma once
 
 #include <cmath>
@@ -56,7 +66,6 @@ inline constexpr int kStages = 2;
 inline constexpr int kSides = 2;
 inline constexpr int kWarpsPerSide = 4;
 inline constexpr int kConsumerThreads = kSides * kWarpsPerSide * 32;
-inline constexpr int kThreads = kConsumerThreads + 128;  // and the producer's
 inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
 inline constexpr int kLeastBlocks = 2;                   // one for each side
 inline constexpr int kSequenceCost = 3;  // blocks: the time to finish a sequence and begin another
@@ -74,19 +83,17 @@ struct Problem {
   static constexpr bool kRopeApart = kDim > kHeadDimV;
   static constexpr bool kTma = !kSparse && kFormat == TokenFormat::kNumbers;
   static constexpr bool kConverted = kFormat != TokenFormat::kNumbers;
-  // One warp gives orders to the copy engine; four that move tokens themselves need registers. Then
-  // Q's RoPE columns are in shared memory, and K's have one place there, not one in each stage.
+  // One warp gives orders to the copy engine. Four that copy tokens, or eight that convert them,
+  // need registers; then Q's RoPE columns are in shared memory, and K's have one place there, not
+  // one in each stage.
   static constexpr bool kRopeShared = kRopeApart && !kTma;
-  static constexpr int kConsumerRegisters = kTma ? 224 : 200;
-  static constexpr int kProducerRegisters = kTma ? 56 : 104;
+  static constexpr int kProducerGroups = kConverted ? 2 : 1;
+  static constexpr int kThreads = kConsumerThreads + kProducerGroups * 128;
+  static constexpr int kConsumerRegisters = kTma ? 224 : kConverted ? 192 : 208;
+  static constexpr int kProducerRegisters = kTma ? 56 : kConverted ? 64 : 88;
   static constexpr int kQueryPanels = kRopeShared ? kPanels : kPanelsV;
   static constexpr int kStagePanels = kTma ? kPanels : kPanelsV;
-  // Arrivals that hand over a unit: of the copy engine's one warp; of the four warps that convert;
-  // or of each thread that has begun to copy and, with the left half, of each warp, for what it has
-  // written beside.
-  static constexpr int HandOvers(int unit) {
-    return kTma ? 1 : kConverted ? 4 : unit == kLeftHalf ? 128 + 4 : 128;
-  }
+  static constexpr int kHandOvers = kTma ? 1 : 4;  // warps that hand over a unit
 };
 
 enum Side : int { kLeft, kRight };
@@ -108,20 +115,26 @@ struct SharedMemory : RopePanel<Problem::kRopeShared> {
   float reference[kSides][kRowTile];
   float sum[kSides][kRowTile];
   float most[kSides][Problem::kSparse ? kRowTile : 1];  // the largest score
-  alignas(16) uint32_t present[kStages][8];  // sparse: which tokens exist, as Lanes knows it
+  alignas(16) uint32_t present[kStages][4];  // sparse: which tokens exist, as Lanes knows it
   uint64_t full[kStages][kUnits];            // of RoPE columns with one place, the first
   uint64_t empty[kStages][kUnits];
   uint64_t query_ready;      // both sides: Q is in shared memory
   uint64_t gate;             // the right side may start its S: the left side's is nearly done
   uint64_t p_ready[kSides];  // the side's P and reference are in shared memory
   uint64_t sums_ready;       // both sides
-  Segment segment[kSides];   // the side's current one
-  Range range;               // for the bookkeeper, when it has moved its tokens
-  RowTile tile;              // this, too, is for those who move tokens,
-  Walk<Problem::kFormat> walks[Problem::kTma ? 1 : 4];  // and this for each of their warps
-  int query_row[kRowTile];  // per row of the tile, its place among a sequence's query rows,
-  // And its token: divisions are slow.
+  SharedSegments segments[kSides * kWarpsPerSide];  // of a consumer warp's range
+  RowTile tile;
+  // For those who move tokens, and for the bookkeeper when it has done so.
+  Walk walks[Problem::kTma ? 1 : 4 * Problem::kProducerGroups];
+  Range range;
+  // Per row of the tile, its place among a sequence's query rows, and its token: divisions are
+  // slow. But of sparse attention they are the heads of one token.
+  int query_rows[Problem::kSparse ? 1 : kRowTile];
   int query_tokens[Problem::kSparse ? 1 : kRowTile];
+
+  __device__ int query_row(int row) const {
+    return Problem::kSparse ? tile.first + min(row, tile.count - 1) : query_rows[row];
+  }
   __device__ int query_token(int row) const { return Problem::kSparse ? 0 : query_tokens[row]; }
 };
 
@@ -185,108 +198,82 @@ __device__ inline void Produce(const DenseDecodeParams& p, const PageMaps& maps,
   }
 }
 
-// Where the four warps that move tokens themselves bring those of a block. In a cluster each block
-// brings half of them, to both.
-template <typename Problem, int kCluster>
+// Where the warps that move tokens themselves bring those of a block.
+template <typename Problem>
 class Stage {
  public:
-  __device__ explicit Stage(SharedMemory<Problem>& shared) : shared_(shared) {
-    if constexpr (kCluster > 1) {
-      const uint32_t own = ptx::SmemAddress(&shared);
-      to_other_ = ptx::ClusterAddress(own, ptx::ClusterRank() ^ 1) - own;
-    }
-  }
+  using Shared = SharedMemory<Problem>;
+  __device__ explicit Stage(Shared& shared) : base_(ptx::SmemAddress(&shared)) {}
+
+  static __device__ __forceinline__ int FirstHalf() { return ptx::ThreadId() / 128 - kSides; }
   __device__ __forceinline__ void Wait(Unit unit) const {
     if (unit == kRope) {
-      ptx::MbarrierWait(&shared_.empty[0][kRope], ring_.rope_parity() ^ 1);
+      ptx::MbarrierWait(&shared().empty[0][kRope], ring_.rope_parity() ^ 1);
     } else {
-      ptx::MbarrierWait(&shared_.empty[ring_.stage()][unit], ring_.parity() ^ 1);
+      ptx::MbarrierWait(&shared().empty[ring_.stage()][unit], ring_.parity() ^ 1);
     }
   }
   __device__ __forceinline__ uint32_t Panel(int panel) const {
-    if (panel == kPanelsV) return ptx::SmemAddress(shared_.rope);
-    return ptx::SmemAddress(shared_.k[ring_.stage()]) + panel * kPanelBytes;
+    if (panel == kPanelsV) return ptx::SmemAddress(shared().rope);
+    return ptx::SmemAddress(shared().k[ring_.stage()]) + panel * kPanelBytes;
   }
-  __device__ __forceinline__ void Store(int panel, uint32_t offset, uint4 v) const {
-    const uint32_t address = Panel(panel) + offset;
-    ptx::StoreShared16(address, v);
-    if constexpr (kCluster > 1) {
-      const Unit unit = panel == kPanelsV ? kRope : panel < kHalfPanels ? kLeftHalf : kRightHalf;
-      ptx::StoreAsync16(address + to_other_, v, ptx::SmemAddress(Full(unit)) + to_other_);
-    }
+  __device__ __forceinline__ void Describe(int word, uint32_t present) const {
+    if (Problem::kSparse && ptx::LaneId() == 0) shared().present[ring_.stage()][word] = present;
   }
-  __device__ __forceinline__ void Describe(uint32_t present) const {
-    if constexpr (Problem::kSparse) {
-      if (threadIdx.x % 32 != 0) return;
-      uint32_t* place = &shared_.present[ring_.stage()][threadIdx.x / 32 % 4];
-      if constexpr (kCluster > 1) {
-        place += 4 * ptx::ClusterRank();
-        ptx::StoreAsync4(ptx::SmemAddress(place) + to_other_, present,
-                         ptx::SmemAddress(Full(kLeftHalf)) + to_other_);
-      }
-      *place = present;
-    }
-  }
+  __device__ __forceinline__ void TrackCopies(Unit unit) const { ptx::CpAsyncTrack(Full(unit)); }
   __device__ __forceinline__ void HandOver(Unit unit) const {
-    if constexpr (Problem::kConverted) {
-      __syncwarp();
-      if (threadIdx.x % 32 != 0) return;
-      if constexpr (kCluster == 1) {
-        ptx::MbarrierArrive(Full(unit));
-      } else {  // and as much comes from a warp of the other block
-        constexpr int kTokens = Lanes<true, kCluster>::kTokensEach;
-        const int panels = unit == kRope ? 1 : kHalfPanels;
-        const int words = unit == kLeftHalf && Problem::kSparse ? 4 : 0;
-        ptx::MbarrierArriveExpectTx(Full(unit), panels * kTokens * kPanel * 2 + words);
-      }
-    } else {
-      ptx::CpAsyncArrive(Full(unit));
-      if (unit == kLeftHalf && threadIdx.x % 32 == 0) ptx::MbarrierArrive(Full(unit));
-    }
+    __syncwarp();
+    if (ptx::LaneId() == 0) ptx::MbarrierArrive(Full(unit));
   }
-  __device__ __forceinline__ void Advance() { ring_ = Next(ring_); }
+  __device__ __forceinline__ void Advance() {
+    ring_ = Next(ring_);
+    base_ = ptx::Opaque(base_);  // or all addresses would be kept, and there are no registers
+  }
 
  private:
+  __device__ __forceinline__ Shared& shared() const {
+    return *static_cast<Shared*>(__cvta_shared_to_generic(base_));
+  }
   __device__ __forceinline__ uint64_t* Full(Unit unit) const {
-    return &shared_.full[unit == kRope ? 0 : ring_.stage()][unit];
+    return &shared().full[unit == kRope ? 0 : ring_.stage()][unit];
   }
 
-  SharedMemory<Problem>& shared_;
+  uint32_t base_;  // of shared memory
   RingPosition ring_;
-  uint32_t to_other_ = 0;  // from an address of this block to that of the other
 };
 
 // Copies listed tokens as they are.
 template <int kDim, typename Target>
-__device__ __forceinline__ void CopyTokens(ListedTokens<TokenFormat::kNumbers, kDim, 1>& source,
-                                           const Walk<TokenFormat::kNumbers>& walk,
+__device__ __forceinline__ void CopyTokens(ListedTokens<TokenFormat::kNumbers, kDim>& source,
                                            Target& target) {
-  using Lanes = sm90::Lanes<false, 1>;
+  using Lanes = sm90::Lanes<false>;
   static_assert(kPanel * 2 == Lanes::kPerToken * 16);
   TokenAddress<TokenFormat::kNumbers> address[Lanes::kTokens];
-  while (source.Next(address)) {
-    const uint32_t present = walk.next_present;
-    __syncwarp();
+  uint32_t present;
+  while (source.Next(address, present, 0, 1)) {
+    const int row = Lanes::Token(0), part = Lanes::Part();
     const auto copy = [&](int panel) {
 #pragma unroll
       for (int i = 0; i < Lanes::kTokens; ++i) {
-        const int row = Lanes::Token(i);
-        ptx::CpAsync16(target.Panel(panel) + row * 128 + ((Lanes::Part() ^ row % 8) << 4),
-                       address[i].token + panel * kPanel * 2 + Lanes::Part() * 16, true);
+        const int r = row + i * Lanes::kStep;
+        ptx::CpAsync16(target.Panel(panel) + r * 128 + ((part ^ r % 8) << 4),
+                       address[i].token + panel * kPanel * 2 + part * 16, true);
       }
     };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Unit unit = half == 0 ? kLeftHalf : kRightHalf;
       target.Wait(unit);
-      if (half == 0) target.Describe(present);
+      if (half == 0) target.Describe(Lanes::Warp(), present);
 #pragma unroll 1
       for (int panel = 0; panel < kHalfPanels; ++panel) copy(half * kHalfPanels + panel);
+      target.TrackCopies(unit);
       target.HandOver(unit);
     }
     if constexpr (kDim > kHeadDimV) {
       target.Wait(kRope);
       copy(kPanelsV);
+      target.TrackCopies(kRope);
       target.HandOver(kRope);
     }
     target.Advance();
@@ -301,30 +288,24 @@ template <typename T, int kCluster, typename Problem>
 class Consumer {
  public:
   using Call = typename Problem::Call;
-  __device__ Consumer(const Call& p, const RowTile& tile, SharedMemory<Problem>& shared, int side)
-      : p_(p),
-        tile_(tile),
-        shared_(shared),
-        side_(side),
-        scale_(p.softmax_scale * static_cast<float>(M_LOG2E)),
-        q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))),
-        k_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.k[0]))) {}
+  using Shared = SharedMemory<Problem>;
+  __device__ Consumer(const Call& p, Shared& shared)
+      : p_(p), shared_(shared), scale_(p.softmax_scale * static_cast<float>(M_LOG2E)) {}
 
-  __device__ __forceinline__ void Run(const Range& range, int partition, int partitions) {
+  __device__ __forceinline__ void Run(const Range& range) {
     RingPosition ring;
-    Segments segments(p_, tile_, range);
-    if (segments.done()) Leave();
-    for (Segment s; segments.Next(&s);) {
-      Begin(s);
-      if (threadIdx.x % 128 == 0) shared_.segment[side_] = s;  // registers are scarce until Finish
+    segments().Begin(range);
+    if (segments().done()) Leave();
+    while (segments().Next(p_, tile())) {
+      Begin(segments().current);
       // The rest is the same code for both: what runs once is paid in instruction fetches.
-      if (side_ == kLeft) {
-        ring = Blocks<kLeft>(ring, s.first_block, s.visible);
+      if (side() == kLeft) {
+        ring = Blocks<kLeft>(ring);
       } else {
-        ring = Blocks<kRight>(ring, s.first_block, s.visible);
+        ring = Blocks<kRight>(ring);
       }
-      if (segments.done()) Leave();
-      Finish(partition, partitions);
+      if (segments().done()) Leave();
+      Finish();
     }
   }
 
@@ -344,15 +325,15 @@ class Consumer {
     constexpr int kRowsAtOnce = kConsumerThreads / kChunks;
     const T* q = static_cast<const T*>(p_.q) + s.batch * p_.s_q * p_.h_q * Problem::kDim;
     const int chunk = threadIdx.x % kChunks;
-    const uint32_t panel = ptx::SmemAddress(shared_.q) + chunk / 8 * kPanelBytes;
+    const uint32_t panel = ptx::SmemAddress(shared().q) + chunk / 8 * kPanelBytes;
 #pragma unroll 1
     for (int first = threadIdx.x / kChunks; first < kRowTile; first += 8 * kRowsAtOnce) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int r = first + i * kRowsAtOnce;
-        const int64_t source = shared_.query_row[r];
+        const int64_t source = shared().query_row(r);
         ptx::CpAsync16(panel + r * 128 + ((chunk % 8 ^ r % 8) << 4),
-                       q + source * Problem::kDim + chunk * 8, r < tile_.count);
+                       q + source * Problem::kDim + chunk * 8, r < tile().count);
       }
     }
     if constexpr (Problem::kRopeShared) {
@@ -360,52 +341,51 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kRowTile * kRopeChunks / kConsumerThreads; ++i) {
         const int r = threadIdx.x / kRopeChunks + i * (kConsumerThreads / kRopeChunks);
-        const int64_t source = shared_.query_row[r];
+        const int64_t source = shared().query_row(r);
         const int rope = threadIdx.x % kRopeChunks;
         ptx::CpAsync16(
-            ptx::SmemAddress(shared_.q) + kPanelsV * kPanelBytes + r * 128 + ((rope ^ r % 8) << 4),
-            q + source * Problem::kDim + kHeadDimV + rope * 8, r < tile_.count);
+            ptx::SmemAddress(shared().q) + kPanelsV * kPanelBytes + r * 128 + ((rope ^ r % 8) << 4),
+            q + source * Problem::kDim + kHeadDimV + rope * 8, r < tile().count);
       }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
       if constexpr (Problem::kTma) {
-        const int64_t source = shared_.query_row[r];
+        const int64_t source = shared().query_row(r);
         const T* rope = q + source * Problem::kDim + kHeadDimV + column();
 #pragma unroll
         for (int j = 0; j < kPanel / 8; ++j) {
           q_rope_[2 * j + h] =
-              r < tile_.count ? *reinterpret_cast<const uint32_t*>(rope + 8 * j) : 0u;
+              r < tile().count ? *reinterpret_cast<const uint32_t*>(rope + 8 * j) : 0u;
         }
       }
-      limit_[h] = tile_.limit(p_, s.length, shared_.query_token(r));
+      limit_[h] = tile().limit(p_, s.length, shared().query_token(r));
       reference_[h] = -INFINITY;
       sum_[h] = 0;
       most_[h] = -INFINITY;
     }
     length_ = s.length;
-    lowest_limit_ = tile_.limit(p_, s.length, shared_.query_token(0));
+    lowest_limit_ = tile().limit(p_, s.length, shared().query_token(0));
 #pragma unroll
     for (int i = 0; i < 128; ++i) o_[i] = 0;
     ptx::CpAsyncWaitAll();
     ptx::FenceProxyAsync();
-    ptx::MbarrierArrive(&shared_.query_ready);
-    ptx::MbarrierWait(&shared_.query_ready, segment_parity_);
+    ptx::MbarrierArrive(&shared().query_ready);
+    ptx::MbarrierWait(&shared().query_ready, segments().number % 2);
   }
 
   template <Side kSide>
-  __device__ __forceinline__ RingPosition Blocks(RingPosition ring, int first, int count) {
-    v_operand_ = ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared_.k[0]) +
-                                                            kSide * kHalfPanels * kPanelBytes);
-    p_operand_ = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared_.p[1 - kSide]));
-    int i = 0;
-    for (; i + 1 < count; i += 2) {
-      Pair<kSide>(ring, (first + i) * kPageSize);
+  __device__ __forceinline__ RingPosition Blocks(RingPosition ring) {
+    int token = segments().current.first_block * kPageSize;
+    int left = segments().current.visible;
+    for (; left > 1; left -= 2) {
+      Pair<kSide>(ring, token);
       ring = Next(Next(ring));
+      token += 2 * kPageSize;
     }
-    if (i < count) {
-      Single<kSide>(ring, (first + i) * kPageSize);
+    if (left > 0) {
+      Single<kSide>(ring, token);
       ring = Next(ring);
     }
     return ring;
@@ -417,21 +397,21 @@ class Consumer {
     if constexpr (kSide == kLeft) {
       Scores<kSide>(ring, first_token);
       Rescale(Softmax<kSide>());
-      MultiplyOwn(ring);
+      MultiplyOwn<kSide>(ring);
       FinishMultiply<kSide>(ring);
       Rescale(AdoptReference<kSide>());
-      MultiplyOther(Next(ring));
+      MultiplyOther<kSide>(Next(ring));
       FinishMultiply<kSide>(Next(ring));
     } else {
-      ptx::MbarrierWait(&shared_.gate, pair_parity_);
+      ptx::MbarrierWait(&shared().gate, pair_parity_);
       Scores<kSide>(Next(ring), first_token + kPageSize);
       const float2 before = AdoptReference<kSide>();
       const float2 alpha = Softmax<kSide>();
       Rescale(before);
-      MultiplyOther(ring);
+      MultiplyOther<kSide>(ring);
       FinishMultiply<kSide>(ring);
       Rescale(alpha);
-      MultiplyOwn(Next(ring));
+      MultiplyOwn<kSide>(Next(ring));
       FinishMultiply<kSide>(Next(ring));
     }
   }
@@ -443,11 +423,12 @@ class Consumer {
     if constexpr (kSide == kLeft) {
       Scores<kSide>(ring, first_token);
       Rescale(Softmax<kSide>());
-      MultiplyOwn(ring);
+      MultiplyOwn<kSide>(ring);
     } else {
-      ptx::MbarrierWait(&shared_.gate, pair_parity_);  // no use, but a phase wants to be waited for
+      ptx::MbarrierWait(&shared().gate,
+                        pair_parity_);  // no use, but a phase wants to be waited for
       Rescale(AdoptReference<kSide>());
-      MultiplyOther(ring);
+      MultiplyOther<kSide>(ring);
     }
     FinishMultiply<kSide>(ring);
   }
@@ -456,17 +437,15 @@ class Consumer {
   template <Side kSide>
   __device__ __forceinline__ void Scores(RingPosition ring, int first_token) {
     const int stage = ring.stage();
-    uint64_t* full = shared_.full[stage];
-    const uint64_t k = ptx::Advance(k_operand_, stage * sizeof(shared_.k[0]));
-    if constexpr (Problem::kConverted) {
-      // Written by threads: all of it, and then one fence.
-      ptx::MbarrierWait(&full[kLeftHalf], ring.parity());
-      ptx::MbarrierWait(&full[kRightHalf], ring.parity());
-      if (Problem::kRopeShared) ptx::MbarrierWait(&shared_.full[0][kRope], ring.rope_parity());
-      ptx::FenceProxyAsync();
-    } else {
-      ptx::MbarrierWait(&full[Problem::kTma ? kRope : kLeftHalf], ring.parity());
-    }
+    uint64_t* full = shared().full[stage];
+    const uint64_t q_operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().q));
+    const uint64_t k = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().k[stage]));
+    // What threads have written, or copied, has to be made visible to the tensor cores.
+    const auto wait = [](uint64_t* barrier, uint32_t parity) {
+      ptx::MbarrierWait(barrier, parity);
+      if (!Problem::kTma) ptx::FenceProxyAsync();
+    };
+    wait(&full[Problem::kTma ? kRope : kLeftHalf], ring.parity());
     ptx::WgmmaFence();
     if constexpr (Problem::kTma) {
 #pragma unroll
@@ -477,33 +456,31 @@ class Consumer {
     }
 #pragma unroll
     for (int panel = 0; panel < kPanelsV; ++panel) {
-      if (!Problem::kConverted && panel % kHalfPanels == 0 && (panel > 0 || Problem::kTma)) {
-        ptx::MbarrierWait(&full[panel / kHalfPanels], ring.parity());
+      if (panel == kHalfPanels || (panel == 0 && Problem::kTma)) {
+        wait(&full[panel / kHalfPanels], ring.parity());
       }
       if (kSide == kLeft && !Problem::kRopeShared && panel == kPanelsV - 1) ptx::WgmmaCommit();
 #pragma unroll
       for (int step = 0; step < kPanel / 16; ++step) {
         const uint32_t offset = panel * kPanelBytes + step * 32;
-        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand_, offset), ptx::Advance(k, offset),
+        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand, offset), ptx::Advance(k, offset),
                             Problem::kTma || panel > 0 || step > 0);
       }
     }
     if constexpr (Problem::kRopeShared) {
       if (kSide == kLeft) ptx::WgmmaCommit();
-      if (!Problem::kConverted) {
-        ptx::MbarrierWait(&shared_.full[0][kRope], ring.rope_parity());
-      }
-      const uint64_t rope = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared_.rope));
+      wait(&shared().full[0][kRope], ring.rope_parity());
+      const uint64_t rope = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().rope));
 #pragma unroll
       for (int step = 0; step < kPanel / 16; ++step) {
         const uint32_t offset = kPanelsV * kPanelBytes + step * 32;
-        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand_, offset), ptx::Advance(rope, step * 32), 1);
+        ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_operand, offset), ptx::Advance(rope, step * 32), 1);
       }
     }
     ptx::WgmmaCommit();
     if constexpr (kSide == kLeft) {
       ptx::WgmmaWait<1>();
-      if (lane() == 0) ptx::MbarrierArrive(&shared_.gate);
+      if (lane() == 0) ptx::MbarrierArrive(&shared().gate);
     }
     ptx::WgmmaWait<0>();
     if constexpr (Problem::kRopeApart) Release(Problem::kRopeShared ? 0 : stage, kRope);
@@ -512,19 +489,15 @@ class Consumer {
     for (float& x : x_) x *= scale_;
     if constexpr (kSparse) {
       // The left half of the block is not released before its P is there: so this is still its.
-      using Lanes = sm90::Lanes<Problem::kConverted, kCluster>;
-      const volatile uint32_t* words = shared_.present[stage];  // registers are scarce
-      uint32_t all = ~0u;
+      using Lanes = sm90::Lanes<Problem::kConverted>;
+      const volatile uint32_t* words = shared().present[stage];  // registers are scarce
+      if ((words[0] & words[1] & words[2] & words[3]) != ~0u) {
 #pragma unroll
-      for (int i = 0; i < Lanes::kWords; ++i) all &= words[i];
-      if (all != ~0u) {
-        constexpr int kEach = 32 / Lanes::kWords;  // scores of a thread that a word is for
-#pragma unroll
-        for (int i = 0; i < Lanes::kWords; ++i) {
+        for (int i = 0; i < 4; ++i) {
           const uint32_t word = Lanes::FromColumn(words[i]);
 #pragma unroll
-          for (int j = kEach * i; j < kEach * (i + 1); ++j) {
-            if (!(word >> Lanes::Bit(j % 2, Lanes::Next(j / 4)) & 1)) x_[j] = -INFINITY;
+          for (int j = 0; j < 8; ++j) {
+            if (!(word >> Lanes::Bit(j % 2, j / 4) & 1)) x_[8 * i + j] = -INFINITY;
           }
         }
       }
@@ -535,7 +508,7 @@ class Consumer {
         if (token + j / 4 * 8 + j % 2 >= limit_[j / 2 % 2]) x_[j] = -INFINITY;
       }
       ptx::NamedBarrierSync(1 + kSide, kWarpsPerSide * 32);  // all warps of the side have their S
-      CleanValues<T>([&](int panel) { return shared_.k[stage] + panel * kPanelBytes; },
+      CleanValues<T>([&](int panel) { return shared().k[stage] + panel * kPanelBytes; },
                      lowest_limit_ - first_token, length_ - first_token);
       // Every warp of this side reads in its own O += P V what all of them have cleaned.
       ptx::FenceProxyAsync();
@@ -571,12 +544,12 @@ class Consumer {
       reference_[h] = updated;
       subtrahend[h] = updated == -INFINITY ? 0.f : updated;
       sum_[h] *= alpha[h];
-      if (lane() % 4 == 0) shared_.reference[kSide][row() + 8 * h] = updated;
+      if (lane() % 4 == 0) shared().reference[kSide][row() + 8 * h] = updated;
     }
-    const uint32_t p = ptx::SmemAddress(shared_.p[kSide]);
+    const uint32_t p = ptx::SmemAddress(shared().p[kSide]);
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
-      // A 16 x 16 piece, as wgmma reads its first operand.
+      uint32_t piece[4];  // 16 x 16, as wgmma reads its first operand
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // Rounded as the reference was: fused, the highest score would not be exactly 2^0.
@@ -584,15 +557,15 @@ class Consumer {
         pair[0] = ptx::Exp2(pair[0] - subtrahend[i % 2]);
         pair[1] = ptx::Exp2(pair[1] - subtrahend[i % 2]);
         sum_[i % 2] += pair[0] + pair[1];
-        p_registers_[4 * step + i] = Pack(T{}, pair[0], pair[1]);
+        piece[i] = Pack(T{}, pair[0], pair[1]);
+        if constexpr (!Problem::kConverted) p_registers_[4 * step + i] = piece[i];
       }
-      const uint32_t* piece = p_registers_ + 4 * step;
       ptx::StMatrix4(p + PieceOffset(step), piece[0], piece[1], piece[2], piece[3]);
     }
     // Before any wgmma of this side's is under way: the fence would wait for its end.
     ptx::FenceProxyAsync();
     __syncwarp();
-    if (lane() % 4 == 0) ptx::MbarrierArrive(&shared_.p_ready[kSide]);
+    if (lane() % 4 == 0) ptx::MbarrierArrive(&shared().p_ready[kSide]);
     return {alpha[0], alpha[1]};
   }
 
@@ -600,13 +573,13 @@ class Consumer {
   template <Side kSide>
   __device__ __forceinline__ float2 AdoptReference() {
     constexpr Side kOther = kSide == kLeft ? kRight : kLeft;
-    ptx::MbarrierWait(&shared_.p_ready[kOther], pair_parity_);
+    ptx::MbarrierWait(&shared().p_ready[kOther], pair_parity_);
     pair_parity_ ^= 1;
     float alpha[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float updated = 0;
-      if (lane() % 4 == 0) updated = shared_.reference[kOther][row() + 8 * h];
+      if (lane() % 4 == 0) updated = shared().reference[kOther][row() + 8 * h];
       updated = __shfl_sync(~0u, updated, lane() & ~3);
       alpha[h] = updated == reference_[h] ? 1.f : ptx::Exp2(reference_[h] - updated);
       reference_[h] = updated;
@@ -622,22 +595,49 @@ class Consumer {
     }
   }
 
+  // In two steps where threads start with too few registers for one.
+  template <typename A>
+  __device__ __forceinline__ void Multiply(A a, uint64_t v) {
+    if constexpr (Problem::kThreads <= 384) {
+      ptx::WgmmaM64N256<T>(o_, a, v);
+    } else {
+      ptx::WgmmaM64N128<T>(o_, a, v);
+      ptx::WgmmaM64N128<T>(o_ + 64, a, ptx::Advance(v, 2 * kPanelBytes));
+    }
+  }
+  // This side's columns of a block's V.
+  template <Side kSide>
+  __device__ __forceinline__ uint64_t ValuesOf(RingPosition ring) const {
+    return ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared().k[ring.stage()]) +
+                                                      kSide * kHalfPanels * kPanelBytes);
+  }
   // O += P V for this side's columns: of the block whose P this side has computed, or the other's.
+  template <Side kSide>
   __device__ __forceinline__ void MultiplyOwn(RingPosition ring) {
-    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
+    const uint64_t p = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().p[kSide]));
+    if constexpr (Problem::kConverted) {  // there is no room for it in registers
+      ptx::NamedBarrierSync(1 + kSide, kWarpsPerSide * 32);
+    }
+    const uint64_t v = ValuesOf<kSide>(ring);
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
-      ptx::WgmmaM64N256<T>(o_, p_registers_ + 4 * step, ptx::Advance(v, step * 2048));
+      if constexpr (Problem::kConverted) {
+        Multiply(ptx::Advance(p, step * 32), ptx::Advance(v, step * 2048));
+      } else {
+        Multiply(p_registers_ + 4 * step, ptx::Advance(v, step * 2048));
+      }
     }
     ptx::WgmmaCommit();
   }
+  template <Side kSide>
   __device__ __forceinline__ void MultiplyOther(RingPosition ring) {
-    const uint64_t v = ptx::Advance(v_operand_, ring.stage() * sizeof(shared_.k[0]));
+    const uint64_t p = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().p[1 - kSide]));
+    const uint64_t v = ValuesOf<kSide>(ring);
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
-      ptx::WgmmaM64N256<T>(o_, ptx::Advance(p_operand_, step * 32), ptx::Advance(v, step * 2048));
+      Multiply(ptx::Advance(p, step * 32), ptx::Advance(v, step * 2048));
     }
     ptx::WgmmaCommit();
   }
@@ -651,40 +651,39 @@ class Consumer {
   __device__ __forceinline__ void Release(int stage, Unit unit) {
     __syncwarp();
     if constexpr (kCluster == 1) {
-      if (lane() == 0) ptx::MbarrierArrive(&shared_.empty[stage][unit]);
+      if (lane() == 0) ptx::MbarrierArrive(&shared().empty[stage][unit]);
     } else {
-      if (lane() < kCluster) ptx::MbarrierArriveAt(&shared_.empty[stage][unit], lane());
+      if (lane() < kCluster) ptx::MbarrierArriveAt(&shared().empty[stage][unit], lane());
     }
   }
 
   // Writes the result of a sequence, or of the part of it that this range holds. Each warp takes
   // its rows through its own part of P's buffer, 128 bytes of a row at once, so that they leave as
   // whole lines.
-  __device__ __forceinline__ void Finish(int partition, int partitions) {
+  __device__ __forceinline__ void Finish() {
     // The sum of each row over all tokens: four lanes, then both sides, which from then on have
     // done with P.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 1);
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 2);
-      if (lane() % 4 == 0) shared_.sum[side_][row() + 8 * h] = sum_[h];
-      if (kSparse && lane() % 4 == 0) shared_.most[side_][row() + 8 * h] = most_[h];
+      if (lane() % 4 == 0) shared().sum[side()][row() + 8 * h] = sum_[h];
+      if (kSparse && lane() % 4 == 0) shared().most[side()][row() + 8 * h] = most_[h];
     }
-    ptx::MbarrierArrive(&shared_.sums_ready);
-    ptx::MbarrierWait(&shared_.sums_ready, segment_parity_);
-    segment_parity_ ^= 1;
-    const Segment s = shared_.segment[side_];
-    const int partial_row = tile_.partial_row(p_, s, partitions, partition);
+    ptx::MbarrierArrive(&shared().sums_ready);
+    ptx::MbarrierWait(&shared().sums_ready, segments().number % 2);
+    const Segment s = segments().current;
+    const int partial_row = tile().partial_row(p_, s, ptx::GridY(), blockIdx.y);
     const bool complete = s.complete();
     float inverse[2], total[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
       // In the same order on both sides, so that both find the same bits.
-      total[h] = shared_.sum[kLeft][r] + shared_.sum[kRight][r];
+      total[h] = shared().sum[kLeft][r] + shared().sum[kRight][r];
       inverse[h] = total[h] == 0 ? 0.f : 1.f / total[h];
-      if (kSparse && complete && r < tile_.count && total[h] != 0) {
-        inverse[h] *= SinkShare(p_, tile_.head(r), reference_[h] + log2f(total[h]));
+      if (kSparse && complete && r < tile().count && total[h] != 0) {
+        inverse[h] *= SinkShare(p_, tile().head(r), reference_[h] + log2f(total[h]));
       }
     }
     float scale[2] = {1, 1};
@@ -695,19 +694,20 @@ class Consumer {
     }
     // Of the four lanes that share two rows, one writes for each.
     const int h = lane() % 4, own = row() + 8 * h;
-    if (h < 2 && own < tile_.count) {
+    if (h < 2 && own < tile().count) {
       const float all = h == 0 ? total[0] : total[1];
       const float lse =
           all == 0 ? -INFINITY : (h == 0 ? reference_[0] : reference_[1]) + log2f(all);
-      const float most = kSparse ? fmaxf(shared_.most[kLeft][own], shared_.most[kRight][own]) : 0.f;
+      const float most =
+          kSparse ? fmaxf(shared().most[kLeft][own], shared().most[kRight][own]) : 0.f;
       if (!complete) {
         float* stats = p_.partial_stats + (int64_t{partial_row} + own) * 4;
-        if (side_ == kLeft) stats[0] = lse;
-        if (kSparse && side_ == kLeft) stats[3] = most;
-        stats[1 + side_] = PowerReciprocal(h == 0 ? scale[0] : scale[1]);
-      } else if (side_ == kLeft) {
-        const int token = shared_.query_token(own);
-        const int64_t head = shared_.query_row[own] - token * p_.h_q;
+        if (side() == kLeft) stats[0] = lse;
+        if (kSparse && side() == kLeft) stats[3] = most;
+        stats[1 + side()] = PowerReciprocal(h == 0 ? scale[0] : scale[1]);
+      } else if (side() == kLeft) {
+        const int token = shared().query_token(own);
+        const int64_t head = shared().query_row(own) - token * p_.h_q;
         const int64_t place = RowPlace(p_, s.batch, static_cast<int>(head), token);
         p_.lse[place] = lse * static_cast<float>(M_LN2);
         if constexpr (kSparse) p_.max_logits[place] = most * static_cast<float>(M_LN2);
@@ -715,7 +715,7 @@ class Consumer {
     }
     inverse[0] *= scale[0];
     inverse[1] *= scale[1];
-    uint8_t* buffer = shared_.p[side_];
+    uint8_t* buffer = shared().p[side()];
     // Eight lanes read a row of the buffer; place(i) is the i-th of this lane's four.
     const auto place = [](int i) { return warp() * 16 + 4 * i + lane() / 8; };
     uint16_t* target = static_cast<uint16_t*>(complete ? p_.out : p_.partial_out);
@@ -723,8 +723,8 @@ class Consumer {
     uint16_t* out[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t r = first + (complete ? shared_.query_row[place(i)] : place(i));
-      out[i] = target + r * kHeadDimV + side_ * kColumnsEach + lane() % 8 * 8;
+      const int64_t r = first + (complete ? shared().query_row(place(i)) : place(i));
+      out[i] = target + r * kHeadDimV + side() * kColumnsEach + lane() % 8 * 8;
     }
     const auto store = [&](auto type) {
 #pragma unroll
@@ -742,7 +742,7 @@ class Consumer {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int r = place(i);
-          if (r >= tile_.count) continue;
+          if (r >= tile().count) continue;
           *reinterpret_cast<uint4*>(out[i] + panel * kPanel) =
               *reinterpret_cast<const uint4*>(buffer + r * 128 + ((lane() ^ r) % 8 << 4));
         }
@@ -772,6 +772,16 @@ class Consumer {
     return {rows[0], rows[1]};
   }
 
+  __device__ __forceinline__ Shared& shared() const {
+    if constexpr (!Problem::kConverted) return shared_;
+    // Or all addresses would be kept, and registers are scarce.
+    return *static_cast<Shared*>(__cvta_shared_to_generic(ptx::Opaque(ptx::SmemAddress(&shared_))));
+  }
+  __device__ __forceinline__ const RowTile& tile() const { return shared().tile; }
+  __device__ __forceinline__ SharedSegments& segments() const {
+    return shared().segments[ptx::ThreadId() / 32];
+  }
+  __device__ static int side() { return ptx::ThreadId() / 128; }
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int row() { return warp() * 16 + lane() / 4; }
@@ -782,36 +792,33 @@ class Consumer {
   }
 
   const Call& p_;
-  const RowTile& tile_;
-  SharedMemory<Problem>& shared_;
-  const int side_;
+  Shared& shared_;
   const float scale_;
-  const uint64_t q_operand_, k_operand_;
-  uint64_t v_operand_, p_operand_;  // V: this side's columns; P: the other side's
 
-  // Of the mbarriers that complete once a sequence, and once for each P of the other side.
-  uint32_t segment_parity_ = 0, pair_parity_ = 0;
+  // Of the mbarriers that complete once for each P of the other side.
+  uint32_t pair_parity_ = 0;
   // Of the current sequence.
   int length_;
   int limit_[2];         // per row, the tokens it may see are those before this
   int lowest_limit_;     // the least of the tile
   uint32_t q_rope_[16];  // unless they are in shared memory
   float reference_[2];
-  float
-      most_[2];   // sparse: the largest score of a row in the blocks whose P this side has computed
-  float sum_[2];  // over the blocks whose P this side has computed
+  // Over the blocks whose P this side has computed: of sparse attention the largest score, and the
+  // sum of the weights.
+  float most_[2];
+  float sum_[2];
   float o_[128];
   // Of the current block.
   float x_[32];
   float highest_[2];
-  uint32_t p_registers_[16];
+  uint32_t p_registers_[Problem::kConverted ? 1 : 16];
 };
 
 // --- The kernel -----------------------------------------------------------------------------
 
 // Grid: (row tiles, partitions), in clusters of kCluster row tiles of the same KV head.
 template <typename T, int kCluster, typename Problem>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Problem::kThreads, 1)
     Kernel(const __grid_constant__ typename Problem::Call p,
            const __grid_constant__ PageMaps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -826,7 +833,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kStages; ++i) {
       for (int unit = 0; unit < kUnits; ++unit) {
-        ptx::MbarrierInit(&shared.full[i][unit], Problem::HandOvers(unit));
+        ptx::MbarrierInit(&shared.full[i][unit], Problem::kHandOvers);
         ptx::MbarrierInit(&shared.empty[i][unit], kCluster * kWarpsPerSide);
       }
     }
@@ -838,56 +845,52 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::FenceMbarrierInit();
   }
   const RowTile tile(p, blockIdx.x, kCluster);
-  if (threadIdx.x == kThreads - 1) shared.tile = tile;
-  if (threadIdx.x < kRowTile) {
+  if (threadIdx.x == kRowTile) shared.tile = tile;
+  if (!Problem::kSparse && threadIdx.x < kRowTile) {
     const int r = min(static_cast<int>(threadIdx.x), tile.count - 1);
-    if (!Problem::kSparse) shared.query_tokens[threadIdx.x] = tile.token(r);
-    shared.query_row[threadIdx.x] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
+    shared.query_tokens[threadIdx.x] = tile.token(r);
+    shared.query_rows[threadIdx.x] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
   }
-  const int partition = blockIdx.y, partitions = gridDim.y;
   FetchParams(p);
   PrefetchInputs(p);
   __syncthreads();                                 // barriers and row numbers are there
   if constexpr (kCluster > 1) ptx::ClusterSync();  // the other's barriers are initialised
   ptx::WaitForPreviousKernel();
-  const Range range = FindRange(p, partition, partitions, kSequenceCost, kLeastBlocks);
+  const Range range = FindRange(p, blockIdx.y, ptx::GridY(), kSequenceCost, kLeastBlocks);
   const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (role == kSides) {
+  if (role >= kSides) {
     ptx::DecreaseRegisters<Problem::kProducerRegisters>();
     const int warp = threadIdx.x / 32 - kConsumerThreads / 32;
+    if (threadIdx.x == kConsumerThreads + 32) shared.range = range;
     if constexpr (Problem::kTma) {
-      if (warp == 0) Produce<kCluster>(p, maps, tile, range, shared);
+      if (warp == 0) Produce<kCluster>(p, maps, shared.tile, range, shared);
     } else {
-      if (threadIdx.x == kConsumerThreads + 32) shared.range = range;
       Shared& kept = ptx::KeepAddress(shared);
       auto& walk = kept.walks[warp];
       walk.Begin(range);
-      Stage<Problem, kCluster> stage(kept);
+      Stage<Problem> stage(kept);
       if constexpr (!Problem::kSparse) {
-        Fp8Pages<kCluster> source(p, kept.tile, walk);
-        ConvertTokens<TokenFormat::kFp8, (kCluster > 1)>(source, walk, stage);
+        Fp8Pages source(p, kept.tile, walk);
+        ConvertTokens<TokenFormat::kFp8, 1, 4, 3>(source, stage);
       } else {
-        ListedTokens<Problem::kFormat, Problem::kDim, kCluster> source(p, kept.tile, walk);
+        ListedTokens<Problem::kFormat, Problem::kDim> source(p, kept.tile, walk);
         if constexpr (Problem::kConverted) {
-          ConvertTokens<Problem::kFormat, (kCluster > 1)>(source, walk, stage);
+          ConvertTokens<Problem::kFormat, 1, 4, 3>(source, stage);
         } else {
-          CopyTokens(source, walk, stage);
+          CopyTokens(source, stage);
         }
       }
     }
-    if (warp == 1 && threadIdx.x % 32 == 0 && tile.index == 0 && gridDim.y > 1 &&
+    const int partitions = ptx::GridY();
+    if (ptx::ThreadId() == kConsumerThreads + 32 && blockIdx.x == 0 && partitions > 1 &&
         !p.batch_invariant) {
-      if (Problem::kTma) {
-        RecordMerges(p, tile, range, partition, partitions);
-      } else {  // that was kept in shared memory
-        RecordMerges(p, shared.tile, shared.range, blockIdx.y, gridDim.y);
-      }
+      RecordMerges(p, shared.tile, shared.range, blockIdx.y, partitions);
     }
     __syncwarp();
     if constexpr (kCluster > 1) ptx::ClusterArrive();
   } else {
     ptx::IncreaseRegisters<Problem::kConsumerRegisters>();
-    Consumer<T, kCluster, Problem>(p, tile, shared, role).Run(range, partition, partitions);
+    Consumer<T, kCluster, Problem>(p, shared).Run(range);
   }
   if constexpr (kCluster > 1) ptx::ClusterWait();  // the other no longer copies into this block
 }
