@@ -85,6 +85,7 @@ class Sparse(NamedTuple):
     max_logits: np.ndarray  # [n, h_q]
     lse: np.ndarray  # [n, h_q]
     spread: np.ndarray  # like out: how far rounding the probabilities may move it
+    terms: np.ndarray  # [n, h_q]: the sum of a score's |products|, of the token that has most
 
 
 def attend_sparse(
@@ -98,10 +99,12 @@ def attend_sparse(
     out = np.zeros((n, h_q, 512))
     spread = np.zeros_like(out)
     top, lse = np.full((n, h_q), -np.inf), np.full((n, h_q), -np.inf)
+    terms = np.zeros((n, h_q))
     for i, keys in enumerate(tokens):
         if len(keys) == 0:
             continue
         scores = softmax_scale * (q[i].astype(np.float64) @ keys.T)
+        terms[i] = softmax_scale * (abs(q[i].astype(np.float64)) @ abs(keys).T).max(-1)
         top[i] = scores.max(-1)
         weights = np.exp(scores - top[i][:, None])
         lse[i] = top[i] + np.log(weights.sum(-1))
@@ -110,4 +113,4 @@ def attend_sparse(
             p = p / (1 + np.exp(attn_sink.astype(np.float64) - lse[i]))[:, None]
         out[i] = p @ keys[:, :512]
         spread[i] = np.sqrt(p**2 @ keys[:, :512] ** 2)
-    return Sparse(out, top, lse, spread)
+    return Sparse(out, top, lse, spread, terms)

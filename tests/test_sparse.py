@@ -90,8 +90,9 @@ class Scope:
 def assert_matches(actual: Any, expected: fp8_oracle.Sparse, batch: int) -> None:
     out, lse = actual
     by_batch = [x.reshape(batch, -1, *x.shape[1:]) for x in expected]
+    expected_lse, terms = (np.swapaxes(by_batch[i], 1, 2) for i in (2, 4))
     oracle.assert_matches(
-        (out, lse), oracle.Expected(by_batch[0], np.swapaxes(by_batch[2], 1, 2), by_batch[3])
+        (out, lse), oracle.Expected(by_batch[0], expected_lse, by_batch[3], terms)
     )
 
 
@@ -199,7 +200,12 @@ def test_prefill_matches_float64(
         assert out.dtype == dtype
         oracle.assert_matches(
             (out[None], lse.T[None]),
-            oracle.Expected(expected.out[None], expected.lse.T[None], expected.spread[None]),
+            oracle.Expected(
+                expected.out[None],
+                expected.lse.T[None],
+                expected.spread[None],
+                expected.terms.T[None],
+            ),
         )
         np.testing.assert_allclose(max_logits, expected.max_logits, rtol=1e-4, atol=1e-4)
 
