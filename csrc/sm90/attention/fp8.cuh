@@ -53,9 +53,8 @@ __device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, float s
 //   int FirstHalf()                   of the columns
 //   void Wait(Unit)                   until it is free, to be called before
 //   uint32_t Panel(int)               address of a panel
-//   void Describe(int, uint32_t)      which tokens exist: one of Lanes's words; when the left half
-//   is
-//                                     free
+//   void Describe(int, uint32_t)      of the left half, when it is free: which tokens exist, one of
+//                                     the words of Lanes
 //   void TrackCopies(Unit)            to be handed over when what this thread copies there has come
 //   void HandOver(Unit)
 //   void Advance()                    to the next block
@@ -80,8 +79,7 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
     const bool any = source.Next(block.address, block.present, half, 2 / kHalves);
 #pragma unroll
     for (TokenAddress<kFormat>& a : block.address) {
-      a.token +=
-          half * kHalfPanels * kPanel + part * 16;  // its first codes that this lane converts
+      a.token += half * kHalfPanels * kPanel + part * 16;  // the first codes for this lane
     }
     return any;
   };
