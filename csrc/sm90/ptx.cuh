@@ -467,8 +467,8 @@ __device__ __forceinline__ void WgmmaM64N256(float (&d)[128], const uint32_t* a,
 #undef FLASHMLA_WGMMA
 }
 
-// d[64 x 128] += a[64 x 16] b[16 x 128], as WgmmaM64N256: where threads start with too few
-// registers for that.
+// d[64 x 128] += a[64 x 16] b[16 x 128] in bfloat16, as WgmmaM64N256: where threads start with too
+// few registers for that.
 #define FLASHMLA_D64(d) FLASHMLA_D32(d, 0), FLASHMLA_D32(d, 32)
 #define FLASHMLA_D64_TEXT                     \
   "{%0, %1, %2, %3, %4, %5, %6, %7, "         \
@@ -479,33 +479,11 @@ __device__ __forceinline__ void WgmmaM64N256(float (&d)[128], const uint32_t* a,
   " %40, %41, %42, %43, %44, %45, %46, %47, " \
   " %48, %49, %50, %51, %52, %53, %54, %55, " \
   " %56, %57, %58, %59, %60, %61, %62, %63}, "
-template <typename T>
 __device__ __forceinline__ void WgmmaM64N128(float* d, uint64_t a, uint64_t b) {
-#define FLASHMLA_WGMMA(TYPE)                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE " " FLASHMLA_D64_TEXT \
-               "%64, %65, 1, 1, 1, 0, 1;\n"                                              \
-               : FLASHMLA_D64(d)                                                         \
-               : "l"(a), "l"(b))
-  if constexpr (std::is_same_v<T, __half>) {
-    FLASHMLA_WGMMA("f16.f16");
-  } else {
-    FLASHMLA_WGMMA("bf16.bf16");
-  }
-#undef FLASHMLA_WGMMA
-}
-template <typename T>
-__device__ __forceinline__ void WgmmaM64N128(float* d, const uint32_t* a, uint64_t b) {
-#define FLASHMLA_WGMMA(TYPE)                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE " " FLASHMLA_D64_TEXT \
-               "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                \
-               : FLASHMLA_D64(d)                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (std::is_same_v<T, __half>) {
-    FLASHMLA_WGMMA("f16.f16");
-  } else {
-    FLASHMLA_WGMMA("bf16.bf16");
-  }
-#undef FLASHMLA_WGMMA
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " FLASHMLA_D64_TEXT
+               "%64, %65, 1, 1, 1, 0, 1;\n"
+               : FLASHMLA_D64(d)
+               : "l"(a), "l"(b));
 }
 
 // d[64 x N] (+)= a[64 x 16] b[N x 16]^T for N = 16 and 32, b K-major in shared memory, a K-major

@@ -18,8 +18,8 @@ __device__ __forceinline__ float PowerOf(uint32_t exponent) {
   return __uint_as_float(exponent == 0 ? 0x400000 : exponent << 23);
 }
 
-// Eight codes times a scale, rounded to bfloat16. The product is exact in single precision, where
-// the hardware brings codes by way of half precision: two and a half instructions for a number, at
+// Eight codes times a scale in single precision, rounded to bfloat16. The hardware brings codes
+// there by way of half precision: a bit more than three instructions for a number, most of them at
 // half the rate of others, whatever the scale is, and NaN stays NaN.
 __device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, float scale) {
   uint32_t pairs[4];

@@ -37,9 +37,7 @@ namespace flashmla::sm90::narrow {
 inline constexpr int kGroupThreads = 128;  // of the warps that do scores, or values
 // Groups that convert FP8 tokens: two, as far as there are registers.
 template <int kRows, bool kFp8>
-constexpr int kConverterGroups = !kFp8         ? 0
-                                 : kRows == 16 ? 2
-                                               : 1;
+constexpr int kConverterGroups = kFp8 ? (kRows == 16 ? 2 : 1) : 0;
 template <int kRows, bool kFp8>
 constexpr int kThreads = (3 + kConverterGroups<kRows, kFp8>)*kGroupThreads;
 // Registers of a thread, by what it does. All start with 168, with FP8 pages with 96 or 128.

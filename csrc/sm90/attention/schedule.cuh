@@ -250,7 +250,7 @@ struct Rest {
   __device__ bool done() const {
     return batch > end_batch || (batch == end_batch && block >= end_block);
   }
-  // Takes the first sequence from what is left, if anything is; or a chunk of it.
+  // Takes the first sequence, or a chunk of it, from what is left: something has to be.
   template <typename Call>
   __device__ __forceinline__ void Take(const Call& p, const RowTile& tile, Segment* s) {
     s->batch = batch;

@@ -41,12 +41,10 @@
 //
 //   copied     warps 8-11: four warps, each a quarter of the tokens (CopyTokens). 208 registers a
 //              consumer thread, 88 for those
-//   converted  warps 8-15: eight warps, of which four have the left half of the columns and four
-//   the
-//              right one (fp8.cuh). 192 registers a consumer thread, and 64. So P goes through
-//              shared memory to its own side as well, and O += P V takes two instructions, as the
-//              compiler has no registers for one of 256 columns where 512 threads start with 128
-//              each
+//   converted  warps 8-15: four have the left half of the columns, four the right one (fp8.cuh).
+//              192 registers a consumer thread, and 64. So P goes through shared memory to its own
+//              side as well, and O += P V takes two instructions, as the compiler has no registers
+//              for one of 256 columns where 512 threads start with 128 each
 //
 // Q's RoPE columns are then in shared memory, and K's have one place there instead of one in each
 // stage. These form no clusters: what one of two blocks would save by converting half of the
@@ -425,8 +423,8 @@ class Consumer {
       Rescale(Softmax<kSide>());
       MultiplyOwn<kSide>(ring);
     } else {
-      ptx::MbarrierWait(&shared().gate,
-                        pair_parity_);  // no use, but a phase wants to be waited for
+      // No use, but a phase wants to be waited for.
+      ptx::MbarrierWait(&shared().gate, pair_parity_);
       Rescale(AdoptReference<kSide>());
       MultiplyOther<kSide>(ring);
     }
@@ -598,11 +596,11 @@ class Consumer {
   // In two steps where threads start with too few registers for one.
   template <typename A>
   __device__ __forceinline__ void Multiply(A a, uint64_t v) {
-    if constexpr (Problem::kThreads <= 384) {
-      ptx::WgmmaM64N256<T>(o_, a, v);
+    if constexpr (Problem::kConverted) {
+      ptx::WgmmaM64N128(o_, a, v);
+      ptx::WgmmaM64N128(o_ + 64, a, ptx::Advance(v, 2 * kPanelBytes));
     } else {
-      ptx::WgmmaM64N128<T>(o_, a, v);
-      ptx::WgmmaM64N128<T>(o_ + 64, a, ptx::Advance(v, 2 * kPanelBytes));
+      ptx::WgmmaM64N256<T>(o_, a, v);
     }
   }
   // This side's columns of a block's V.
