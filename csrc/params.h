@@ -69,6 +69,9 @@ struct DenseDecodeParams {
   constexpr int64_t tile_rows() const { return rows() < kRowTile ? rows() : kRowTile; }
   // Partial results of many rows are in half precision, scaled: there is much to write and to read.
   constexpr bool half_partials() const { return rows() > kNarrowRows; }
+  // Of few rows over FP8 pages, a partial result has its columns in another order: in each panel of
+  // 64 column 16 j + 2 i + e, for j < 4 and i < 8, is at place 8 i + 2 j + e.
+  constexpr bool permuted_partials() const { return fp8_cache && !half_partials(); }
   constexpr int64_t partial_row_bytes() const { return kHeadDimV * (half_partials() ? 2 : 4); }
   constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }
   constexpr int64_t max_partitions() const { return MaxPartitions(row_tiles()); }

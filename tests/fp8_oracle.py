@@ -47,6 +47,23 @@ def dequantize_656(tokens: np.ndarray) -> np.ndarray:
     return np.concatenate([latent, rope], axis=-1)
 
 
+def as_half_precision(tokens: np.ndarray) -> np.ndarray:
+    """float64[..., 576] of uint8[..., 656], by way of half precision.
+
+    A token's largest scale becomes 64 to 128 of its unit, a power of two. The scales in these units
+    are rounded, and what they are multiplied with.
+    """
+    scales = np.ascontiguousarray(tokens[..., 512:528]).view(np.float32)
+    top = np.fmax.reduce(np.abs(scales), axis=-1, keepdims=True)
+    exponent = np.where(top > 0, np.frexp(np.where(top > 0, top, 1))[1] - 1 - 6, -60)
+    unit = np.ldexp(1.0, np.clip(exponent, -60, 120))
+    halves = np.repeat((scales / unit).astype(np.float16), 128, axis=-1)
+    latent = tokens[..., :512].view(E4M3).astype(np.float16) * halves
+    return np.concatenate(
+        [latent.astype(np.float64) * unit, dequantize_656(tokens)[..., 512:]], axis=-1
+    )
+
+
 def quantize_584(kv: np.ndarray) -> np.ndarray:
     """uint8[num_pages, page_size, 1, 584] of [num_pages, page_size, 1, 512]."""
     num_pages, page_size, _, _ = kv.shape

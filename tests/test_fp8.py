@@ -23,6 +23,17 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(list(request.node.name.encode()))
 
 
+def numbers_of(tokens: np.ndarray, dtype: Any, rows: int) -> np.ndarray:
+    """float64[..., 576]: what attention makes of tokens, with so many query rows to a KV head.
+
+    They are rounded to the queries' dtype. But up to 32 rows on a GPU read them in half precision,
+    which is nearer to what they are.
+    """
+    if dtype == ml_dtypes.bfloat16 and rows <= 32 and jax.devices()[0].platform != "cpu":
+        return fp8_oracle.as_half_precision(tokens)
+    return fp8_oracle.dequantize_656(tokens).astype(dtype).astype(np.float64)
+
+
 def make_problem(
     rng: np.random.Generator, lengths: tuple[int, ...], dtype: Any, **sizes: int
 ) -> tuple[oracle.Problem, oracle.Problem]:
@@ -36,8 +47,8 @@ def make_problem(
     kv *= np.exp2(rng.integers(-3, 1, (*kv.shape[:-1], 1)))  # tokens of several sizes
     pages = fp8_oracle.quantize_656(kv, powers_of_two=bool(rng.integers(2)))
     pages[poison] = 0xFF
-    numbers = fp8_oracle.dequantize_656(pages)
-    numbers = np.where(poison[..., None], np.nan, numbers.astype(dtype).astype(np.float64))
+    rows = exact.q.shape[1] * exact.q.shape[2] // kv.shape[2]
+    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, dtype, rows))
     return exact.replace(k_cache=pages), exact.replace(k_cache=numbers)
 
 
@@ -122,8 +133,28 @@ def test_all_codes(rng: np.random.Generator, dtype: Any, rows: int) -> None:
     table = np.tile(np.arange(4, dtype=np.int32), (batch, 1))
     lengths = np.full(batch, 256, np.int32)
     out, _ = run(oracle.Problem(q, pages, table, lengths), softmax_scale=100.0)
-    numbers = fp8_oracle.dequantize_656(pages)[..., :512].reshape(batch, rows, 1, 512)
+    numbers = numbers_of(pages, dtype, rows)[..., :512].reshape(batch, rows, 1, 512)
     np.testing.assert_array_equal(out, numbers.astype(dtype))
+
+
+@KERNELS
+@pytest.mark.parametrize("of_queries", [1e-6, 1.0, 3e5], ids=lambda x: f"q{x:g}")
+def test_sizes(rng: np.random.Generator, dtype: Any, rows: int, of_queries: float) -> None:
+    """Tokens, and queries, that are larger or smaller than half precision holds; or nothing."""
+    fp8, _ = make_problem(rng, (130, 70), dtype, h_q=rows)
+    pages = fp8.k_cache.copy()
+    sizes = np.exp2(rng.integers(-40, 40, pages.shape[:-1])).astype(np.float32)
+    sizes[rng.random(sizes.shape) < 0.1] = 0
+    scales = sizes[..., None] * rng.uniform(0.5, 2, (*sizes.shape, 4)).astype(np.float32)
+    pages[..., 512:528] = scales.astype(np.float32).view(np.uint8)
+    poison = (fp8.k_cache == 0xFF).all(-1)
+    pages[poison] = 0xFF
+    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, dtype, rows))
+    # Scores of about one, by their rows' largest tokens.
+    q = (fp8.q.astype(np.float32) * of_queries).astype(dtype)
+    fp8, exact = fp8.replace(q=q, k_cache=pages), fp8.replace(q=q, k_cache=numbers)
+    scale = 2.0**-42 / of_queries
+    oracle.assert_matches(run(fp8, softmax_scale=scale), oracle.attend(exact, scale))
 
 
 @KERNELS

@@ -169,6 +169,28 @@ __device__ __forceinline__ float2 FromE4m3(uint32_t codes) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
+// The same of four codes, in half precision, which holds all of them.
+__device__ __forceinline__ void FromE4m3(uint32_t codes, uint32_t& low, uint32_t& high) {
+  asm("{\n.reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, l;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, h;\n}\n"
+      : "=r"(low), "=r"(high)
+      : "r"(codes));
+}
+
+// Products of two pairs of numbers.
+__device__ __forceinline__ uint32_t Multiply(__half, uint32_t a, uint32_t b) {
+  uint32_t c;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ uint32_t Multiply(__nv_bfloat16, uint32_t a, uint32_t b) {
+  uint32_t c;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+
 // --- Copies ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
@@ -216,6 +238,21 @@ __device__ __forceinline__ void StoreShared16(uint32_t address, uint4 v) {
                : "memory");
 }
 
+// 4 bytes.
+__device__ __forceinline__ void StoreShared4(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+// 16 bytes from shared memory.
+__device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // A line of 128 bytes to the L2 cache.
 __device__ __forceinline__ void PrefetchL2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
@@ -224,6 +261,17 @@ __device__ __forceinline__ void PrefetchL2(const void* address) {
 // Contiguous bytes to the L2 cache; address and number are multiples of 16.
 __device__ __forceinline__ void BulkPrefetchL2(const void* address, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+
+// Contiguous bytes to shared memory; the barrier counts them as they arrive. Addresses and number
+// are multiples of 16.
+__device__ __forceinline__ void BulkCopy(uint32_t destination, const void* source, uint32_t bytes,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(SmemAddress(barrier))
+      : "memory");
 }
 
 // The line of 128 bytes at `address` becomes undefined, and is not written back to memory.
@@ -515,6 +563,44 @@ __device__ __forceinline__ void WgmmaM64(float (&d)[16], uint64_t a, uint64_t b,
       "%16, %17, p, 1, 1, %19, 0;\n}\n"                                           \
       : FLASHMLA_D16(d, 0)                                                        \
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+
+// The same with `a` in registers.
+template <typename T>
+__device__ __forceinline__ void WgmmaM64(float (&d)[8], const uint32_t* a, uint64_t b,
+                                         int accumulate) {
+#define FLASHMLA_WGMMA(TYPE)                             \
+  asm volatile(                                          \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"       \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE \
+      " {%0, %1, %2, %3, %4, %5, %6, %7}, "              \
+      "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}\n"        \
+      : FLASHMLA_D4(d, 0), FLASHMLA_D4(d, 4)             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+template <typename T>
+__device__ __forceinline__ void WgmmaM64(float (&d)[16], const uint32_t* a, uint64_t b,
+                                         int accumulate) {
+#define FLASHMLA_WGMMA(TYPE)                                                      \
+  asm volatile(                                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE                          \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
+      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n"                               \
+      : FLASHMLA_D16(d, 0)                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
   if constexpr (std::is_same_v<T, __half>) {
     FLASHMLA_WGMMA("f16.f16");
   } else {

@@ -65,8 +65,9 @@ __device__ __forceinline__ void Unpack(__half, uint4 v, float (&x)[8]) {
   }
 }
 
-// T: of the result, Partial: of the partial results.
-template <typename T, typename Partial, typename Call>
+// T: of the result, Partial: of the partial results; kPermuted: whether those have their columns in
+// another order (DenseDecodeParams::permuted_partials).
+template <typename T, typename Partial, bool kPermuted, typename Call>
 class Merger {
  public:
   __device__ Merger(const Call& p, const RowTile& tile, const Merge& merge, int first_row,
@@ -136,7 +137,13 @@ class Merger {
 #pragma unroll
     for (int i = 0; i < kEach / 2; ++i) pairs[i] = Pack(T{}, total[2 * i], total[2 * i + 1]);
     const int64_t place = (query * kSlices + unit % kSlices) * 32 + lane();
-    if constexpr (kEach == 8) {
+    if constexpr (kPermuted) {
+      constexpr int kPanel = 64;
+      auto* out = static_cast<uint32_t*>(p_.out) + place * kEach / kPanel * (kPanel / 2);
+      const int i = lane() % 16 / 2, j = lane() % 2 * 2;
+      out[8 * j + i] = pairs[0];
+      out[8 * (j + 1) + i] = pairs[1];
+    } else if constexpr (kEach == 8) {
       static_cast<uint4*>(p_.out)[place] = {pairs[0], pairs[1], pairs[2], pairs[3]};
     } else {
       static_cast<uint2*>(p_.out)[place] = {pairs[0], pairs[1]};
@@ -313,7 +320,7 @@ class Merger {
 
 // Grid: row tiles x subjects x team. Each partition or, batch-invariantly, sequence is the subject
 // of `team` blocks.
-template <typename T, typename Partial, typename Call>
+template <typename T, typename Partial, bool kPermuted, typename Call>
 __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor<Partial>)
     CombineKernel(const __grid_constant__ Call p, uint32_t row_tiles, int partitions,
                   uint32_t team) {
@@ -345,11 +352,11 @@ __global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor
   const int first_row = p.batch_invariant ? 0 : tile.partial_row(partitions, 0, true);
 #pragma unroll 1
   for (int i = 0; i < kMergesEach && merges[i].parts > 0; ++i) {
-    Merger<T, Partial, Call>(p, tile, merges[i], first_row, member, team, scratch).Run();
+    Merger<T, Partial, kPermuted, Call>(p, tile, merges[i], first_row, member, team, scratch).Run();
   }
 }
 
-template <typename T, typename Partial, typename Call>
+template <typename T, typename Partial, bool kPermuted, typename Call>
 cudaError_t Launch(const Call& params, int partitions, int multiprocessors, cudaStream_t stream) {
   const uint32_t row_tiles = params.row_tiles();
   const uint32_t subjects = params.batch_invariant ? params.batch : partitions;
@@ -365,20 +372,26 @@ cudaError_t Launch(const Call& params, int partitions, int multiprocessors, cuda
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, CombineKernel<T, Partial, Call>, params, row_tiles, partitions,
-                            team);
+  return cudaLaunchKernelEx(&config, CombineKernel<T, Partial, kPermuted, Call>, params, row_tiles,
+                            partitions, team);
 }
 
 template <typename T>
 cudaError_t LaunchFor(const DenseDecodeParams& params, int partitions, int multiprocessors,
                       cudaStream_t stream) {
-  return params.half_partials() ? Launch<T, __half>(params, partitions, multiprocessors, stream)
-                                : Launch<T, float>(params, partitions, multiprocessors, stream);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (params.permuted_partials()) {
+      return Launch<T, float, true>(params, partitions, multiprocessors, stream);
+    }
+  }
+  return params.half_partials()
+             ? Launch<T, __half, false>(params, partitions, multiprocessors, stream)
+             : Launch<T, float, false>(params, partitions, multiprocessors, stream);
 }
 template <typename T>
 cudaError_t LaunchFor(const SparseCall& params, int partitions, int multiprocessors,
                       cudaStream_t stream) {
-  return Launch<T, __half>(params, partitions, multiprocessors, stream);
+  return Launch<T, __half, false>(params, partitions, multiprocessors, stream);
 }
 
 }  // namespace

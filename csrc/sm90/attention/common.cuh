@@ -182,12 +182,14 @@ __device__ __forceinline__ uint32_t FiniteOnly(uint32_t pair) {
 // not exist lose their values, whatever the page holds there; and those that only some rows of the
 // tile may see lose what is not finite in them, which reaches the rows that see it by way of their
 // scores. Every row sees the tokens before `seen_by_all`; those from `existing` on do not exist.
-// `panel(i)` is where panel i of the block lies. Called by all threads of a warpgroup.
-template <typename T, typename Panel>
-__device__ __forceinline__ void CleanValues(Panel panel, int seen_by_all, int existing) {
-  const int thread = threadIdx.x % 128;
-  for (int i = max(seen_by_all, 0) * 8 + thread; i < kPageSize * 8; i += 128) {
-    const bool exists = i / 8 < existing;
+// `panel(i)` is where panel i of the block lies, and `token(i)` is what its row i has. Called by
+// all threads of a warpgroup.
+template <typename T, typename Panel, typename Token>
+__device__ __forceinline__ void CleanValues(Panel panel, Token token, int seen_by_all,
+                                            int existing) {
+  for (int i = threadIdx.x % 128; i < kPageSize * 8; i += 128) {
+    if (token(i / 8) < seen_by_all) continue;
+    const bool exists = token(i / 8) < existing;
     for (int j = 0; j < kPanelsV; ++j) {
       uint4& eight = *reinterpret_cast<uint4*>(panel(j) + i * 16);
       uint4 v{0, 0, 0, 0};
@@ -198,6 +200,12 @@ __device__ __forceinline__ void CleanValues(Panel panel, int seen_by_all, int ex
       eight = v;
     }
   }
+}
+
+// The same where rows are in the order of tokens.
+template <typename T, typename Panel>
+__device__ __forceinline__ void CleanValues(Panel panel, int seen_by_all, int existing) {
+  CleanValues<T>(panel, [](int row) { return row; }, seen_by_all, existing);
 }
 
 }  // namespace flashmla::sm90

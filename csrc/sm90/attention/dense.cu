@@ -7,6 +7,7 @@
 #include "sm90/attention/combine.cuh"
 #include "sm90/attention/launch.cuh"
 #include "sm90/attention/narrow.cuh"
+#include "sm90/attention/narrow_fp8.cuh"
 #include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
 
@@ -62,15 +63,20 @@ Status MakeQueryMap(const DenseDecodeParams& p, CUtensorMap* map) {
       {kPanel, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(p.s_q), 1, 1}, map);
 }
 
-template <typename T, int kRows, bool kFp8 = false>
+template <typename T, int kRows>
 Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   narrow::Maps maps{};
-  Status status;
-  if (!kFp8) status = MakePageMap(p, kPageSize, 1, &maps.panel);
+  Status status = MakePageMap(p, kPageSize, 1, &maps.panel);
   if (status.ok()) status = MakeQueryMap(p, &maps.queries);
   if (!status.ok()) return status;
-  return Launch(narrow::Kernel<T, kRows, kFp8>, grid, narrow::kThreads<kRows, kFp8>,
-                sizeof(narrow::SharedMemory<kRows, kFp8>), 1, stream, p, maps);
+  return Launch(narrow::Kernel<T, kRows>, grid, narrow::kThreads,
+                sizeof(narrow::SharedMemory<kRows>), 1, stream, p, maps);
+}
+
+template <int kRows>
+Status LaunchNarrowFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  return Launch(narrow_fp8::Kernel<kRows>, grid, narrow_fp8::kThreads,
+                sizeof(narrow_fp8::SharedMemory<kRows>), 1, stream, p);
 }
 
 template <typename T, int kCluster>
@@ -96,10 +102,8 @@ Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream)
 //   more                 wide: tiles of 64 rows; an even number of tiles forms pairs that load
 //                        each page once
 Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
-  if (p.rows() <= 16) return LaunchNarrow<__nv_bfloat16, 16, true>(p, grid, stream);
-  if (p.rows() <= kNarrowRows) {
-    return LaunchNarrow<__nv_bfloat16, kNarrowRows, true>(p, grid, stream);
-  }
+  if (p.rows() <= 16) return LaunchNarrowFp8<16>(p, grid, stream);
+  if (p.rows() <= kNarrowRows) return LaunchNarrowFp8<kNarrowRows>(p, grid, stream);
   return LaunchWideFp8(p, grid, stream);
 }
 template <typename T>

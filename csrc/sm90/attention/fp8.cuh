@@ -32,9 +32,9 @@ __device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, float s
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// A warp's tokens of block after block. Four warps have all tokens (see Lanes); where there are
-// eight, each has only a half of the columns: kHalves is how many. Of each token and panel a lane
-// has 16 codes, one after the other: that is a step. RoPE columns are copied.
+// A warp's tokens of block after block, and of those a half of the columns. Four warps have all
+// tokens (see Lanes). Of each token and panel a lane has 16 codes, one after the other: that is a
+// step. RoPE columns are copied.
 //
 // Codes pass through registers, of which there are few: what kAhead steps need. When a step's fall
 // free, those of the step that comes so much later are sent for, of the next block in the end (its
@@ -50,7 +50,7 @@ __device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, float s
 // `Source` (tokens.cuh) walks over blocks and knows where this warp's tokens are. `Target` is where
 // the panels of a block are:
 //
-//   int FirstHalf()                   of the columns
+//   int Half()                        of the columns: 0 or 1
 //   void Wait(Unit)                   until it is free, to be called before
 //   uint32_t Panel(int)               address of a panel
 //   void Describe(int, uint32_t)      of the left half, when it is free: which tokens exist, one of
@@ -61,22 +61,20 @@ __device__ __forceinline__ uint4 Dequantize(uint32_t low, uint32_t high, float s
 //
 // What is written so has to be made visible to the tensor cores by a fence, which waits for all
 // that its thread has begun to load. There is always something here: others have to do it.
-template <TokenFormat kFormat, int kHalves, int kAhead, int kBefore, typename Source,
-          typename Target>
+template <TokenFormat kFormat, int kAhead, int kBefore, typename Source, typename Target>
 __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
   using Lanes = typename Source::Lanes;
   constexpr bool kApart = kFormat == TokenFormat::kFp8Apart;
-  constexpr int kTokens = Lanes::kTokens, kHalfSteps = kHalfPanels * kTokens;
-  constexpr int kSteps = kHalves * kHalfSteps;
+  constexpr int kTokens = Lanes::kTokens, kSteps = kHalfPanels * kTokens;
   static_assert(kBefore <= kAhead && kAhead <= kSteps);
   struct Block {
     TokenAddress<kFormat> address[kTokens];
-    uint2 scales[kHalves][kTokens];
+    uint2 scales[kTokens];
     uint32_t present;
   };
   const auto find = [&](Block& block) {
-    const int part = Lanes::Part(), half = target.FirstHalf();
-    const bool any = source.Next(block.address, block.present, half, 2 / kHalves);
+    const int part = Lanes::Part(), half = target.Half();
+    const bool any = source.Next(block.address, block.present, half, 2);
 #pragma unroll
     for (TokenAddress<kFormat>& a : block.address) {
       a.token += half * kHalfPanels * kPanel + part * 16;  // the first codes for this lane
@@ -84,16 +82,15 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
     return any;
   };
   const auto load_scales = [&](Block& block) {
-    const int part = Lanes::Part(), half = target.FirstHalf();
+    const int part = Lanes::Part(), half = target.Half();
 #pragma unroll
-    for (int i = 0; i < kHalves * kTokens; ++i) {
-      const TokenAddress<kFormat>& a = block.address[i % kTokens];
-      uint2& own = block.scales[i / kTokens][i % kTokens];
+    for (int i = 0; i < kTokens; ++i) {
+      const TokenAddress<kFormat>& a = block.address[i];
       if constexpr (kApart) {
-        own.x = ptx::Load4(a.scales + (half + i / kTokens) * 4);
+        block.scales[i].x = ptx::Load4(a.scales + half * 4);
       } else {
-        const int to = kHeadDimV - half * (kHalfPanels * kPanel - 8) - part * 16 + i / kTokens * 8;
-        own = ptx::Load8(a.token + to);
+        const int to = kHeadDimV - half * (kHalfPanels * kPanel - 8) - part * 16;
+        block.scales[i] = ptx::Load8(a.token + to);
       }
     }
   };
@@ -113,13 +110,13 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
   for (bool more = true; more;) {
     Block next;
     more = find(next);
-    const int row = Lanes::Token(0), part = Lanes::Part(), first_half = target.FirstHalf();
+    const int row = Lanes::Token(0), part = Lanes::Part(), half = target.Half();
+    const Unit unit = half == 0 ? kLeftHalf : kRightHalf;
     const auto place = [&](int token, int chunk) -> uint32_t {
       return (row + token * Lanes::kStep) * 128 + ((chunk ^ row % 8) << 4);
     };
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) target.Wait(first_half + h == 0 ? kLeftHalf : kRightHalf);
-    if (first_half == 0) target.Describe(row / Lanes::kTokensEach, block.present);
+    target.Wait(unit);
+    if (half == 0) target.Describe(row / Lanes::kTokensEach, block.present);
     uint4 codes[kSteps];
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) {
@@ -127,13 +124,13 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
     }
     // The RoPE columns are for those who have the right half: the ninth panel or, where they are
     // part of the value, its last.
-    const bool right = first_half + kHalves == 2;
+    const bool right = half == 1;
     const auto copy_rope = [&](Unit unit, int panel) {
 #pragma unroll
       for (int i = 0; i < 2 * kTokens; ++i) {
         const int token = i % kTokens, chunk = i / kTokens * 4 + part;
         const int to = (kApart ? kFp8ApartCodes : kFp8RopeOffset) + i / kTokens * 64 -
-                       first_half * kHalfPanels * kPanel;
+                       half * kHalfPanels * kPanel;
         const uint32_t at = target.Panel(panel) + place(token, chunk);
         const uint8_t* from = block.address[token].token + to;
         if constexpr (kApart) {  // where nothing is aligned to more
@@ -148,10 +145,9 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
     if (kApart && right) copy_rope(kRightHalf, kPanelsV - 1);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int token = step % kTokens, half = first_half + step / kHalfSteps;
-      const int panel = first_half * kHalfPanels + step / kTokens;
-      const int tile = step % kHalfSteps / kTokens;
-      const uint2 own = block.scales[step / kHalfSteps][token];
+      const int token = step % kTokens, tile = step / kTokens;
+      const int panel = half * kHalfPanels + tile;
+      const uint2 own = block.scales[token];
       float scale;
       if constexpr (kApart) {
         scale = PowerOf(own.x >> tile * 8 & 0xFF);
@@ -160,7 +156,7 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
       }
       const uint4 v = codes[step];
       const uint4 low = Dequantize(v.x, v.y, scale), high = Dequantize(v.z, v.w, scale);
-      if (step / kTokens < kHalves * kHalfPanels - 1 || !kApart || !right) {
+      if (tile < kHalfPanels - 1 || !kApart || !right) {
         ptx::StoreShared16(target.Panel(panel) + place(token, part * 2), low);
         ptx::StoreShared16(target.Panel(panel) + place(token, part * 2 + 1), high);
       }
@@ -171,8 +167,8 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
       } else if (later - kSteps < kBefore) {
         first_codes[later - kSteps] = load(next, later - kSteps);
       }
-      if (step % kHalfSteps == kHalfSteps - 1) target.HandOver(half == 0 ? kLeftHalf : kRightHalf);
     }
+    target.HandOver(unit);
     if (!kApart && right) {
       target.Wait(kRope);
       copy_rope(kRope, kPanelsV);

@@ -18,9 +18,6 @@
 //   warp 9     queries  a sequence's Q, ahead of its blocks
 //   warp 10    bookkeeper: tells the combine what to merge
 //
-// With FP8 pages, warps 12-15, or 12-19, read them and write the panels as bfloat16 (fp8.cuh), and
-// warp 8 makes those visible to the tensor cores.
-//
 // Every hand-over is an mbarrier with one that gives back. The reference m moves only where a row's
 // maximum has grown by more than a factor of 2^8, so that O is rarely rescaled. Exact after the
 // final division.
@@ -29,35 +26,18 @@
 #include <cmath>
 
 #include "sm90/attention/common.cuh"
-#include "sm90/attention/fp8.cuh"
-#include "sm90/attention/tokens.cuh"
 
 namespace flashmla::sm90::narrow {
 
 inline constexpr int kGroupThreads = 128;  // of the warps that do scores, or values
-// Groups that convert FP8 tokens: two, as far as there are registers.
-template <int kRows, bool kFp8>
-constexpr int kConverterGroups = kFp8 ? (kRows == 16 ? 2 : 1) : 0;
-template <int kRows, bool kFp8>
-constexpr int kThreads = (3 + kConverterGroups<kRows, kFp8>)*kGroupThreads;
-// Registers of a thread, by what it does. All start with 168, with FP8 pages with 96 or 128.
-template <int kRows, bool kFp8>
-struct Registers {
-  static constexpr int kScores = 168, kValues = 240, kLoaders = 96, kConverters = 0;
-};
-template <>
-struct Registers<16, true> {
-  static constexpr int kScores = 144, kValues = 168, kLoaders = 40, kConverters = 64;
-};
-template <>
-struct Registers<32, true> {
-  static constexpr int kScores = 160, kValues = 208, kLoaders = 40, kConverters = 104;
-};
+inline constexpr int kThreads = 3 * kGroupThreads;
+// Registers of a thread. All start with 168, and those that do scores stay there.
+inline constexpr int kValueRegisters = 240, kLoaderRegisters = 96;
 
 inline constexpr int kSequenceCost = 1;  // blocks
 inline constexpr int kLeastBlocks = 1;
 
-template <int kRows, bool kFp8>
+template <int kRows>
 struct SharedMemory {
   static constexpr int kQueries = kRows == 16 ? 2 : 1;  // buffers for Q
   static constexpr int kSlots = kRows == 16 ? 23 : 22;  // panels in the ring
@@ -71,12 +51,9 @@ struct SharedMemory {
   float reference[2][kRows];        // of alternate sequences, when all of their blocks are done,
   float warp_sum[2][4][kRows];      // and their weights' sums
   uint64_t full[kSlots], empty[kSlots];
-  uint64_t converted[kFp8 ? kSlots : 1];
   uint64_t query_ready[kQueries], query_free[kQueries];
   uint64_t p_ready[2], p_free[2];
   uint64_t sums_ready[2], sums_free[2];
-  RowTile tile;                                              // for those who convert tokens,
-  Walk walks[kFp8 ? 4 * kConverterGroups<kRows, kFp8> : 1];  // and this for each of their warps
   int query_row[kRows];    // per row of the tile, its place among a sequence's query rows,
   int query_token[kRows];  // and its token
 };
@@ -101,11 +78,11 @@ struct Ring {
 };
 
 // The panels of a block follow each other in the ring: those of V, then RoPE.
-template <int kRows, bool kFp8>
+template <int kRows>
 __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& map,
                                  const RowTile& tile, const Range& range,
-                                 SharedMemory<kRows, kFp8>& shared) {
-  Ring<SharedMemory<kRows, kFp8>::kSlots> ring;
+                                 SharedMemory<kRows>& shared) {
+  Ring<SharedMemory<kRows>::kSlots> ring;
   Pages pages(p, tile, range);
   for (int page; pages.Next(&page);) {
     if (threadIdx.x % 32 != 0) continue;
@@ -121,72 +98,12 @@ __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& 
   }
 }
 
-// The panels of a block in the ring, for those who convert FP8 tokens.
-template <int kRows>
-struct Panels {
-  SharedMemory<kRows, true>& shared;
-  Ring<SharedMemory<kRows, true>::kSlots> ring;
-
-  static __device__ __forceinline__ int FirstHalf() {
-    return kConverterGroups<kRows, true> == 1 ? 0 : ptx::ThreadId() / kGroupThreads - 3;
-  }
-  __device__ __forceinline__ auto Place(int panel) const {
-    auto place = ring;
-    place.Advance(panel);
-    return place;
-  }
-  // A unit's panels, by a lane for each.
-  template <typename Visit>
-  __device__ __forceinline__ void ForEach(Unit unit, Visit visit) const {
-    const int lane = threadIdx.x % 32;
-    if (lane < (unit == kRope ? 1 : kHalfPanels)) {
-      visit(Place(unit == kRope ? kPanelsV : unit * kHalfPanels + lane));
-    }
-  }
-  __device__ __forceinline__ void Wait(Unit unit) const {
-    ForEach(unit,
-            [&](auto place) { ptx::MbarrierWait(&shared.empty[place.slot], place.parity ^ 1); });
-    __syncwarp();
-  }
-  __device__ __forceinline__ uint32_t Panel(int panel) const {
-    return ptx::SmemAddress(shared.k[Place(panel).slot]);
-  }
-  __device__ __forceinline__ void Describe(int, uint32_t) const {}
-  __device__ __forceinline__ void TrackCopies(Unit unit) const {
-    ptx::CpAsyncTrack(&shared.converted[Place(kPanelsV).slot]);  // only RoPE columns are copied
-  }
-  __device__ __forceinline__ void HandOver(Unit unit) const {
-    __syncwarp();
-    ForEach(unit, [&](auto place) { ptx::MbarrierArrive(&shared.converted[place.slot]); });
-  }
-  __device__ __forceinline__ void Advance() { ring.Advance(kPanels); }
-};
-
-// What is written to shared memory has to be made visible to the tensor cores by a fence, which
-// waits for all that its thread has begun to load. Those who convert have always begun something:
-// so this thread does it for them.
-template <int kRows>
-__device__ inline void FencePanels(const DenseDecodeParams& p, const RowTile& tile,
-                                   const Range& range, SharedMemory<kRows, true>& shared) {
-  Ring<SharedMemory<kRows, true>::kSlots> ring;
-  Segments segments(p, tile, range);
-  for (Segment s; segments.Next(&s);) {
-#pragma unroll 1
-    for (int i = 0; i < s.visible * kPanels; ++i) {
-      ptx::MbarrierWait(&shared.converted[ring.slot], ring.parity);
-      ptx::FenceProxyAsync();
-      ptx::MbarrierArrive(&shared.full[ring.slot]);
-      ring.Advance();
-    }
-  }
-}
-
 // The query rows of a sequence, panel by panel; those that do not exist stay as they are.
-template <int kRows, bool kFp8>
+template <int kRows>
 __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap& map,
                                    const RowTile& tile, const Range& range,
-                                   SharedMemory<kRows, kFp8>& shared) {
-  Ring<SharedMemory<kRows, kFp8>::kQueries> ring;
+                                   SharedMemory<kRows>& shared) {
+  Ring<SharedMemory<kRows>::kQueries> ring;
   Segments segments(p, tile, range);
   for (Segment s; segments.Next(&s);) {
     uint64_t* ready = &shared.query_ready[ring.slot];
@@ -194,8 +111,8 @@ __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap
     ptx::MbarrierArriveExpectTx(ready, tile.count * kHeadDim * 2);
 #pragma unroll 1
     for (int panel = 0; panel < kPanels; ++panel) {
-      ptx::TmaLoad5D(shared.q[ring.slot] + panel * SharedMemory<kRows, kFp8>::kPanelBytesQ, &map,
-                     ready, 0, 0, s.batch * static_cast<int>(p.s_q), panel, tile.kv_head);
+      ptx::TmaLoad5D(shared.q[ring.slot] + panel * SharedMemory<kRows>::kPanelBytesQ, &map, ready,
+                     0, 0, s.batch * static_cast<int>(p.s_q), panel, tile.kv_head);
     }
     ring.Advance();
   }
@@ -203,11 +120,10 @@ __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap
 
 // The columns of S^T that a thread holds: 8 i + column + {0, 1} for i < kRows / 8, numbered
 // 2 i + {0, 1}. Its rows are the tokens row and row + 8 of a block.
-template <typename T, int kRows, bool kFp8>
+template <typename T, int kRows>
 class Scores {
  public:
-  __device__ Scores(const DenseDecodeParams& p, const RowTile& tile,
-                    SharedMemory<kRows, kFp8>& shared)
+  __device__ Scores(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
       : p_(p),
         tile_(tile),
         shared_(shared),
@@ -216,7 +132,7 @@ class Scores {
         q_operand_(ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared.q))) {}
 
   __device__ __forceinline__ void Run(const Range& range) {
-    Ring<SharedMemory<kRows, kFp8>::kQueries> query;
+    Ring<SharedMemory<kRows>::kQueries> query;
     Ring<2> sums;
     Segments segments(p_, tile_, range);
     for (Segment s; segments.Next(&s);) {
@@ -241,7 +157,7 @@ class Scores {
   static constexpr int kColumns = kRows / 4;
 
   __device__ __forceinline__ void Block(int query, int first_token) {
-    const Ring<SharedMemory<kRows, kFp8>::kSlots> block = ring_;
+    const Ring<SharedMemory<kRows>::kSlots> block = ring_;
     const uint64_t q = ptx::Advance(q_operand_, query * sizeof(shared_.q[0]));
     int rope = 0;
     ptx::MbarrierWait(&shared_.full[ring_.slot], ring_.parity);
@@ -252,7 +168,7 @@ class Scores {
       const uint64_t k = ptx::Advance(k_operand_, ring_.slot * kPanelBytes);
 #pragma unroll
       for (int step = 0; step < kPanel / 16; ++step) {
-        const uint32_t offset = panel * SharedMemory<kRows, kFp8>::kPanelBytesQ + step * 32;
+        const uint32_t offset = panel * SharedMemory<kRows>::kPanelBytesQ + step * 32;
         ptx::WgmmaM64<T, 0>(x_, ptx::Advance(k, step * 32), ptx::Advance(q, offset),
                             panel > 0 || step > 0);
       }
@@ -291,7 +207,7 @@ class Scores {
     if (partly) {
       CleanValues<T>(
           [&](int panel) {
-            Ring<SharedMemory<kRows, kFp8>::kSlots> place = block;
+            Ring<SharedMemory<kRows>::kSlots> place = block;
             place.Advance(panel);
             return shared_.k[place.slot];
           },
@@ -356,11 +272,11 @@ class Scores {
 
   const DenseDecodeParams& p_;
   const RowTile& tile_;
-  SharedMemory<kRows, kFp8>& shared_;
+  SharedMemory<kRows>& shared_;
   const float scale_;
   const uint64_t k_operand_, q_operand_;
 
-  Ring<SharedMemory<kRows, kFp8>::kSlots> ring_;
+  Ring<SharedMemory<kRows>::kSlots> ring_;
   Ring<2> p_ring_;
   // Of the current sequence.
   int length_;
@@ -374,11 +290,10 @@ class Scores {
 
 // Panel j of O^T: the thread holds the latent columns 64 j + row and + 8, of the query rows that
 // Scores numbers alike.
-template <typename T, int kRows, bool kFp8>
+template <typename T, int kRows>
 class Values {
  public:
-  __device__ Values(const DenseDecodeParams& p, const RowTile& tile,
-                    SharedMemory<kRows, kFp8>& shared)
+  __device__ Values(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
       : p_(p),
         tile_(tile),
         shared_(shared),
@@ -531,22 +446,20 @@ class Values {
 
   const DenseDecodeParams& p_;
   const RowTile& tile_;
-  SharedMemory<kRows, kFp8>& shared_;
+  SharedMemory<kRows>& shared_;
   const uint64_t v_operand_, p_operand_;
 
-  Ring<SharedMemory<kRows, kFp8>::kSlots> ring_;
+  Ring<SharedMemory<kRows>::kSlots> ring_;
   Ring<2> p_ring_;
   float o_[kPanelsV][kRows / 2];
 };
 
 // Grid: (row tiles, partitions).
-template <typename T, int kRows, bool kFp8>
-__global__ void __launch_bounds__((kThreads<kRows, kFp8>), 1)
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kThreads, 1)
     Kernel(const __grid_constant__ DenseDecodeParams p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  using Shared = SharedMemory<kRows, kFp8>;
-  using Own = Registers<kRows, kFp8>;
-  constexpr int kThreads = narrow::kThreads<kRows, kFp8>;
+  using Shared = SharedMemory<kRows>;
   static_assert(sizeof(Shared) <= kMaxSharedBytes);
   Shared& shared = *reinterpret_cast<Shared*>(raw);
   // One thread of a warp for some of the barriers: of many, it would be one after the other, too,
@@ -559,10 +472,9 @@ __global__ void __launch_bounds__((kThreads<kRows, kFp8>), 1)
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 32) {
     for (uint64_t& barrier : shared.empty) ptx::MbarrierInit(&barrier, kGroupThreads / 32);
-    for (uint64_t& barrier : shared.converted) ptx::MbarrierInit(&barrier, kGroupThreads / 32);
     ptx::FenceMbarrierInit();
   } else if (threadIdx.x == 64) {
-    if constexpr (!kFp8) ptx::PrefetchTensorMap(&maps.panel);
+    ptx::PrefetchTensorMap(&maps.panel);
     ptx::PrefetchTensorMap(&maps.queries);
     // Those that hand over numbers count the threads that wrote them: racecheck follows that.
     for (int i = 0; i < Shared::kQueries; ++i) {
@@ -578,7 +490,6 @@ __global__ void __launch_bounds__((kThreads<kRows, kFp8>), 1)
     ptx::FenceMbarrierInit();
   }
   const RowTile tile(p, blockIdx.x);
-  if (threadIdx.x == 96) shared.tile = tile;
   if (threadIdx.x >= kThreads - kRows) {
     const int i = threadIdx.x - (kThreads - kRows);
     const int r = min(i, tile.count - 1);
@@ -597,38 +508,22 @@ __global__ void __launch_bounds__((kThreads<kRows, kFp8>), 1)
   __syncthreads();  // barriers and row numbers are there
   ptx::WaitForPreviousKernel();
   const Range range = FindRange(p, blockIdx.y, ptx::GridY(), kSequenceCost, kLeastBlocks);
-  // With so many threads registers are scarce at first.
-  const RowTile& own_tile = kFp8 ? shared.tile : tile;
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {
-    if constexpr (kFp8) ptx::IncreaseRegisters<Own::kScores>();
-    Scores<T, kRows, kFp8>(p, own_tile, shared).Run(range);
+    Scores<T, kRows>(p, tile, shared).Run(range);
   } else if (role == 1) {
-    ptx::IncreaseRegisters<Own::kValues>();
-    Values<T, kRows, kFp8>(p, own_tile, shared).Run(range, blockIdx.y, ptx::GridY());
-  } else if (kFp8 && role >= 3) {
-    if constexpr (kFp8) {
-      ptx::DecreaseRegisters<Own::kConverters>();
-      Shared& kept = ptx::KeepAddress(shared);
-      auto& walk = kept.walks[threadIdx.x / 32 - 3 * kGroupThreads / 32];
-      walk.Begin(range);
-      Fp8Pages source(p, kept.tile, walk);
-      Panels<kRows> panels{kept};
-      ConvertTokens<TokenFormat::kFp8, 2 / kConverterGroups<kRows, true>, 4, 3>(source, panels);
-    }
+    ptx::IncreaseRegisters<kValueRegisters>();
+    Values<T, kRows>(p, tile, shared).Run(range, blockIdx.y, ptx::GridY());
   } else {
-    ptx::DecreaseRegisters<Own::kLoaders>();
+    ptx::DecreaseRegisters<kLoaderRegisters>();
     const int warp = threadIdx.x / 32 - 2 * kGroupThreads / 32;
     if (warp == 0) {
-      if constexpr (!kFp8) LoadPages<kRows, kFp8>(p, maps.panel, own_tile, range, shared);
-      if constexpr (kFp8) {
-        if (threadIdx.x % 32 == 0) FencePanels<kRows>(p, own_tile, range, shared);
-      }
+      LoadPages<kRows>(p, maps.panel, tile, range, shared);
     } else if (warp == 1 && threadIdx.x % 32 == 0) {
-      LoadQueries<kRows, kFp8>(p, maps.queries, own_tile, range, shared);
+      LoadQueries<kRows>(p, maps.queries, tile, range, shared);
     } else if (warp == 2 && threadIdx.x % 32 == 0 && blockIdx.x == 0 && ptx::GridY() > 1 &&
                !p.batch_invariant) {
-      RecordMerges(p, own_tile, range, blockIdx.y, ptx::GridY());
+      RecordMerges(p, tile, range, blockIdx.y, ptx::GridY());
     }
   }
 }

@@ -203,7 +203,7 @@ class Stage {
   using Shared = SharedMemory<Problem>;
   __device__ explicit Stage(Shared& shared) : base_(ptx::SmemAddress(&shared)) {}
 
-  static __device__ __forceinline__ int FirstHalf() { return ptx::ThreadId() / 128 - kSides; }
+  static __device__ __forceinline__ int Half() { return ptx::ThreadId() / 128 - kSides; }
   __device__ __forceinline__ void Wait(Unit unit) const {
     if (unit == kRope) {
       ptx::MbarrierWait(&shared().empty[0][kRope], ring_.rope_parity() ^ 1);
@@ -869,11 +869,11 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
       Stage<Problem> stage(kept);
       if constexpr (!Problem::kSparse) {
         Fp8Pages source(p, kept.tile, walk);
-        ConvertTokens<TokenFormat::kFp8, 1, 4, 3>(source, stage);
+        ConvertTokens<TokenFormat::kFp8, 4, 3>(source, stage);
       } else {
         ListedTokens<Problem::kFormat, Problem::kDim> source(p, kept.tile, walk);
         if constexpr (Problem::kConverted) {
-          ConvertTokens<Problem::kFormat, 1, 4, 3>(source, stage);
+          ConvertTokens<Problem::kFormat, 4, 3>(source, stage);
         } else {
           CopyTokens(source, stage);
         }
