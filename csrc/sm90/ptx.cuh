@@ -330,9 +330,9 @@ __device__ __forceinline__ void CpAsync8(uint32_t destination, const void* sourc
                : "memory");
 }
 
-// The barrier waits for what this thread has copied so until now, beside its arrivals.
-__device__ __forceinline__ void CpAsyncTrack(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(SmemAddress(barrier))
+// Arrives on the barrier when what this thread has copied so until now has come.
+__device__ __forceinline__ void CpAsyncArrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SmemAddress(barrier))
                : "memory");
 }
 

@@ -91,7 +91,13 @@ struct Problem {
   static constexpr int kProducerRegisters = kTma ? 56 : kConverted ? 64 : 88;
   static constexpr int kQueryPanels = kRopeShared ? kPanels : kPanelsV;
   static constexpr int kStagePanels = kTma ? kPanels : kPanelsV;
-  static constexpr int kHandOvers = kTma ? 1 : 4;  // warps that hand over a unit
+  // How often a unit's barrier is arrived on: by each of four warps that hand it over and, where
+  // something is copied there, by each of their threads.
+  static constexpr int HandOvers(int unit) {
+    if (kTma) return 1;
+    const bool copied = !kConverted || unit == (kRopeApart ? kRope : kRightHalf);
+    return copied ? 4 * 32 + 4 : 4;
+  }
 };
 
 enum Side : int { kLeft, kRight };
@@ -218,7 +224,7 @@ class Stage {
   __device__ __forceinline__ void Describe(int word, uint32_t present) const {
     if (Problem::kSparse && ptx::LaneId() == 0) shared().present[ring_.stage()][word] = present;
   }
-  __device__ __forceinline__ void TrackCopies(Unit unit) const { ptx::CpAsyncTrack(Full(unit)); }
+  __device__ __forceinline__ void TrackCopies(Unit unit) const { ptx::CpAsyncArrive(Full(unit)); }
   __device__ __forceinline__ void HandOver(Unit unit) const {
     __syncwarp();
     if (ptx::LaneId() == 0) ptx::MbarrierArrive(Full(unit));
@@ -488,11 +494,13 @@ class Consumer {
     if constexpr (kSparse) {
       // The left half of the block is not released before its P is there: so this is still its.
       using Lanes = sm90::Lanes<Problem::kConverted>;
-      const volatile uint32_t* words = shared().present[stage];  // registers are scarce
-      if ((words[0] & words[1] & words[2] & words[3]) != ~0u) {
+      uint4 words{};  // of one lane, which is the one that releases the half
+      if (lane() == 0) words = *reinterpret_cast<const uint4*>(shared().present[stage]);
+      if (__shfl_sync(~0u, words.x & words.y & words.z & words.w, 0) != ~0u) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t word = Lanes::FromColumn(words[i]);
+          const uint32_t own = i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+          const uint32_t word = Lanes::FromColumn(__shfl_sync(~0u, own, 0));
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             if (!(word >> Lanes::Bit(j % 2, j / 4) & 1)) x_[8 * i + j] = -INFINITY;
@@ -831,7 +839,7 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
     }
     for (int i = 0; i < kStages; ++i) {
       for (int unit = 0; unit < kUnits; ++unit) {
-        ptx::MbarrierInit(&shared.full[i][unit], Problem::kHandOvers);
+        ptx::MbarrierInit(&shared.full[i][unit], Problem::HandOvers(unit));
         ptx::MbarrierInit(&shared.empty[i][unit], kCluster * kWarpsPerSide);
       }
     }
