@@ -8,8 +8,9 @@
 //   P^T           = exp2(S^T - m)
 //   O^T[512 x N]  = O^T * alpha + V^T[512 x 64] P^T  V in shared memory
 //
-//   warps 0-7   scorers  two warpgroups, which take blocks in turns: load and convert tokens,
-//                        S and P. While one waits for its tokens, the other has them
+//   warps 0-7   scorers  two warpgroups, which take blocks in turns: convert tokens, S and P.
+//                        Each warp has 16 of a block's tokens. When it has read them, it sends for
+//                        those of the next block, which is the other group's
 //   warps 8-11  values   O; writes the result of a sequence
 //
 // A block has a stage of its own: V and P in shared memory, handed over together.
@@ -23,15 +24,16 @@
 //
 // The four lanes that have a row of wgmma's first operand have four columns each of every sixteen.
 // A lane reads 16 codes in one piece, so Q's columns are permuted in shared memory likewise, in
-// each panel of 64: what wgmma takes for column 16 j + 8 i + 2 lane + e is column 16 lane + 4 j + 2
-// i + e. V's columns then are permuted too, and O's, until they are written.
+// each panel of 64: what wgmma takes for column 16 j + 8 i + 2 lane + e is column
+// 16 lane + 4 j + 2 i + e. V's columns then are permuted too, and O's, until they are written. RoPE
+// columns are twice as wide, and read in two pieces of eight: there it is column
+// 32 (j / 2) + 8 lane + 4 (j % 2) + 2 i + e.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
 #include "sm90/attention/common.cuh"
-#include "sm90/attention/fp8.cuh"
 #include "sm90/attention/tokens.cuh"
 
 namespace flashmla::sm90::narrow_fp8 {
@@ -63,7 +65,7 @@ struct SharedMemory {
   alignas(16) float peaks[kGroups][kRows][kWarps];
   float last_reference[kGroups][kRows];    // of a sequence, when all of its blocks are done,
   float warp_sum[kGroups][kWarps][kRows];  // and its weights' sums
-  float query_unit;
+  uint32_t unused;
   uint32_t query_top[2];  // the largest number of the queries, sequence by sequence, in bfloat16
   uint64_t tokens_ready[kGroups][kWarps];
   uint64_t full[kStages], empty[kStages];
@@ -109,7 +111,7 @@ class Scorer : Place {
         pages_(p, shared.tile, shared.range) {}
 
   __device__ __forceinline__ void Run() {
-    // Each sends for the block after its own; the first group for the first one, too.
+    // Each group sends for the blocks after its own; the first group for the first one, too.
     int page;
     bool any = pages_.Next(&page);
     if (group() == 0) {
@@ -212,7 +214,8 @@ class Scorer : Place {
     ptx::NamedBarrierSync(kScorers, kScorerThreads);
   }
 
-  // Multiplied by `inverse`. Returns a thread's largest number in bfloat16, without its sign.
+  // Columns permuted, numbers multiplied by `inverse`. Returns a thread's largest number in
+  // bfloat16, without its sign.
   __device__ __forceinline__ uint32_t LoadQueries(int batch, float inverse) {
     constexpr int kAtOnce = kScorerThreads / 8;  // eight threads have a panel of a row
     constexpr int kEach = (kRows * kPanels + kAtOnce - 1) / kAtOnce;
