@@ -68,6 +68,10 @@ def run(problem: oracle.Problem, **options: Any) -> tuple[jax.Array, jax.Array]:
         ((3000, 64), {"s_q": 2, "h_q": 16}),
         ((2500, 700), {"h_q": 128}),
         ((70,) * 150, {"h_q": 8}),
+        # More sequences than a GPU has multiprocessors, and odd numbers of pages.
+        ((130, 1, 0, 200, 320) * 50, {"h_q": 8}),
+        ((130, 1, 0, 200, 320) * 50, {"s_q": 3, "h_q": 10}),
+        ((40000,), {"s_q": 2, "h_q": 4}),
     ],
     ids=lambda x: str(x)[:20],
 )
@@ -137,11 +141,11 @@ def test_all_codes(rng: np.random.Generator, dtype: Any, rows: int) -> None:
     np.testing.assert_array_equal(out, numbers.astype(dtype))
 
 
-@KERNELS
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("of_queries", [1e-6, 1.0, 3e5], ids=lambda x: f"q{x:g}")
-def test_sizes(rng: np.random.Generator, dtype: Any, rows: int, of_queries: float) -> None:
+def test_sizes(rng: np.random.Generator, rows: int, of_queries: float) -> None:
     """Tokens, and queries, that are larger or smaller than half precision holds; or nothing."""
-    fp8, _ = make_problem(rng, (130, 70), dtype, h_q=rows)
+    fp8, _ = make_problem(rng, (130, 70), ml_dtypes.bfloat16, h_q=rows)
     pages = fp8.k_cache.copy()
     sizes = np.exp2(rng.integers(-40, 40, pages.shape[:-1])).astype(np.float32)
     sizes[rng.random(sizes.shape) < 0.1] = 0
@@ -149,11 +153,10 @@ def test_sizes(rng: np.random.Generator, dtype: Any, rows: int, of_queries: floa
     pages[..., 512:528] = scales.astype(np.float32).view(np.uint8)
     poison = (fp8.k_cache == 0xFF).all(-1)
     pages[poison] = 0xFF
-    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, dtype, rows))
-    # Scores of about one, by their rows' largest tokens.
-    q = (fp8.q.astype(np.float32) * of_queries).astype(dtype)
+    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, ml_dtypes.bfloat16, rows))
+    q = (fp8.q.astype(np.float32) * of_queries).astype(ml_dtypes.bfloat16)
     fp8, exact = fp8.replace(q=q, k_cache=pages), fp8.replace(q=q, k_cache=numbers)
-    scale = 2.0**-42 / of_queries
+    scale = 2.0**-48 / of_queries  # the highest scores are a few units
     oracle.assert_matches(run(fp8, softmax_scale=scale), oracle.attend(exact, scale))
 
 
@@ -172,15 +175,46 @@ def test_nan_codes_and_scales_show(rng: np.random.Generator, dtype: Any, rows: i
         assert np.isnan(out[i]).any() == (i < 3)
 
 
-def test_batch_invariance(rng: np.random.Generator) -> None:
-    fp8, _ = make_problem(rng, (700, 90, 64), ml_dtypes.bfloat16, h_q=3)
-    out, lse = run(fp8, deterministic="batch_invariant")
-    for i in range(3):
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+@pytest.mark.parametrize("rising", [False, True], ids=["falling", "rising"])
+def test_rescaling(rng: np.random.Generator, rows: int, rising: bool) -> None:
+    """Scores that grow, or shrink, by many powers of two from one page to the next."""
+    lengths = (450, 70, 200) * 60
+    fp8, _ = make_problem(rng, lengths, ml_dtypes.bfloat16, h_q=rows)
+    pages = fp8.k_cache.copy()
+    for table, length in zip(fp8.block_table, lengths, strict=True):
+        for first in range(0, length, 64):
+            at = np.arange(first, min(first + 64, length))
+            score = (at if rising else length - at) * rng.uniform(0.1, 0.3)
+            key = score.astype(ml_dtypes.bfloat16)[:, None].view(np.uint8)
+            pages[table[first // 64], : len(at), 0, 528:530] = key
+    q = fp8.q.copy()
+    q[..., 512] = 16  # against noise of about three
+    poison = (fp8.k_cache == 0xFF).all(-1)
+    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, ml_dtypes.bfloat16, rows))
+    fp8, exact = fp8.replace(q=q, k_cache=pages), fp8.replace(q=q, k_cache=numbers)
+    oracle.assert_matches(run(fp8, softmax_scale=1 / 16), oracle.attend(exact, 1 / 16))
+
+
+@pytest.mark.parametrize(("h_q", "h_kv"), [(8, 1), (16, 1), (32, 2), (64, 1)])
+def test_batch_invariance(rng: np.random.Generator, h_q: int, h_kv: int) -> None:
+    """A sequence has the same bits alone, and among others in any order; and the right ones."""
+    lengths = (2500, 64, 0, 5, 2049)
+    sizes = {"s_q": 2, "h_q": h_q, "h_kv": h_kv}
+    fp8, exact = make_problem(rng, lengths, ml_dtypes.bfloat16, **sizes)
+    attend = functools.partial(run, causal=True, deterministic="batch_invariant")
+
+    def of(rows: Any) -> oracle.Problem:
         names = "q", "block_table", "cache_seqlens"
-        one = fp8.replace(**{name: getattr(fp8, name)[i : i + 1] for name in names})
-        alone = run(one, deterministic="batch_invariant")
-        np.testing.assert_array_equal(alone[0][0], out[i])
-        np.testing.assert_array_equal(alone[1][0], lse[i])
+        return fp8.replace(**{name: getattr(fp8, name)[rows] for name in names})
+
+    out, lse = map(np.asarray, attend(fp8))
+    oracle.assert_matches((out, lse), oracle.attend(exact, causal=True))
+    order = rng.choice(len(lengths), 40 * len(lengths))  # more than there are multiprocessors
+    for rows in (*([i] for i in range(len(lengths))), order):
+        again = attend(of(rows))
+        np.testing.assert_array_equal(again[0], out[rows])
+        np.testing.assert_array_equal(again[1], lse[rows])
 
 
 @pytest.mark.skipif(jax.devices()[0].platform == "cpu", reason="the CPU's kernel can")

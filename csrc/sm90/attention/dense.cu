@@ -128,11 +128,11 @@ Status Decode(const DenseDecodeParams& p, cudaStream_t stream, int* partitions,
             "s_q * h_q is too large: " + std::to_string(p.s_q * p.h_q)};
   }
 
-  // The schedule counts all blocks of all sequences and up to three more for each sequence. The
+  // The schedule counts all blocks of all sequences and up to four more for each sequence. The
   // last partitions may lie behind the last of them; and where all sequences are of one length, up
   // to three units more for each partition count.
   constexpr int64_t kBehind = 4 * kMaxPartitions;
-  if (p.batch * (p.max_pages_per_seq + p.s_q / kPageSize + 4) > INT32_MAX - kBehind) {
+  if (p.batch * (p.max_pages_per_seq + p.s_q / kPageSize + 5) > INT32_MAX - kBehind) {
     return {StatusCode::kInvalidArgument, "block_table is too large: " + std::to_string(p.batch) +
                                               " x " + std::to_string(p.max_pages_per_seq)};
   }
