@@ -494,7 +494,7 @@ class Consumer {
     if constexpr (kSparse) {
       // The left half of the block is not released before its P is there: so this is still its.
       using Lanes = sm90::Lanes<Problem::kConverted>;
-      uint4 words{};  // of one lane, which is the one that releases the half
+      uint4 words{};  // of one lane, the one that arrives for its warp when it has done
       if (lane() == 0) words = *reinterpret_cast<const uint4*>(shared().present[stage]);
       if (__shfl_sync(~0u, words.x & words.y & words.z & words.w, 0) != ~0u) {
 #pragma unroll
