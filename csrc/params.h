@@ -69,8 +69,8 @@ struct DenseDecodeParams {
   constexpr int64_t tile_rows() const { return rows() < kRowTile ? rows() : kRowTile; }
   // Partial results of many rows are in half precision, scaled: there is much to write and to read.
   constexpr bool half_partials() const { return rows() > kNarrowRows; }
-  // Of few rows over FP8 pages, a partial result has its columns in another order: in each panel of
-  // 64 column 16 j + 2 i + e, for j < 4 and i < 8, is at place 8 i + 2 j + e.
+  // Of few rows over FP8 tokens, a partial result has its columns in another order: in each panel
+  // of 64 column 16 j + 2 i + e, for j < 4 and i < 8, is at place 8 i + 2 j + e.
   constexpr bool permuted_partials() const { return fp8_cache && !half_partials(); }
   constexpr int64_t partial_row_bytes() const { return kHeadDimV * (half_partials() ? 2 : 4); }
   constexpr int64_t row_tiles() const { return h_kv * tiles_per_head(); }
@@ -130,13 +130,17 @@ struct SparseAttentionParams {
   float* max_logits;       // [batch, h_q, s_q]
   float* lse;              // [batch, h_q, s_q], natural logarithm
 
-  // GPU workspace, as that of dense decode. Partial results are in half precision.
+  // GPU workspace, as that of dense decode. Partial results are in half precision, but for those of
+  // few rows over FP8 tokens.
   void* partial_out;
   float* partial_stats;  // in the fourth place the largest score
   int32_t* merges;
 
   constexpr int64_t queries() const { return batch * s_q; }
   constexpr int64_t listed() const { return scopes[0].topk + scopes[1].topk; }
+  // Whether the kernels that are for few query rows serve it: others have tiles of many.
+  constexpr bool few_rows() const { return format == TokenFormat::kFp8 && h_q <= kNarrowRows; }
+  constexpr int64_t partial_row_bytes() const { return kHeadDimV * (few_rows() ? 4 : 2); }
   // To the Hopper kernels each query token is a sequence.
   constexpr DenseDecodeParams like_dense() const {
     DenseDecodeParams dense{};
@@ -144,6 +148,7 @@ struct SparseAttentionParams {
     dense.s_q = dense.h_kv = 1;
     dense.h_q = h_q;
     dense.softmax_scale = softmax_scale;
+    dense.fp8_cache = format == TokenFormat::kFp8;
     dense.dtype = dtype;
     dense.q = q;
     dense.out = out;

@@ -6,8 +6,9 @@ Written from the formats' description and the docstrings, and on purpose not fro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -62,6 +63,17 @@ def as_half_precision(tokens: np.ndarray) -> np.ndarray:
     return np.concatenate(
         [latent.astype(np.float64) * unit, dequantize_656(tokens)[..., 512:]], axis=-1
     )
+
+
+def numbers_of(tokens: np.ndarray, dtype: Any, rows: int) -> np.ndarray:
+    """float64[..., 576]: what attention makes of tokens, with so many query rows to a KV head.
+
+    They are rounded to the queries' dtype. But up to 32 rows on a GPU read them in half precision,
+    which is nearer to what they are.
+    """
+    if dtype == BF16 and rows <= 32 and jax.default_backend() != "cpu":
+        return as_half_precision(tokens)
+    return dequantize_656(tokens).astype(dtype).astype(np.float64)
 
 
 def quantize_584(kv: np.ndarray) -> np.ndarray:

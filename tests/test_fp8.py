@@ -23,17 +23,6 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(list(request.node.name.encode()))
 
 
-def numbers_of(tokens: np.ndarray, dtype: Any, rows: int) -> np.ndarray:
-    """float64[..., 576]: what attention makes of tokens, with so many query rows to a KV head.
-
-    They are rounded to the queries' dtype. But up to 32 rows on a GPU read them in half precision,
-    which is nearer to what they are.
-    """
-    if dtype == ml_dtypes.bfloat16 and rows <= 32 and jax.devices()[0].platform != "cpu":
-        return fp8_oracle.as_half_precision(tokens)
-    return fp8_oracle.dequantize_656(tokens).astype(dtype).astype(np.float64)
-
-
 def make_problem(
     rng: np.random.Generator, lengths: tuple[int, ...], dtype: Any, **sizes: int
 ) -> tuple[oracle.Problem, oracle.Problem]:
@@ -48,7 +37,7 @@ def make_problem(
     pages = fp8_oracle.quantize_656(kv, powers_of_two=bool(rng.integers(2)))
     pages[poison] = 0xFF
     rows = exact.q.shape[1] * exact.q.shape[2] // kv.shape[2]
-    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, dtype, rows))
+    numbers = np.where(poison[..., None], np.nan, fp8_oracle.numbers_of(pages, dtype, rows))
     return exact.replace(k_cache=pages), exact.replace(k_cache=numbers)
 
 
@@ -137,7 +126,7 @@ def test_all_codes(rng: np.random.Generator, dtype: Any, rows: int) -> None:
     table = np.tile(np.arange(4, dtype=np.int32), (batch, 1))
     lengths = np.full(batch, 256, np.int32)
     out, _ = run(oracle.Problem(q, pages, table, lengths), softmax_scale=100.0)
-    numbers = numbers_of(pages, dtype, rows)[..., :512].reshape(batch, rows, 1, 512)
+    numbers = fp8_oracle.numbers_of(pages, dtype, rows)[..., :512].reshape(batch, rows, 1, 512)
     np.testing.assert_array_equal(out, numbers.astype(dtype))
 
 
@@ -153,7 +142,9 @@ def test_sizes(rng: np.random.Generator, rows: int, of_queries: float) -> None:
     pages[..., 512:528] = scales.astype(np.float32).view(np.uint8)
     poison = (fp8.k_cache == 0xFF).all(-1)
     pages[poison] = 0xFF
-    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, ml_dtypes.bfloat16, rows))
+    numbers = np.where(
+        poison[..., None], np.nan, fp8_oracle.numbers_of(pages, ml_dtypes.bfloat16, rows)
+    )
     q = (fp8.q.astype(np.float32) * of_queries).astype(ml_dtypes.bfloat16)
     fp8, exact = fp8.replace(q=q, k_cache=pages), fp8.replace(q=q, k_cache=numbers)
     scale = 2.0**-48 / of_queries  # the highest scores are a few units
@@ -191,7 +182,9 @@ def test_rescaling(rng: np.random.Generator, rows: int, rising: bool) -> None:
     q = fp8.q.copy()
     q[..., 512] = 16  # against noise of about three
     poison = (fp8.k_cache == 0xFF).all(-1)
-    numbers = np.where(poison[..., None], np.nan, numbers_of(pages, ml_dtypes.bfloat16, rows))
+    numbers = np.where(
+        poison[..., None], np.nan, fp8_oracle.numbers_of(pages, ml_dtypes.bfloat16, rows)
+    )
     fp8, exact = fp8.replace(q=q, k_cache=pages), fp8.replace(q=q, k_cache=numbers)
     oracle.assert_matches(run(fp8, softmax_scale=1 / 16), oracle.attend(exact, 1 / 16))
 

@@ -39,6 +39,7 @@ class Scope:
         shape: tuple[int, int, int],
         page_size: int,
         counted: np.ndarray | None = None,
+        h_q: int = 64,
     ) -> None:
         topk = shape[-1]
         num_pages = 7
@@ -70,9 +71,12 @@ class Scope:
         else:
             dtype = BF16 if fmt == "fp8" else np.float32
             is_576 = head_dim == 576
-            pool = fp8_oracle.quantize_656(kv) if is_576 else fp8_oracle.quantize_584(kv)
-            numbers = (fp8_oracle.dequantize_656 if is_576 else fp8_oracle.dequantize_584)(pool)
-            numbers = numbers.astype(dtype).astype(np.float64)
+            if is_576:
+                pool = fp8_oracle.quantize_656(kv)
+                numbers = fp8_oracle.numbers_of(pool, dtype, h_q)
+            else:
+                pool = fp8_oracle.quantize_584(kv)
+                numbers = fp8_oracle.dequantize_584(pool).astype(dtype).astype(np.float64)
             if is_576:
                 pool[~used] = 0xFF
             else:  # the bytes of a page that are an unused token's
@@ -103,7 +107,14 @@ def assert_matches(actual: Any, expected: fp8_oracle.Sparse, batch: int) -> None
 )
 @pytest.mark.parametrize(
     ("s_q", "h_q", "page_size", "topk"),
-    [(1, 3, 64, 37), (2, 5, 16, 37), (1, 70, 64, 200), (1, 128, 130, 400)],
+    [
+        (1, 3, 64, 37),
+        (2, 5, 16, 37),
+        (1, 16, 64, 700),
+        (3, 30, 48, 300),
+        (1, 70, 64, 200),
+        (1, 128, 130, 400),
+    ],
 )
 def test_decode_matches_float64(
     rng: np.random.Generator,
@@ -121,11 +132,11 @@ def test_decode_matches_float64(
     dtype = BF16 if fmt in ("bf16", "fp8") else np.float32
     q = rng.standard_normal((batch, s_q, h_q, head_dim), np.float32).astype(dtype)
     counted = np.array([topk, 20, 0, 2 * topk], np.int32) if lengths else None
-    scopes = [Scope(rng, head_dim, fmt, (batch, s_q, topk), page_size, counted)]
+    scopes = [Scope(rng, head_dim, fmt, (batch, s_q, topk), page_size, counted, h_q)]
     options: dict[str, Any] = {}
     if extra:
         few = np.array([-3, 5, 11, 1], np.int32) if lengths else None
-        scopes.append(Scope(rng, head_dim, fmt, (batch, s_q, 11), 5, few))
+        scopes.append(Scope(rng, head_dim, fmt, (batch, s_q, 11), 5, few, h_q))
         options["extra_k_cache"] = scopes[1].pool
         options["extra_indices_in_kvcache"] = scopes[1].indices
         options["extra_topk_length"] = few
@@ -146,6 +157,40 @@ def test_decode_matches_float64(
         arrays["topk_length"] = counted
     actual = call(q, scopes[0].pool, indices=scopes[0].indices, **arrays)
     assert actual[0].dtype == dtype
+    assert_matches(actual, expected, batch)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp8"])
+@pytest.mark.parametrize("h_q", [4, 16, 30, 64])
+def test_more_query_tokens_than_multiprocessors(
+    rng: np.random.Generator, fmt: str, h_q: int
+) -> None:
+    """Of lists of all lengths, the longest of which are divided."""
+    batch, s_q, topk = 150, 2, 2000
+    q = rng.standard_normal((batch, s_q, h_q, 576), np.float32).astype(BF16)
+    counted = rng.integers(0, 200, batch).astype(np.int32)
+    counted[rng.integers(0, batch, 5)] = topk
+    few = rng.integers(0, 90, batch).astype(np.int32)
+    scope = Scope(rng, 576, fmt, (batch, s_q, topk), 64, counted, h_q)
+    extra = Scope(rng, 576, fmt, (batch, s_q, 80), 16, few, h_q)
+    sink = rng.standard_normal(h_q).astype(np.float32)
+    tokens = [np.concatenate(x) for x in zip(scope.tokens(), extra.tokens(), strict=True)]
+    expected = fp8_oracle.attend_sparse(q.reshape(-1, h_q, 576), tokens, 0.07, sink)
+    call = jax.jit(
+        lambda q, pool, **arrays: fm.flash_mla_with_kvcache(
+            q, pool, None, None, softmax_scale=0.07, is_fp8_kvcache=fmt == "fp8", **arrays
+        )
+    )
+    actual = call(
+        q,
+        scope.pool,
+        indices=scope.indices,
+        topk_length=counted,
+        extra_k_cache=extra.pool,
+        extra_indices_in_kvcache=extra.indices,
+        extra_topk_length=few,
+        attn_sink=sink,
+    )
     assert_matches(actual, expected, batch)
 
 
@@ -212,7 +257,7 @@ def test_prefill_matches_float64(
 
 @pytest.mark.parametrize("fmt", ["bf16", "fp8"])
 @pytest.mark.parametrize("head_dim", [576, 512])
-@pytest.mark.parametrize("h_q", [5, 128])
+@pytest.mark.parametrize("h_q", [5, 30, 128])
 def test_nan_in_a_listed_token_shows(
     rng: np.random.Generator, fmt: str, head_dim: int, h_q: int
 ) -> None:

@@ -83,7 +83,8 @@ xffi::Error SparseAttention(cudaStream_t stream, xffi::AnyBuffer q, xffi::AnyBuf
     return xffi::Error(xffi::ErrorCode::kUnimplemented,
                        std::string(kSparseAttentionTarget) + ": float32 runs on the CPU only");
   }
-  if (!HasWorkspace(params.like_dense(), kHeadDimV * 2, partial_out, partial_stats, merges)) {
+  if (!HasWorkspace(params.like_dense(), params.partial_row_bytes(), partial_out, partial_stats,
+                    merges)) {
     return xffi::Error::InvalidArgument(std::string(kSparseAttentionTarget) +
                                         ": the workspace is too small");
   }

@@ -11,7 +11,7 @@ namespace flashmla::ffi {
 // flashmla_jax/ops/_ffi.py; a test compares them.
 inline constexpr char kDenseDecodeTarget[] = "flashmla_dense_decode_v1";
 inline constexpr char kCacheAppendTarget[] = "flashmla_cache_append_v2";
-inline constexpr char kSparseAttentionTarget[] = "flashmla_sparse_attention_v1";
+inline constexpr char kSparseAttentionTarget[] = "flashmla_sparse_attention_v2";
 // The same on a GPU, but never recorded in CUDA graphs.
 inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
 inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";

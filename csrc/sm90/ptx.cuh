@@ -48,6 +48,18 @@ __device__ __forceinline__ uint32_t Opaque(uint32_t x) {
   return x;
 }
 
+// True in one lane of the warp, always the same one; and the compiler knows that it is one.
+__device__ __forceinline__ bool ElectOne() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, -1;\nselp.u32 %0, 1, 0, one;\n}\n"
+               : "=r"(elected));
+  return elected != 0;
+}
+
+// The same, which all lanes of a warp have alike, but the compiler does not know: what follows from
+// it is computed in uniform registers. wgmma takes its descriptors from there.
+__device__ __forceinline__ uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
 // --- mbarrier -------------------------------------------------------------------------------
 
 __device__ __forceinline__ void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {

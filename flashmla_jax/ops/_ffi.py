@@ -40,7 +40,7 @@ HOPPER: Final = "9.0"
 # same names stand in csrc/ffi/handlers.h; a test compares them.
 DENSE_DECODE: Final = "flashmla_dense_decode_v1"
 CACHE_APPEND: Final = "flashmla_cache_append_v2"
-SPARSE_ATTENTION: Final = "flashmla_sparse_attention_v1"
+SPARSE_ATTENTION: Final = "flashmla_sparse_attention_v2"
 # The same on a GPU, but never recorded in CUDA graphs.
 DENSE_DECODE_NO_GRAPH: Final = "flashmla_dense_decode_no_graph_v1"
 CACHE_APPEND_NO_GRAPH: Final = "flashmla_cache_append_no_graph_v2"

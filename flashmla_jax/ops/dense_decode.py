@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashmla_jax import reference
-from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, dequantize
+from flashmla_jax.cache.layout import FP8, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, FP8Format, dequantize
 from flashmla_jax.ops import _ffi, _mapped, _sharding, tangents
 
 # The GPU workspace, as csrc/params.h bounds it: up to how many query rows partial results are in
@@ -103,10 +103,15 @@ def results_and_workspace(
     return _results(q) + _workspace(q.shape, h_kv, max_pages, batch_invariant=False)
 
 
-def sparse_workspace(h_q: int) -> list[jax.ShapeDtypeStruct]:
-    """That of sparse attention, to which each query token is a sequence."""
+def sparse_workspace(h_q: int, fmt: FP8Format | None) -> list[jax.ShapeDtypeStruct]:
+    """That of sparse attention, to which each query token is a sequence.
+
+    Only over `FP8` tokens are there kernels for few query rows.
+    """
     partial_out, *others = _workspace((1, 1, h_q, HEAD_DIM), 1, 1, batch_invariant=False)
-    return [jax.ShapeDtypeStruct(partial_out.shape, np.float16), *others]
+    if fmt != FP8:
+        partial_out = jax.ShapeDtypeStruct(partial_out.shape, np.float16)
+    return [partial_out, *others]
 
 
 def _workspace(

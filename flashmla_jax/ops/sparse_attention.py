@@ -117,7 +117,8 @@ def _call_cuda(*operands: jax.Array, softmax_scale: float, **_: Any) -> list[jax
     q = operands[0]
     if q.dtype == jnp.float32:  # such numbers are for the CPU
         return _reference(*operands, softmax_scale=softmax_scale)
-    return _call(operands, softmax_scale, sparse_workspace(q.shape[2]))
+    workspace = sparse_workspace(q.shape[2], _format_of(q, operands[1]))
+    return _call(operands, softmax_scale, workspace)
 
 
 def _reference(*operands: jax.Array, softmax_scale: float, **_: Any) -> list[jax.Array]:

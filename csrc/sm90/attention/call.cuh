@@ -11,7 +11,8 @@ namespace flashmla::sm90 {
 
 // Sparse attention as dense decode sees it: each query token is a sequence of its own, of as many
 // tokens as it lists, in blocks of 64 places of its lists, one list after the other, each with
-// blocks of its own. Partial results are in half precision always.
+// blocks of its own. Partial results are in half precision, whatever rows() is; but permuted ones
+// in single precision.
 struct SparseCall : DenseDecodeParams {
   static constexpr bool causal = false, batch_invariant = false;
   TokenScope scopes[2];

@@ -34,8 +34,10 @@ constexpr uint32_t kSequenceTeam = 8;
 // Float partial results are few, and of few rows: many warps share a slice.
 template <typename Partial>
 constexpr int kWarps = std::is_same_v<Partial, float> ? 8 : 4;
-template <typename Partial>
-constexpr int kBlocksPerMultiprocessor = std::is_same_v<Partial, float> ? 3 : 5;
+template <typename Partial, typename Call>
+constexpr int kBlocksPerMultiprocessor = !std::is_same_v<Partial, float>    ? 5
+                                         : std::is_same_v<Call, SparseCall> ? 2
+                                                                            : 3;
 
 template <int kCount>
 struct Scratch {
@@ -321,7 +323,7 @@ class Merger {
 // Grid: row tiles x subjects x team. Each partition or, batch-invariantly, sequence is the subject
 // of `team` blocks.
 template <typename T, typename Partial, bool kPermuted, typename Call>
-__global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor<Partial>)
+__global__ void __launch_bounds__(kWarps<Partial> * 32, kBlocksPerMultiprocessor<Partial, Call>)
     CombineKernel(const __grid_constant__ Call p, uint32_t row_tiles, int partitions,
                   uint32_t team) {
   __shared__ Scratch<kWarps<Partial>> scratch;
@@ -360,7 +362,7 @@ template <typename T, typename Partial, bool kPermuted, typename Call>
 cudaError_t Launch(const Call& params, int partitions, int multiprocessors, cudaStream_t stream) {
   const uint32_t row_tiles = params.row_tiles();
   const uint32_t subjects = params.batch_invariant ? params.batch : partitions;
-  const uint32_t blocks = kBlocksPerMultiprocessor<Partial> * multiprocessors;
+  const uint32_t blocks = kBlocksPerMultiprocessor<Partial, Call> * multiprocessors;
   const uint32_t least = params.batch_invariant ? kSequenceTeam : 1;
   const uint32_t team = std::max(blocks / (row_tiles * subjects), least);
   cudaLaunchAttribute early{};
@@ -391,6 +393,11 @@ cudaError_t LaunchFor(const DenseDecodeParams& params, int partitions, int multi
 template <typename T>
 cudaError_t LaunchFor(const SparseCall& params, int partitions, int multiprocessors,
                       cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (params.permuted_partials()) {
+      return Launch<T, float, true>(params, partitions, multiprocessors, stream);
+    }
+  }
   return Launch<T, __half, false>(params, partitions, multiprocessors, stream);
 }
 

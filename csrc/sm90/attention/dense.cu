@@ -75,8 +75,8 @@ Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) 
 
 template <int kRows>
 Status LaunchNarrowFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
-  return Launch(narrow_fp8::Kernel<kRows>, grid, narrow_fp8::kThreads,
-                sizeof(narrow_fp8::SharedMemory<kRows>), 1, stream, p);
+  return Launch(narrow_fp8::Kernel<DenseDecodeParams, kRows>, grid, narrow_fp8::kThreads,
+                sizeof(narrow_fp8::SharedMemory<DenseDecodeParams, kRows>), 1, stream, p);
 }
 
 template <typename T, int kCluster>

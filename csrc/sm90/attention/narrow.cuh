@@ -26,6 +26,7 @@
 #include <cmath>
 
 #include "sm90/attention/common.cuh"
+#include "sm90/attention/few_rows.cuh"
 
 namespace flashmla::sm90::narrow {
 
@@ -46,10 +47,10 @@ struct SharedMemory {
   alignas(1024) uint8_t k[kSlots][kPanelBytes];
   alignas(1024) uint8_t q[kQueries][kPanels * kPanelBytesQ];
   alignas(1024) uint8_t p[2][kRows * kPageSize * 2];
-  float alpha[2][kRows];            // with each P: what O has to be multiplied with before
-  float warp_highest[2][4][kRows];  // of alternate blocks, per warp of the scores
-  float reference[2][kRows];        // of alternate sequences, when all of their blocks are done,
-  float warp_sum[2][4][kRows];      // and their weights' sums
+  float alpha[2][kRows];                 // with each P: what O has to be multiplied with before
+  alignas(16) float peaks[2][kRows][4];  // of alternate blocks, each warp's
+  float reference[2][kRows];    // of alternate sequences, when all of their blocks are done,
+  float warp_sum[2][4][kRows];  // and their weights' sums
   uint64_t full[kSlots], empty[kSlots];
   uint64_t query_ready[kQueries], query_free[kQueries];
   uint64_t p_ready[2], p_free[2];
@@ -118,10 +119,9 @@ __device__ inline void LoadQueries(const DenseDecodeParams& p, const CUtensorMap
   }
 }
 
-// The columns of S^T that a thread holds: 8 i + column + {0, 1} for i < kRows / 8, numbered
-// 2 i + {0, 1}. Its rows are the tokens row and row + 8 of a block.
+// S and P of block after block.
 template <typename T, int kRows>
-class Scores {
+class Scores : FewRows<kRows> {
  public:
   __device__ Scores(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
       : p_(p),
@@ -154,7 +154,9 @@ class Scores {
   }
 
  private:
-  static constexpr int kColumns = kRows / 4;
+  using Rows = FewRows<kRows>;
+  using Rows::column, Rows::element, Rows::kColumns, Rows::lane, Rows::own_column, Rows::row,
+      Rows::warp;
 
   __device__ __forceinline__ void Block(int query, int first_token) {
     const Ring<SharedMemory<kRows>::kSlots> block = ring_;
@@ -193,16 +195,7 @@ class Scores {
     }
 
     // Each row's maximum: over the lanes of a warp that hold it, then over the warps.
-    float highest[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      highest[c] = fmaxf(x_[element(c, 0)], x_[element(c, 1)]);
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) {
-        highest[c] = fmaxf(highest[c], __shfl_xor_sync(~0u, highest[c], step));
-      }
-      if (lane() < 4) shared_.warp_highest[p_ring_.slot][warp()][column(c)] = highest[c];
-    }
+    shared_.peaks[p_ring_.slot][own_column()][warp()] = Rows::Highest(x_);
     ptx::NamedBarrierSync(1, kGroupThreads);  // all have their S, too
     if (partly) {
       CleanValues<T>(
@@ -216,12 +209,10 @@ class Scores {
     ptx::MbarrierWait(&shared_.p_free[p_ring_.slot], p_ring_.parity ^ 1);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        highest[c] = fmaxf(highest[c], shared_.warp_highest[p_ring_.slot][w][column(c)]);
-      }
-      const bool grown = highest[c] > reference_[c] + kRescaleThreshold;
-      const float updated = grown ? highest[c] : reference_[c];
+      const float4 peaks = *reinterpret_cast<const float4*>(shared_.peaks[p_ring_.slot][column(c)]);
+      const float highest = fmaxf(fmaxf(peaks.x, peaks.y), fmaxf(peaks.z, peaks.w));
+      const bool grown = highest > reference_[c] + kRescaleThreshold;
+      const float updated = grown ? highest : reference_[c];
       const float alpha = grown ? ptx::Exp2(reference_[c] - updated) : 1.f;
       reference_[c] = updated;
       const float subtrahend = updated == -INFINITY ? 0.f : updated;
@@ -232,16 +223,7 @@ class Scores {
       sum_[c] = sum_[c] * alpha + (low + high);
       if (threadIdx.x < 4) shared_.alpha[p_ring_.slot][column(c)] = alpha;
     }
-    // As wgmma reads its second operand: a row of P for each query row.
-    const uint32_t p = ptx::SmemAddress(shared_.p[p_ring_.slot]);
-#pragma unroll
-    for (int i = 0; i < kRows / 8; i += 2) {
-      const float* x = x_ + 4 * i;
-      const int r = 8 * i + lane() / 16 * 8 + lane() % 8;
-      const int chunk = warp() * 2 + lane() / 8 % 2;
-      ptx::StMatrix4Transposed(p + r * 128 + ((chunk ^ r % 8) << 4), Pack(T{}, x[0], x[1]),
-                               Pack(T{}, x[2], x[3]), Pack(T{}, x[4], x[5]), Pack(T{}, x[6], x[7]));
-    }
+    Rows::template StoreWeights<T>(ptx::SmemAddress(shared_.p[p_ring_.slot]), x_);
     ptx::FenceProxyAsync();
     ptx::MbarrierArrive(&shared_.p_ready[p_ring_.slot]);
     p_ring_.Advance();
@@ -259,15 +241,6 @@ class Scores {
       }
     }
     ptx::MbarrierArrive(&shared_.sums_ready[sums.slot]);
-  }
-
-  __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static int warp() { return threadIdx.x / 32; }
-  __device__ static int row() { return warp() * 16 + lane() / 4; }
-  __device__ static int column(int c) { return c / 2 * 8 + lane() % 4 * 2 + c % 2; }
-  // Of a column, the accumulator's element in the thread's first or second row.
-  static constexpr __device__ int element(int c, int second) {
-    return c / 2 * 4 + second * 2 + c % 2;
   }
 
   const DenseDecodeParams& p_;
@@ -288,10 +261,9 @@ class Scores {
   float x_[kRows / 2];
 };
 
-// Panel j of O^T: the thread holds the latent columns 64 j + row and + 8, of the query rows that
-// Scores numbers alike.
+// O, whose panel j has the latent columns from 64 j on.
 template <typename T, int kRows>
-class Values {
+class Values : FewRows<kRows> {
  public:
   __device__ Values(const DenseDecodeParams& p, const RowTile& tile, SharedMemory<kRows>& shared)
       : p_(p),
@@ -319,24 +291,12 @@ class Values {
   }
 
  private:
-  static constexpr int kColumns = kRows / 4;
+  using Rows = FewRows<kRows>;
+  using Rows::column, Rows::kColumns, Rows::lane, Rows::warp;
 
   __device__ __forceinline__ void Block() {
     ptx::MbarrierWait(&shared_.p_ready[p_ring_.slot], p_ring_.parity);
-    float alpha[kColumns];
-    bool rescale = false;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      alpha[c] = shared_.alpha[p_ring_.slot][column(c)];
-      rescale |= alpha[c] != 1.f;
-    }
-    if (__any_sync(~0u, rescale)) {
-#pragma unroll
-      for (int j = 0; j < kPanelsV; ++j) {
-#pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) o_[j][i] *= alpha[i / 4 * 2 + i % 2];
-      }
-    }
+    Rows::Rescale(o_, shared_.alpha[p_ring_.slot]);
     const uint64_t p = ptx::Advance(p_operand_, p_ring_.slot * sizeof(shared_.p[0]));
     int slots[kPanelsV];
     ptx::WgmmaFence();
@@ -416,17 +376,7 @@ class Values {
         }
       }
     } else {
-      float* out = static_cast<float*>(p_.partial_out) + int64_t{partial_row} * kHeadDimV + row();
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (column(c) >= tile_.count) continue;
-        float* mine = out + column(c) * kHeadDimV;
-#pragma unroll
-        for (int j = 0; j < kPanelsV; ++j) {
-          mine[kPanel * j] = o_[j][element(c, 0)] * inverse[c];
-          mine[kPanel * j + 8] = o_[j][element(c, 1)] * inverse[c];
-        }
-      }
+      Rows::WritePartial(p_, partial_row, tile_.count, o_, inverse);
     }
   }
 
@@ -434,14 +384,6 @@ class Values {
   __device__ __forceinline__ float Total(int sums, int r) const {
     const auto& sum = shared_.warp_sum[sums];
     return (sum[0][r] + sum[1][r]) + (sum[2][r] + sum[3][r]);
-  }
-
-  __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static int warp() { return threadIdx.x / 32 % 4; }
-  __device__ static int row() { return warp() * 16 + lane() / 4; }
-  __device__ static int column(int c) { return c / 2 * 8 + lane() % 4 * 2 + c % 2; }
-  static constexpr __device__ int element(int c, int second) {
-    return c / 2 * 4 + second * 2 + c % 2;
   }
 
   const DenseDecodeParams& p_;

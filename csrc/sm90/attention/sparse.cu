@@ -1,5 +1,8 @@
-// Host side of sparse attention. Every query token is a sequence of its own (call.cuh), and the
-// wide shape serves all of them, in tiles of 64 heads, gathering tokens itself.
+// Host side of sparse attention. Every query token is a sequence of its own (call.cuh). Which shape
+// serves which call:
+//
+//   up to 16, up to 32 heads, FP8 tokens of 576 numbers   narrow_fp8
+//   others                                                wide: tiles of 64 heads
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,6 +11,7 @@
 
 #include "sm90/attention/combine.cuh"
 #include "sm90/attention/launch.cuh"
+#include "sm90/attention/narrow_fp8.cuh"
 #include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
 
@@ -19,6 +23,12 @@ Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
   using Problem = wide::Problem<SparseCall, kFormat, kDim>;
   return Launch(wide::Kernel<T, 1, Problem>, grid, Problem::kThreads,
                 sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});
+}
+
+template <int kRows>
+Status LaunchNarrowFp8(const SparseCall& p, dim3 grid, cudaStream_t stream) {
+  return Launch(narrow_fp8::Kernel<SparseCall, kRows>, grid, narrow_fp8::kThreads,
+                sizeof(narrow_fp8::SharedMemory<SparseCall, kRows>), 1, stream, p);
 }
 
 template <typename T>
@@ -34,6 +44,8 @@ Status LaunchFormat(const SparseCall& p, TokenFormat format, dim3 grid, cudaStre
       return p.dtype == DType::kBF16 ? LaunchNumbers<__nv_bfloat16>(p, grid, stream)
                                      : LaunchNumbers<__half>(p, grid, stream);
     case TokenFormat::kFp8:
+      if (p.h_q <= 16) return LaunchNarrowFp8<16>(p, grid, stream);
+      if (p.h_q <= kNarrowRows) return LaunchNarrowFp8<kNarrowRows>(p, grid, stream);
       return LaunchWide<__nv_bfloat16, TokenFormat::kFp8, kHeadDim>(p, grid, stream);
     case TokenFormat::kFp8Apart:
       break;

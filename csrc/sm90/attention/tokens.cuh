@@ -16,12 +16,13 @@ namespace flashmla::sm90 {
 //
 //   FP8      4 lanes,  tokens lane / 4 and lane / 4 + 8
 //   numbers  8 lanes,  tokens lane / 8 + 4 i for i = 0 .. 3
+//   FP8, few query rows: 2 lanes, of which one has something to do, token lane / 2
 //
 // Eight lanes that write to shared memory together then write to different banks.
-template <bool kFp8>
+template <int kLanes>
 struct Lanes {
   static constexpr int kTokensEach = kPageSize / 4;  // of a warp
-  static constexpr int kPerToken = kFp8 ? 4 : 8;
+  static constexpr int kPerToken = kLanes;
   static constexpr int kTokens = kTokensEach * kPerToken / 32;  // of a lane
   static constexpr int kStep = 32 / kPerToken;                  // from one to the next
 
@@ -37,13 +38,16 @@ struct Lanes {
   // tokens, where column is twice a lane's place among four, the first's bit is the lowest one,
   static __device__ __forceinline__ uint32_t FromColumn(uint32_t word) {
     const int lane = threadIdx.x % 4;
-    return word >> (kFp8 ? lane * 8 : lane % 2 * 16 + lane / 2);
+    return word >> (kPerToken == 4 ? lane * 8 : lane % 2 * 16 + lane / 2);
   }
   // and the second's this; or those of the warp's next eight tokens.
   static constexpr int Bit(int second, int next_eight) {
-    return kFp8 ? 4 * second + next_eight : 8 * second + 2 * next_eight;
+    return kPerToken == 4 ? 4 * second + next_eight : 8 * second + 2 * next_eight;
   }
 };
+
+template <TokenFormat kFormat>
+using FormatLanes = Lanes<kFormat == TokenFormat::kNumbers ? 8 : 4>;
 
 // Where a token is, and its scales if they are elsewhere.
 template <TokenFormat kFormat>
@@ -115,7 +119,7 @@ static __device__ const Placeholder<0x7F7F7F7F, 16> kUnscaled;  // 1, in ue8m0
 class Fp8Pages {
  public:
   static constexpr TokenFormat kFormat = TokenFormat::kFp8;
-  using Lanes = sm90::Lanes<true>;
+  using Lanes = FormatLanes<kFormat>;
   __device__ Fp8Pages(const DenseDecodeParams& p, const RowTile& tile, Walk& walk)
       : p_(p), tile_(tile), walk_(walk) {
     Read();
@@ -177,11 +181,12 @@ class Fp8Pages {
 };
 
 // The tokens that the query tokens of a range list, in blocks of 64 places. Lists are read a block
-// ahead.
-template <TokenFormat kFormat, int kDim>
+// ahead. kPrefetched: whether tokens are sent for, to the L2 cache, when a block's turn comes.
+template <TokenFormat kFormat, int kDim, typename Lanes_ = FormatLanes<kFormat>,
+          bool kPrefetched = true>
 class ListedTokens {
  public:
-  using Lanes = sm90::Lanes<kFormat != TokenFormat::kNumbers>;
+  using Lanes = Lanes_;
   __device__ ListedTokens(const SparseCall& p, const RowTile& tile, Walk& walk)
       : p_(p), tile_(tile), walk_(walk) {
     Read();
@@ -202,10 +207,12 @@ class ListedTokens {
       addresses[i] = Find(pool, indices_[i], exists);
       if (lane == i) own = exists;
       // No condition: a branch would take longer.
-      const int first = part * (kLines / parts) + lane;
+      if constexpr (kPrefetched) {
+        const int first = part * (kLines / parts) + lane;
 #pragma unroll
-      for (int line = 0; line < (kLines + parts - 1) / parts; line += Lanes::kPerToken) {
-        ptx::PrefetchL2(addresses[i].token + min((first + line) * 128, kBytes - 1));
+        for (int line = 0; line < (kLines + parts - 1) / parts; line += Lanes::kPerToken) {
+          ptx::PrefetchL2(addresses[i].token + min((first + line) * 128, kBytes - 1));
+        }
       }
     }
     present = __ballot_sync(~0u, own);

@@ -250,7 +250,7 @@ class Stage {
 template <int kDim, typename Target>
 __device__ __forceinline__ void CopyTokens(ListedTokens<TokenFormat::kNumbers, kDim>& source,
                                            Target& target) {
-  using Lanes = sm90::Lanes<false>;
+  using Lanes = FormatLanes<TokenFormat::kNumbers>;
   static_assert(kPanel * 2 == Lanes::kPerToken * 16);
   TokenAddress<TokenFormat::kNumbers> address[Lanes::kTokens];
   uint32_t present;
@@ -493,7 +493,7 @@ class Consumer {
     for (float& x : x_) x *= scale_;
     if constexpr (kSparse) {
       // The left half of the block is not released before its P is there: so this is still its.
-      using Lanes = sm90::Lanes<Problem::kConverted>;
+      using Lanes = FormatLanes<Problem::kFormat>;
       uint4 words{};  // of one lane, the one that arrives for its warp when it has done
       if (lane() == 0) words = *reinterpret_cast<const uint4*>(shared().present[stage]);
       if (__shfl_sync(~0u, words.x & words.y & words.z & words.w, 0) != ~0u) {
