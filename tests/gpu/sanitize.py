@@ -87,7 +87,9 @@ SPARSE = {
     "listed tokens": SparseCase((2, 1, 200), 64),
     "listed tokens, 512 columns": SparseCase((1, 3, 70), 3, head_dim=512),
     "more query tokens than multiprocessors": SparseCase((1, 300, 20), 5),
-    "listed fp8 tokens, a tile": SparseCase((2, 1, 200), 9, "fp8", page_size=20),
+    "listed fp8 tokens, up to 16 rows": SparseCase((2, 1, 200), 9, "fp8", page_size=20),
+    "listed fp8 tokens, up to 32 rows": SparseCase((2, 2, 330), 30, "fp8", page_size=20),
+    "listed fp8 tokens, a tile": SparseCase((2, 1, 200), 50, "fp8", page_size=20),
     "listed fp8 tokens, two tiles": SparseCase((2, 2, 130), 128, "fp8"),
     "listed fp8 tokens of 512, a tile": SparseCase((2, 1, 130), 64, "fp8", 512, page_size=5),
     "listed fp8 tokens of 512, two tiles": SparseCase((1, 2, 130), 128, "fp8", 512),
@@ -131,7 +133,7 @@ def run_cases() -> None:
         batch, s_q, topk = case.shape
         counted = rng.integers(0, topk + 1, batch).astype(np.int32)
         scopes = [
-            test_sparse.Scope(rng, case.head_dim, case.fmt, shape, case.page_size, count)
+            test_sparse.Scope(rng, case.head_dim, case.fmt, shape, case.page_size, count, case.h_q)
             for shape, count in ((case.shape, counted), ((batch, s_q, 70), None))
         ]
         q = rng.standard_normal((batch, s_q, case.h_q, case.head_dim), np.float32)
@@ -150,7 +152,7 @@ def run_cases() -> None:
 
     append = jax.jit(fm.cache_append, donate_argnums=0)
     for h_kv, tokens in ((1, 7), (2, 7), (1, 350), (2, 350)):
-        problem = oracle.make_problem(rng, (450, 0, 400), h_kv=h_kv)
+        problem = oracle.make_problem(rng, (450, 7, 400), h_kv=h_kv)
         table, num_pages = problem.block_table, len(problem.k_cache)
         new_kv = rng.standard_normal((3, tokens, h_kv, 576), np.float32).astype(problem.q.dtype)
         start, count = np.array([62, 0, 90], np.int32), np.array([tokens, 7, 3], np.int32)
