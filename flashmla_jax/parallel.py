@@ -46,6 +46,7 @@ def flash_mla_with_kvcache(
     context_axis: AxisName | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    is_fp8_kvcache: bool = False,
     deterministic: bool | str = True,
 ) -> tuple[jax.Array, jax.Array]:
     """`flashmla_jax.flash_mla_with_kvcache` over a mesh.
@@ -54,8 +55,9 @@ def flash_mla_with_kvcache(
 
     Args:
       q: [batch, s_q, h_q, 576], divided along batch and heads.
-      k_cache: [num_pages, 64, h_kv, 576]. Along the batch and context axes, in this order, the
-        pages of one device after those of the other; divided along heads if `h_kv > 1`.
+      k_cache: [num_pages, 64, h_kv, 576], or 656 bytes in place of 576 numbers. Along the batch
+        and context axes, in this order, the pages of one device after those of the other; divided
+        along heads if `h_kv > 1`.
       block_table: int32[batch, max_pages_per_seq], divided along batch: ids among the pages of each
         device. With a context axis, an entry covers 64 tokens on each of its devices.
       cache_seqlens: int32[batch], divided along batch: lengths of the sequences, over all devices.
@@ -65,6 +67,7 @@ def flash_mla_with_kvcache(
       context_axis: those that tokens of the cache are.
       softmax_scale: see `flashmla_jax.flash_mla_with_kvcache`.
       causal: likewise.
+      is_fp8_kvcache: likewise.
       deterministic: likewise.
 
     Returns:
@@ -83,7 +86,11 @@ def flash_mla_with_kvcache(
     if context_axis is not None:
         body = functools.partial(context_attention, axis_name=context_axis)
     body = functools.partial(
-        body, softmax_scale=softmax_scale, causal=causal, deterministic=deterministic
+        body,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        is_fp8_kvcache=is_fp8_kvcache,
+        deterministic=deterministic,
     )
     rows, sequences = PartitionSpec(batch_axis, None, head_axis), PartitionSpec(batch_axis)
     return jax.shard_map(
@@ -109,8 +116,9 @@ def cache_append(
     """`flashmla_jax.cache_append` over a mesh: every device writes the tokens that are its own.
 
     Args:
-      k_cache: [num_pages, 64, h_kv, 576], divided as for `flash_mla_with_kvcache`.
-      new_kv: [batch, num_tokens, h_kv, 576], divided along batch, and along heads if `h_kv > 1`.
+      k_cache: [num_pages, 64, h_kv, n], divided as for `flash_mla_with_kvcache`: 576 numbers, or
+        the 656 bytes of FP8 tokens as `flashmla_jax.cache.layout.quantize` makes them.
+      new_kv: [batch, num_tokens, h_kv, n], divided along batch, and along heads if `h_kv > 1`.
       block_table: int32[batch, max_pages_per_seq], divided along batch.
       start: int32[batch], divided along batch: positions in the sequences, over all devices.
       count: int32[batch], likewise.
@@ -125,7 +133,7 @@ def cache_append(
     Raises:
       ValueError: as `flash_mla_with_kvcache` and `flashmla_jax.cache_append`.
     """
-    new_kv = array("new_kv", new_kv, "[batch, num_tokens, h_kv, 576]")
+    new_kv = array("new_kv", new_kv, "[batch, num_tokens, h_kv, n]")
     axes = _Axes(mesh, batch_axis, head_axis, context_axis)
     pool = axes.pool(k_cache, batch=new_kv.shape[0])
     body: Callable[..., Any] = _append.cache_append
@@ -149,6 +157,7 @@ def context_attention(
     axis_name: AxisName,
     softmax_scale: float | None = None,
     causal: bool = False,
+    is_fp8_kvcache: bool = False,
     deterministic: bool | str = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to a context that is dealt out over `axis_name`; for use inside `jax.shard_map`.
@@ -159,40 +168,39 @@ def context_attention(
 
     Args:
       q: [batch, s_q, h_q, 576], the same on all devices of the axis.
-      k_cache: [num_pages, 64, h_kv, 576], this device's pages.
+      k_cache: [num_pages, 64, h_kv, 576], or 656 bytes in place of 576 numbers: this device's
+        pages.
       block_table: int32[batch, max_pages_per_seq], the same on all devices.
       cache_seqlens: int32[batch], likewise: lengths over all devices.
       axis_name: the mesh axes that tokens are dealt out along.
       softmax_scale: see `flashmla_jax.flash_mla_with_kvcache`.
       causal: likewise.
+      is_fp8_kvcache: likewise.
       deterministic: likewise.
 
     Returns:
       out [batch, s_q, h_q, 512] and lse float32[batch, h_q, s_q], the same on all devices.
     """
     batch, s_q, h_q, head_dim = q.shape
+    attend = functools.partial(
+        attention.flash_mla_with_kvcache,
+        softmax_scale=softmax_scale,
+        is_fp8_kvcache=is_fp8_kvcache,
+        deterministic=deterministic,
+    )
     if causal and s_q > 1:
         seen = cache_seqlens[:, None] - s_q + jnp.arange(1, s_q + 1, dtype=jnp.int32)
-        out, lse = attention.flash_mla_with_kvcache(
+        out, lse = attend(
             q.reshape(batch * s_q, 1, h_q, head_dim),
             k_cache,
             jnp.repeat(block_table, s_q, axis=0),
             context_length(seen.reshape(-1), axis_name=axis_name),
-            softmax_scale=softmax_scale,
-            deterministic=deterministic,
         )
         out = out.reshape(batch, s_q, h_q, -1)
         lse = lse.reshape(batch, s_q, h_q).swapaxes(1, 2)
     else:
         lengths = context_length(cache_seqlens, axis_name=axis_name)
-        out, lse = attention.flash_mla_with_kvcache(
-            q,
-            k_cache,
-            block_table,
-            lengths,
-            softmax_scale=softmax_scale,
-            deterministic=deterministic,
-        )
+        out, lse = attend(q, k_cache, block_table, lengths)
     highest = jax.lax.pmax(jax.lax.stop_gradient(lse), axis_name)  # it cancels
     weight = jnp.exp(lse - jnp.where(highest == -jnp.inf, 0, highest))
     total = jax.lax.psum(weight, axis_name)
@@ -214,8 +222,8 @@ def context_append(
     """Writes this device's share of new tokens; for use inside `jax.shard_map`.
 
     Args:
-      k_cache: [num_pages, 64, h_kv, 576], this device's pages.
-      new_kv: [batch, num_tokens, h_kv, 576], all new tokens, the same on all devices of the axis.
+      k_cache: [num_pages, 64, h_kv, n], this device's pages.
+      new_kv: [batch, num_tokens, h_kv, n], all new tokens, the same on all devices of the axis.
       block_table: int32[batch, max_pages_per_seq], likewise.
       start: int32[batch], likewise: positions of the first new tokens, over all devices.
       count: int32[batch], likewise.
@@ -288,7 +296,7 @@ class _Axes:
 
     def pool(self, k_cache: jax.Array, batch: int) -> PartitionSpec:
         """How the pages are divided; `batch` and they must divide so."""
-        k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, 576]")
+        k_cache = array("k_cache", k_cache, "[num_pages, 64, h_kv, n]")
         num_pages, _, h_kv, _ = k_cache.shape
         pages = _names(self._batch) + _names(self._context)
         _divides("batch", batch, "batch_axis", self.devices(self._batch))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import test_fp8
 from devices import elsewhere, make_mesh, meshes, run_on_eight_devices
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,7 +32,7 @@ def test_on_eight_devices() -> None:
 def deal_out(problem: oracle.Problem, batch: int, context: int) -> oracle.Problem:
     """The same tokens, in pages of `batch` times `context` devices, one after the other.
 
-    What is in no token is NaN, and what is in no table is anything.
+    What is in no token is NaN, or its code; and what is in no table is anything.
     """
     sequences = len(problem.cache_seqlens)
     lengths = np.maximum(problem.cache_seqlens, 0)
@@ -39,7 +40,8 @@ def deal_out(problem: oracle.Problem, batch: int, context: int) -> oracle.Proble
     share = sequences // batch
     num_pages = share * width + 2
     rng = np.random.default_rng(int(lengths.sum()))
-    pool = np.full((batch, context, num_pages, *problem.k_cache.shape[1:]), np.nan)
+    poison = 0xFF if problem.k_cache.dtype == np.uint8 else np.nan
+    pool = np.full((batch, context, num_pages, *problem.k_cache.shape[1:]), poison)
     table = rng.choice(np.array(oracle.GARBAGE, np.int32), (sequences, width))
     for shard in range(batch):
         free = rng.permutation(num_pages)
@@ -113,6 +115,43 @@ def test_matches_the_oracle(name: str, s_q: int, causal: bool, dtype: str) -> No
     batch, head = (axis if axis in scheme else None for axis in ("batch", "head"))
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, P(batch, None, head)), out.ndim)
     assert lse.sharding.is_equivalent_to(NamedSharding(mesh, P(batch, head)), lse.ndim)
+
+
+@meshes
+@pytest.mark.parametrize(("s_q", "causal"), [(1, False), (3, True)])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_fp8_pages(name: str, s_q: int, causal: bool) -> None:
+    """Appended over the mesh, and attended to."""
+    scheme = SCHEMES[name]
+    batch, context = scheme.get("batch", 1), scheme.get("context", 1)
+    rng = np.random.default_rng(list(f"{name}{s_q}".encode()))
+    lengths = (300, 0, 1, 5, 64 * 8, 130, 63, 2)
+    fp8, exact = test_fp8.make_problem(rng, lengths, np.float32, s_q=s_q, h_q=16)
+    dealt = deal_out(fp8, batch, context)
+    tokens = np.full((8, 64 * 8, 1, 656), 0xFF, np.uint8)
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            tokens[i, t] = fp8.k_cache[fp8.block_table[i, t // 64], t % 64]
+    axes = {"mesh": make_mesh(**scheme), **axes_of(scheme)}
+
+    @jax.jit
+    def append_then_attend(q, pool, tokens, table, lengths):
+        start = jnp.zeros_like(lengths)
+        pool = parallel.cache_append(pool, tokens, table, start, lengths, **axes)
+        result = parallel.flash_mla_with_kvcache(
+            q, pool, table, lengths, is_fp8_kvcache=True, causal=causal, **axes
+        )
+        return pool, result
+
+    pool, (out, lse) = append_then_attend(
+        dealt.q,
+        np.full_like(dealt.k_cache, 0xFF),
+        tokens,
+        dealt.block_table,
+        dealt.cache_seqlens,
+    )
+    np.testing.assert_array_equal(pool, dealt.k_cache)
+    assert_matches(out, lse, oracle.attend(exact, 576**-0.5, causal))
 
 
 @meshes
@@ -409,10 +448,10 @@ def test_ranks() -> None:
     q, k_cache, *rest = oracle.make_problem(np.random.default_rng(0), (3,), h_q=1)
     with pytest.raises(ValueError, match=r"q must be \[batch, s_q, h_q, 576\], got shape \(1, 1"):
         parallel.flash_mla_with_kvcache(q[0], k_cache, *rest, mesh=mesh)
-    with pytest.raises(ValueError, match=r"k_cache must be \[num_pages, 64, h_kv, 576\]"):
+    with pytest.raises(ValueError, match=r"k_cache must be \[num_pages, 64, h_kv, n\]"):
         parallel.flash_mla_with_kvcache(q, k_cache[0], *rest, mesh=mesh)
     zero = np.zeros(1, np.int32)
-    with pytest.raises(ValueError, match=r"new_kv must be \[batch, num_tokens, h_kv, 576\]"):
+    with pytest.raises(ValueError, match=r"new_kv must be \[batch, num_tokens, h_kv, n\]"):
         parallel.cache_append(k_cache, q[0], rest[0], zero, zero, mesh=mesh)
 
 
