@@ -70,16 +70,13 @@ class Scope:
             numbers = self.pool.astype(np.float64)
         else:
             dtype = BF16 if fmt == "fp8" else np.float32
-            is_576 = head_dim == 576
-            if is_576:
+            if head_dim == 576:
                 pool = fp8_oracle.quantize_656(kv)
                 numbers = fp8_oracle.numbers_of(pool, dtype, h_q)
-            else:
-                pool = fp8_oracle.quantize_584(kv)
-                numbers = fp8_oracle.dequantize_584(pool).astype(dtype).astype(np.float64)
-            if is_576:
                 pool[~used] = 0xFF
             else:  # the bytes of a page that are an unused token's
+                pool = fp8_oracle.quantize_584(kv)
+                numbers = fp8_oracle.dequantize_584(pool).astype(dtype).astype(np.float64)
                 flat = pool.reshape(num_pages, -1)
                 for page, row in np.argwhere(~used):
                     flat[page, 576 * row : 576 * (row + 1)] = 0xFF
