@@ -182,12 +182,14 @@ __device__ __forceinline__ uint32_t FiniteOnly(uint32_t pair) {
 // not exist lose their values, whatever the page holds there; and those that only some rows of the
 // tile may see lose what is not finite in them, which reaches the rows that see it by way of their
 // scores. Every row sees the tokens before `seen_by_all`; those from `existing` on do not exist.
-// `panel(i)` is where panel i of the block lies, and `token(i)` is what its row i has. Called by
-// all threads of a warpgroup.
+// `panel(i)` is where panel i of the block lies, and `token(i)` is what its row i has: of each
+// eight tokens, eight rows in some order. Called by all threads of a warpgroup.
 template <typename T, typename Panel, typename Token>
 __device__ __forceinline__ void CleanValues(Panel panel, Token token, int seen_by_all,
                                             int existing) {
-  for (int i = threadIdx.x % 128; i < kPageSize * 8; i += 128) {
+  const int first = max(seen_by_all, 0) / 8 * 8;
+#pragma unroll 1
+  for (int i = first * 8 + threadIdx.x % 128; i < kPageSize * 8; i += 128) {
     if (token(i / 8) < seen_by_all) continue;
     const bool exists = token(i / 8) < existing;
     for (int j = 0; j < kPanelsV; ++j) {

@@ -293,27 +293,42 @@ class Consumer {
  public:
   using Call = typename Problem::Call;
   using Shared = SharedMemory<Problem>;
-  __device__ Consumer(const Call& p, Shared& shared)
-      : p_(p), shared_(shared), scale_(p.softmax_scale * static_cast<float>(M_LOG2E)) {}
+  __device__ Consumer(const Call& p, const RowTile& tile, Shared& shared, int side)
+      : p_(p),
+        tile_(tile),
+        shared_(shared),
+        side_(side),
+        scale_(p.softmax_scale * static_cast<float>(M_LOG2E)) {}
 
   __device__ __forceinline__ void Run(const Range& range) {
     RingPosition ring;
-    segments().Begin(range);
-    if (segments().done()) Leave();
-    while (segments().Next(p_, tile())) {
-      Begin(segments().current);
-      // The rest is the same code for both: what runs once is paid in instruction fetches.
-      if (side() == kLeft) {
-        ring = Blocks<kLeft>(ring);
-      } else {
-        ring = Blocks<kRight>(ring);
+    if constexpr (kKeeps) {
+      Segments segments(p_, tile(), range);
+      if (segments.done()) Leave();
+      int number = 0;
+      for (Segment s; segments.Next(&s); ++number) {
+        Begin(s, number);
+        if (threadIdx.x % 128 == 0) current() = s;  // registers are scarce until Finish
+        ring = Blocks(ring, s);
+        if (segments.done()) Leave();
+        Finish(number);
       }
+    } else {
+      segments().Begin(range);
       if (segments().done()) Leave();
-      Finish();
+      while (segments().Next(p_, tile())) {
+        Begin(current(), segments().number);
+        ring = Blocks(ring, current());
+        if (segments().done()) Leave();
+        Finish(segments().number);
+      }
     }
   }
 
  private:
+  // Whether there are registers for where it is: or it is found out anew, from shared memory.
+  static constexpr bool kKeeps = !Problem::kConverted;
+
   // All pages are read: nothing more goes from this block to the other of the cluster, and the next
   // kernel's blocks may come when this one's have ended.
   __device__ __forceinline__ void Leave() {
@@ -324,7 +339,7 @@ class Consumer {
   static constexpr bool kSparse = Problem::kSparse;
 
   // Takes in the query rows of a sequence; rows that do not exist become zero.
-  __device__ __forceinline__ void Begin(const Segment& s) {
+  __device__ __forceinline__ void Begin(const Segment& s, int number) {
     constexpr int kChunks = kHeadDimV / 8;  // of 16 bytes, per row, without the RoPE columns
     constexpr int kRowsAtOnce = kConsumerThreads / kChunks;
     const T* q = static_cast<const T*>(p_.q) + s.batch * p_.s_q * p_.h_q * Problem::kDim;
@@ -376,20 +391,23 @@ class Consumer {
     ptx::CpAsyncWaitAll();
     ptx::FenceProxyAsync();
     ptx::MbarrierArrive(&shared().query_ready);
-    ptx::MbarrierWait(&shared().query_ready, segments().number % 2);
+    ptx::MbarrierWait(&shared().query_ready, number % 2);
   }
 
+  // What follows is the same code for both: what runs once is paid in instruction fetches.
+  __device__ __forceinline__ RingPosition Blocks(RingPosition ring, const Segment& s) {
+    return side() == kLeft ? Blocks<kLeft>(ring, s) : Blocks<kRight>(ring, s);
+  }
   template <Side kSide>
-  __device__ __forceinline__ RingPosition Blocks(RingPosition ring) {
-    int token = segments().current.first_block * kPageSize;
-    int left = segments().current.visible;
-    for (; left > 1; left -= 2) {
-      Pair<kSide>(ring, token);
+  __device__ __forceinline__ RingPosition Blocks(RingPosition ring, const Segment& s) {
+    const int first = s.first_block, count = s.visible;
+    int i = 0;
+    for (; i + 1 < count; i += 2) {
+      Pair<kSide>(ring, (first + i) * kPageSize);
       ring = Next(Next(ring));
-      token += 2 * kPageSize;
     }
-    if (left > 0) {
-      Single<kSide>(ring, token);
+    if (i < count) {
+      Single<kSide>(ring, (first + i) * kPageSize);
       ring = Next(ring);
     }
     return ring;
@@ -666,7 +684,7 @@ class Consumer {
   // Writes the result of a sequence, or of the part of it that this range holds. Each warp takes
   // its rows through its own part of P's buffer, 128 bytes of a row at once, so that they leave as
   // whole lines.
-  __device__ __forceinline__ void Finish() {
+  __device__ __forceinline__ void Finish(int number) {
     // The sum of each row over all tokens: four lanes, then both sides, which from then on have
     // done with P.
 #pragma unroll
@@ -677,8 +695,8 @@ class Consumer {
       if (kSparse && lane() % 4 == 0) shared().most[side()][row() + 8 * h] = most_[h];
     }
     ptx::MbarrierArrive(&shared().sums_ready);
-    ptx::MbarrierWait(&shared().sums_ready, segments().number % 2);
-    const Segment s = segments().current;
+    ptx::MbarrierWait(&shared().sums_ready, number % 2);
+    const Segment s = current();
     const int partial_row = tile().partial_row(p_, s, ptx::GridY(), blockIdx.y);
     const bool complete = s.complete();
     float inverse[2], total[2];
@@ -783,11 +801,16 @@ class Consumer {
     // Or all addresses would be kept, and registers are scarce.
     return *static_cast<Shared*>(__cvta_shared_to_generic(ptx::Opaque(ptx::SmemAddress(&shared_))));
   }
-  __device__ __forceinline__ const RowTile& tile() const { return shared().tile; }
+  __device__ __forceinline__ const RowTile& tile() const { return kKeeps ? tile_ : shared().tile; }
   __device__ __forceinline__ SharedSegments& segments() const {
     return shared().segments[ptx::ThreadId() / 32];
   }
-  __device__ static int side() { return ptx::ThreadId() / 128; }
+  // A side's, or a warp's. (What comes from a place that differs between warps the compiler takes
+  // for different between lanes, too, and has code twice.)
+  __device__ __forceinline__ Segment& current() const {
+    return kKeeps ? shared().segments[side_].current : segments().current;
+  }
+  __device__ int side() const { return kKeeps ? side_ : ptx::ThreadId() / 128; }
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int row() { return warp() * 16 + lane() / 4; }
@@ -798,7 +821,9 @@ class Consumer {
   }
 
   const Call& p_;
+  const RowTile& tile_;
   Shared& shared_;
+  const int side_;
   const float scale_;
 
   // Of the mbarriers that complete once for each P of the other side.
@@ -896,7 +921,7 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
     if constexpr (kCluster > 1) ptx::ClusterArrive();
   } else {
     ptx::IncreaseRegisters<Problem::kConsumerRegisters>();
-    Consumer<T, kCluster, Problem>(p, shared).Run(range);
+    Consumer<T, kCluster, Problem>(p, tile, shared, role).Run(range);
   }
   if constexpr (kCluster > 1) ptx::ClusterWait();  // the other no longer copies into this block
 }
