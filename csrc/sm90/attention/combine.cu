@@ -186,7 +186,7 @@ class Merger {
         top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
       }
       if (top == -INFINITY) top = 0;
-      const float share = exp2f(stats.lse - top);
+      const float share = ptx::Exp2(stats.lse - top);
       float sum = share;
 #pragma unroll
       for (int step = kParts / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -196,8 +196,8 @@ class Merger {
           stats.most = fmaxf(stats.most, __shfl_xor_sync(~0u, stats.most, step));
         }
       }
-      const float lse = top + log2f(sum);
-      float weight = sum == 0 ? 0.f : share / sum * stats.factor;
+      const float lse = top + ptx::Log2(sum);
+      float weight = sum == 0 ? 0.f : share * ptx::Reciprocal(sum) * stats.factor;
       if (exists(lane()) && sum != 0) weight *= SinkShare(p_, tile_.head(own / kSlices), lse);
       if (own % kSlices == 0 && lane() % kParts == 0 && exists(lane())) {
         StoreStats(own, lse, stats.most);
@@ -239,8 +239,10 @@ class Merger {
           if (part < merge_.parts) v[j] = Load(Part(part, own));
         }
       };
+      AllStats stats;
+      if (warp() == 0) LoadStats(own, stats);  // first: the longer way is theirs
       load(warp());
-      if (warp() == 0) Weigh(own);
+      if (warp() == 0) Weigh(own, stats);
       __syncthreads();
       float total[kEach] = {};
 #pragma unroll 1
@@ -268,20 +270,24 @@ class Merger {
     __syncthreads();  // the buffers are free again
   }
 
-  // The weights of all parts of a slice, by one warp; those of parts that do not exist are zero.
-  __device__ __forceinline__ void Weigh(int unit) {
-    constexpr int kPerLane = (kMaxPartitions + 31) / 32;
-    float lse[kPerLane], factor[kPerLane];
-    float top = -INFINITY, most = -INFINITY;
+  // Of all parts of a slice, a lane's.
+  static constexpr int kPerLane = (kMaxPartitions + 31) / 32;
+  using AllStats = PartStats[kPerLane];
+  __device__ __forceinline__ void LoadStats(int unit, AllStats& stats) const {
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
       const int part = lane() + 32 * k;
-      PartStats stats;
-      if (part < merge_.parts) stats = Stats(part, unit);
-      lse[k] = stats.lse;
-      factor[k] = stats.factor;
-      top = fmaxf(top, lse[k]);
-      most = fmaxf(most, stats.most);
+      if (part < merge_.parts) stats[k] = Stats(part, unit);
+    }
+  }
+  // Their weights, by one warp; those of parts that do not exist are zero.
+  __device__ __forceinline__ void Weigh(int unit, const AllStats& stats) {
+    float share[kPerLane];
+    float top = -INFINITY, most = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) {
+      top = fmaxf(top, stats[k].lse);
+      most = fmaxf(most, stats[k].most);
     }
     if constexpr (kSparse) {
 #pragma unroll
@@ -293,18 +299,18 @@ class Merger {
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
-      lse[k] = exp2f(lse[k] - top);
-      sum += lse[k];
+      share[k] = ptx::Exp2(stats[k].lse - top);
+      sum += share[k];
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    const float all = top + log2f(sum);
-    float inverse = sum == 0 ? 0.f : 1.f / sum;
+    const float all = top + ptx::Log2(sum);
+    float inverse = sum == 0 ? 0.f : ptx::Reciprocal(sum);
     if (sum != 0) inverse *= SinkShare(p_, tile_.head(unit / kSlices), all);
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) {
       const int part = lane() + 32 * k;
-      if (part < kMaxPartitions) scratch_.weights[part] = lse[k] * inverse * factor[k];
+      if (part < kMaxPartitions) scratch_.weights[part] = share[k] * inverse * stats[k].factor;
     }
     if (unit % kSlices == 0 && lane() == 0) StoreStats(unit, all, most);
   }

@@ -338,12 +338,12 @@ class Values : FewRows<kRows> {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float total = Total(sums, column(c));
-      inverse[c] = total == 0 ? 0.f : 1.f / total;
+      inverse[c] = total == 0 ? 0.f : ptx::Reciprocal(total);
     }
     const int r = threadIdx.x % kGroupThreads;
     if (r < tile_.count) {
       const float total = Total(sums, r);
-      const float lse = total == 0 ? -INFINITY : shared_.reference[sums][r] + log2f(total);
+      const float lse = total == 0 ? -INFINITY : shared_.reference[sums][r] + ptx::Log2(total);
       if (s.complete()) {
         const int token = shared_.query_token[r];
         const int64_t head = shared_.query_row[r] - token * p_.h_q;
@@ -444,12 +444,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int panel = i / 8 / missing, r = tile.count + i / 8 % missing;
     reinterpret_cast<uint4*>(shared.q)[(panel * kRows + r) * 8 + i % 8] = uint4{0, 0, 0, 0};
   }
-  ptx::FenceProxyAsync();
+  if (missing > 0) ptx::FenceProxyAsync();
   FetchParams(p);
   PrefetchInputs(p);
-  __syncthreads();  // barriers and row numbers are there
   ptx::WaitForPreviousKernel();
   const Range range = FindRange(p, blockIdx.y, ptx::GridY(), kSequenceCost, kLeastBlocks);
+  __syncthreads();  // barriers and row numbers are there; those who made them were the last
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (role == 0) {
     Scores<T, kRows>(p, tile, shared).Run(range);

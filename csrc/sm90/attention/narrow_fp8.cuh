@@ -619,15 +619,15 @@ class Values : FewRows<kRows> {
     for (int c = 0; c < kColumns; ++c) {
       const int r = column(c, thread % 32);
       const float2 total = Total(r);
-      inverse[c] = total.x == 0 ? 0.f : 1.f / total.x;
+      inverse[c] = total.x == 0 ? 0.f : ptx::Reciprocal(total.x);
       if (kSparse && s.complete() && r < tile.count && total.x != 0) {
-        inverse[c] *= SinkShare(p_, tile.head(r), total.y + log2f(total.x));
+        inverse[c] *= SinkShare(p_, tile.head(r), total.y + ptx::Log2(total.x));
       }
     }
     const int r = thread % kGroupThreads;
     if (r < tile.count) {
       const float2 total = Total(r);
-      const float lse = total.x == 0 ? -INFINITY : total.y + log2f(total.x);
+      const float lse = total.x == 0 ? -INFINITY : total.y + ptx::Log2(total.x);
       float most = 0;
       if constexpr (kSparse) most = Most(r, number);
       if (s.complete()) {
@@ -734,11 +734,10 @@ __global__ void __launch_bounds__(kThreads, 1) Kernel(const __grid_constant__ Ca
   }
   FetchParams(p);
   PrefetchInputs(p);
-  __syncthreads();  // barriers and row numbers are there
   ptx::WaitForPreviousKernel();
   const Range range = FindRange(p, blockIdx.y, ptx::GridY(), kSequenceCost, kLeastBlocks);
   if (ptx::ThreadId() == 0) shared.range = range;
-  __syncthreads();
+  __syncthreads();  // and barriers and row numbers are there
   const int role = ptx::Uniform(ptx::ThreadId() / kGroupThreads);
   if (role < kGroups) {
     ptx::IncreaseRegisters<Shared::kScorerRegisters>();

@@ -43,7 +43,7 @@ struct Range {
 
 // KV blocks that hold the first `length` tokens.
 __device__ __forceinline__ int BlocksBefore(int length) {
-  return length <= 0 ? 0 : (length - 1) / kPageSize + 1;
+  return (static_cast<uint32_t>(max(length, 0)) + (kPageSize - 1)) / kPageSize;
 }
 __device__ __forceinline__ int BlocksOf(int length) { return max(BlocksBefore(length), 1); }
 
@@ -87,7 +87,7 @@ __device__ inline Range FindRange(const Call& p, int partition, int partitions, 
   const int per_lane = (batch + 31) / 32;
   const int first = min(lane * per_lane, batch), last = min(first + per_lane, batch);
   int mine = 0, shortest = INT_MAX, longest = 0;
-#pragma unroll 8
+#pragma unroll 4
   for (int b = first; b < last; ++b) {
     const int length = BlocksOf(SequenceLength(p, b));
     mine += length;
@@ -103,7 +103,7 @@ __device__ inline Range FindRange(const Call& p, int partition, int partitions, 
   const int blocks = __shfl_sync(~0u, before, 31);
   before -= mine;
 
-  Range range;
+  Range range{};
   const auto share = [&](int units) {
     const uint32_t all = units, ranges = partitions;
     return max(static_cast<int>((all - 1) / ranges) + 1, least);
@@ -129,22 +129,20 @@ __device__ inline Range FindRange(const Call& p, int partition, int partitions, 
   }
   range.total = blocks + range.cost * (batch - 1);
   range.each = even > 0 ? even : share(range.total);
-  // Where the line is cut: before a block of a sequence, whose first block is at `units`.
-  struct Cut {
-    int unit;
-    int batch, block, units;
-  };
-  const auto locate = [&](Cut* cut) {
+  // Where the line is cut: before a block of a sequence. Twice the same code: once, it is fetched.
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const int unit = (partition + i) * range.each;
     int position = before + range.cost * first;
     const int end = position + mine + range.cost * (last - first - 1);
-    const bool here = first < last && position - range.cost <= cut->unit && cut->unit < end;
+    const bool here = first < last && position - range.cost <= unit && unit < end;
     int b = first;
     if (here && per_lane > 1) {
-      for (int length; position + (length = BlocksOf(SequenceLength(p, b))) <= cut->unit; ++b) {
+      for (int length; position + (length = BlocksOf(SequenceLength(p, b))) <= unit; ++b) {
         position += length + range.cost;
       }
     }
-    int block = max(cut->unit - position, 0);
+    int block = max(unit - position, 0);
     if (p.batch_invariant && here) {
       const int all = BlocksOf(SequenceLength(p, b)), chunk = ChunkBlocks(all);
       block = (block + chunk / 2) / chunk * chunk;
@@ -152,19 +150,12 @@ __device__ inline Range FindRange(const Call& p, int partition, int partitions, 
     }
     const unsigned holders = __ballot_sync(~0u, here);
     const int holder = __ffs(holders) - 1;
-    cut->batch = __shfl_sync(~0u, b, holder);
-    cut->block = __shfl_sync(~0u, block, holder);
-    cut->units = __shfl_sync(~0u, position, holder);
-    if (holders == 0) *cut = {range.total, batch, 0, range.total};  // all is before it
-  };
-  Cut begin{partition * range.each}, end{begin.unit + range.each};
-  locate(&begin);
-  locate(&end);
-  range.batch = begin.batch;
-  range.block = begin.block;
-  range.units = begin.units;
-  range.end_batch = end.batch;
-  range.end_block = end.block;
+    const bool behind = holders == 0;  // the line's end
+    range.batch = range.end_batch, range.block = range.end_block;
+    range.end_batch = behind ? batch : __shfl_sync(~0u, b, holder);
+    range.end_block = behind ? 0 : __shfl_sync(~0u, block, holder);
+    if (i == 0) range.units = behind ? range.total : __shfl_sync(~0u, position, holder);
+  }
   return range;
 }
 
@@ -200,7 +191,7 @@ struct RowTile {
         group(static_cast<uint32_t>(p.h_q) / static_cast<uint32_t>(p.h_kv)),
         rows(static_cast<int>(p.s_q) * group) {
     const int per_head = (rows + kRowTile - 1) / kRowTile;
-    kv_head = index / per_head;
+    kv_head = static_cast<uint32_t>(index) / static_cast<uint32_t>(per_head);
     const int tile = index - kv_head * per_head;
     first = tile * kRowTile;
     const int left = rows - first;

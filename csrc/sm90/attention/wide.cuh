@@ -64,8 +64,9 @@ inline constexpr int kStages = 2;
 inline constexpr int kSides = 2;
 inline constexpr int kWarpsPerSide = 4;
 inline constexpr int kConsumerThreads = kSides * kWarpsPerSide * 32;
-inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
-inline constexpr int kLeastBlocks = 2;                   // one for each side
+inline constexpr int kColumnsEach = kHeadDimV / kSides;    // of O, per side
+inline constexpr int kOwnRows = kRowTile / kWarpsPerSide;  // of a consumer warp
+inline constexpr int kLeastBlocks = 2;                     // one for each side
 inline constexpr int kSequenceCost = 3;  // blocks: the time to finish a sequence and begin another
 static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
 static_assert(kStages == kSides, "Softmax relies on a side's blocks having a stage to themselves");
@@ -294,11 +295,7 @@ class Consumer {
   using Call = typename Problem::Call;
   using Shared = SharedMemory<Problem>;
   __device__ Consumer(const Call& p, const RowTile& tile, Shared& shared, int side)
-      : p_(p),
-        tile_(tile),
-        shared_(shared),
-        side_(side),
-        scale_(p.softmax_scale * static_cast<float>(M_LOG2E)) {}
+      : p_(p), tile_(tile), shared_(shared), side_(side) {}
 
   __device__ __forceinline__ void Run(const Range& range) {
     RingPosition ring;
@@ -340,19 +337,16 @@ class Consumer {
 
   // Takes in the query rows of a sequence; rows that do not exist become zero.
   __device__ __forceinline__ void Begin(const Segment& s, int number) {
-    constexpr int kChunks = kHeadDimV / 8;  // of 16 bytes, per row, without the RoPE columns
-    constexpr int kRowsAtOnce = kConsumerThreads / kChunks;
     const T* q = static_cast<const T*>(p_.q) + s.batch * p_.s_q * p_.h_q * Problem::kDim;
-    const int chunk = threadIdx.x % kChunks;
-    const uint32_t panel = ptx::SmemAddress(shared().q) + chunk / 8 * kPanelBytes;
-#pragma unroll 1
-    for (int first = threadIdx.x / kChunks; first < kRowTile; first += 8 * kRowsAtOnce) {
+    // A warp writes where it had its part of the last result: nobody else may have to wait.
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = first + i * kRowsAtOnce;
-        const int64_t source = shared().query_row(r);
-        ptx::CpAsync16(panel + r * 128 + ((chunk % 8 ^ r % 8) << 4),
-                       q + source * Problem::kDim + chunk * 8, r < tile().count);
+    for (int i = 0; i < kOwnRows / 4; ++i) {
+      const int r = line(i);
+      const T* source = q + int64_t{shared().query_row(r)} * Problem::kDim + line_column();
+#pragma unroll
+      for (int panel = 0; panel < kHalfPanels; ++panel) {
+        ptx::CpAsync16(own_panels() + panel * kPanelBytes + LineOffset(r), source + panel * kPanel,
+                       r < tile().count);
       }
     }
     if constexpr (Problem::kRopeShared) {
@@ -379,7 +373,6 @@ class Consumer {
               r < tile().count ? *reinterpret_cast<const uint32_t*>(rope + 8 * j) : 0u;
         }
       }
-      limit_[h] = tile().limit(p_, s.length, shared().query_token(r));
       reference_[h] = -INFINITY;
       sum_[h] = 0;
       most_[h] = -INFINITY;
@@ -506,9 +499,10 @@ class Consumer {
     }
     ptx::WgmmaWait<0>();
     if constexpr (Problem::kRopeApart) Release(Problem::kRopeShared ? 0 : stage, kRope);
+    const float scale = p_.softmax_scale * static_cast<float>(M_LOG2E);
 
 #pragma unroll
-    for (float& x : x_) x *= scale_;
+    for (float& x : x_) x *= scale;
     if constexpr (kSparse) {
       // The left half of the block is not released before its P is there: so this is still its.
       using Lanes = FormatLanes<Problem::kFormat>;
@@ -526,10 +520,15 @@ class Consumer {
         }
       }
     } else if (lowest_limit_ - first_token < kPageSize) {
-      const int token = first_token + column();
+      int limit[2];  // per row, the tokens it may see are those before this
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        limit[h] = tile().limit(p_, length_, shared().query_token(row() + 8 * h));
+        limit[h] -= first_token + column();
+      }
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
-        if (token + j / 4 * 8 + j % 2 >= limit_[j / 2 % 2]) x_[j] = -INFINITY;
+        if (j / 4 * 8 + j % 2 >= limit[j / 2 % 2]) x_[j] = -INFINITY;
       }
       ptx::NamedBarrierSync(1 + kSide, kWarpsPerSide * 32);  // all warps of the side have their S
       CleanValues<T>([&](int panel) { return shared().k[stage] + panel * kPanelBytes; },
@@ -682,11 +681,10 @@ class Consumer {
   }
 
   // Writes the result of a sequence, or of the part of it that this range holds. Each warp takes
-  // its rows through its own part of P's buffer, 128 bytes of a row at once, so that they leave as
-  // whole lines.
+  // its rows and columns through their place in Q, so that they leave as whole lines.
   __device__ __forceinline__ void Finish(int number) {
     // The sum of each row over all tokens: four lanes, then both sides, which from then on have
-    // done with P.
+    // done with Q.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum_[h] += __shfl_xor_sync(~0u, sum_[h], 1);
@@ -705,9 +703,9 @@ class Consumer {
       const int r = row() + 8 * h;
       // In the same order on both sides, so that both find the same bits.
       total[h] = shared().sum[kLeft][r] + shared().sum[kRight][r];
-      inverse[h] = total[h] == 0 ? 0.f : 1.f / total[h];
+      inverse[h] = total[h] == 0 ? 0.f : ptx::Reciprocal(total[h]);
       if (kSparse && complete && r < tile().count && total[h] != 0) {
-        inverse[h] *= SinkShare(p_, tile().head(r), reference_[h] + log2f(total[h]));
+        inverse[h] *= SinkShare(p_, tile().head(r), reference_[h] + ptx::Log2(total[h]));
       }
     }
     float scale[2] = {1, 1};
@@ -721,7 +719,7 @@ class Consumer {
     if (h < 2 && own < tile().count) {
       const float all = h == 0 ? total[0] : total[1];
       const float lse =
-          all == 0 ? -INFINITY : (h == 0 ? reference_[0] : reference_[1]) + log2f(all);
+          all == 0 ? -INFINITY : (h == 0 ? reference_[0] : reference_[1]) + ptx::Log2(all);
       const float most =
           kSparse ? fmaxf(shared().most[kLeft][own], shared().most[kRight][own]) : 0.f;
       if (!complete) {
@@ -739,24 +737,21 @@ class Consumer {
     }
     inverse[0] *= scale[0];
     inverse[1] *= scale[1];
-    uint8_t* buffer = shared().p[side()];
-    // Eight lanes read a row of the buffer; place(i) is the i-th of this lane's four.
-    const auto place = [](int i) { return warp() * 16 + 4 * i + lane() / 8; };
     uint16_t* target = static_cast<uint16_t*>(complete ? p_.out : p_.partial_out);
-    const int64_t first = complete ? s.batch * p_.s_q * p_.h_q : partial_row;
-    uint16_t* out[4];
+    const int first = complete ? static_cast<int>(s.batch * p_.s_q * p_.h_q) : partial_row;
+    int rows[kOwnRows / 4];  // of a kilobyte: their numbers are small
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t r = first + (complete ? shared().query_row(place(i)) : place(i));
-      out[i] = target + r * kHeadDimV + side() * kColumnsEach + lane() % 8 * 8;
+    for (int i = 0; i < kOwnRows / 4; ++i) {
+      rows[i] = first + (complete ? shared().query_row(line(i)) : line(i));
     }
     const auto store = [&](auto type) {
 #pragma unroll
       for (int panel = 0; panel < kHalfPanels; ++panel) {
+        const uint32_t buffer = own_panels() + panel * kPanelBytes;
 #pragma unroll
         for (int step = 0; step < kPanel / 16; ++step) {
           const float* o = o_ + 32 * panel + 8 * step;
-          ptx::StMatrix4(ptx::SmemAddress(buffer) + PieceOffset(step),
+          ptx::StMatrix4(buffer + PieceOffset(step),
                          Pack(type, o[0] * inverse[0], o[1] * inverse[0]),
                          Pack(type, o[2] * inverse[1], o[3] * inverse[1]),
                          Pack(type, o[4] * inverse[0], o[5] * inverse[0]),
@@ -764,20 +759,20 @@ class Consumer {
         }
         __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = place(i);
-          if (r >= tile().count) continue;
-          *reinterpret_cast<uint4*>(out[i] + panel * kPanel) =
-              *reinterpret_cast<const uint4*>(buffer + r * 128 + ((lane() ^ r) % 8 << 4));
+        for (int i = 0; i < kOwnRows / 4; ++i) {
+          if (line(i) >= tile().count) continue;
+          *reinterpret_cast<uint4*>(target + int64_t{rows[i]} * kHeadDimV + line_column() +
+                                    panel * kPanel) =
+              ptx::LoadShared16(buffer + LineOffset(line(i)));
         }
-        __syncwarp();
       }
     };
-    if (complete) {
-      store(T{});
-    } else {
+    if (!complete || std::is_same_v<T, __half>) {
       store(__half{});
+    } else {
+      store(T{});
     }
+    __syncwarp();
   }
 
   // The largest numbers of this side's columns in each row, without their signs.
@@ -815,6 +810,20 @@ class Consumer {
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int row() { return warp() * 16 + lane() / 4; }
   __device__ static int column() { return lane() % 4 * 2; }
+  // Where Q's panels lie that have this side's columns of O.
+  __device__ __forceinline__ uint32_t own_panels() const {
+    return ptx::SmemAddress(shared().q) + side() * (kHalfPanels * kPanelBytes);
+  }
+  // Eight lanes read or write 128 bytes of a row together, and a warp four rows: the i-th.
+  __device__ static int line(int i) {
+    return thread() / 32 % 4 * kOwnRows + 4 * i + thread() % 32 / 8;
+  }
+  __device__ int line_column() const { return side() * kColumnsEach + thread() % 8 * 8; }
+  __device__ static uint32_t LineOffset(int r) { return r * 128 + ((thread() ^ r) % 8 << 4); }
+  // Where registers are scarce, what follows from it is found out anew.
+  __device__ static uint32_t thread() {
+    return Problem::kConverted ? ptx::ThreadId() : threadIdx.x;
+  }
   // Where a lane's part of a 16 x 16 piece of the warp's rows lies in a panel, for StMatrix4.
   __device__ static uint32_t PieceOffset(int step) {
     return (warp() * 16 + lane() % 16) * 128 + ((step * 2 + lane() / 16 ^ lane() % 8) << 4);
@@ -824,13 +833,11 @@ class Consumer {
   const RowTile& tile_;
   Shared& shared_;
   const int side_;
-  const float scale_;
 
   // Of the mbarriers that complete once for each P of the other side.
   uint32_t pair_parity_ = 0;
   // Of the current sequence.
   int length_;
-  int limit_[2];         // per row, the tokens it may see are those before this
   int lowest_limit_;     // the least of the tile
   uint32_t q_rope_[16];  // unless they are in shared memory
   float reference_[2];
@@ -876,18 +883,20 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
     ptx::FenceMbarrierInit();
   }
   const RowTile tile(p, blockIdx.x, kCluster);
-  if (threadIdx.x == kRowTile) shared.tile = tile;
-  if (!Problem::kSparse && threadIdx.x < kRowTile) {
-    const int r = min(static_cast<int>(threadIdx.x), tile.count - 1);
-    shared.query_tokens[threadIdx.x] = tile.token(r);
-    shared.query_rows[threadIdx.x] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
+  if (threadIdx.x == 32) shared.tile = tile;
+  const int row = threadIdx.x - kRowTile;
+  if (!Problem::kSparse && 0 <= row && row < kRowTile) {
+    const int r = min(row, tile.count - 1);
+    shared.query_tokens[row] = tile.token(r);
+    shared.query_rows[row] = tile.token(r) * static_cast<int>(p.h_q) + tile.head(r);
   }
   FetchParams(p);
   PrefetchInputs(p);
-  __syncthreads();                                 // barriers and row numbers are there
-  if constexpr (kCluster > 1) ptx::ClusterSync();  // the other's barriers are initialised
+  if constexpr (kCluster > 1) ptx::ClusterArriveRelaxed();  // barriers are initialised
   ptx::WaitForPreviousKernel();
   const Range range = FindRange(p, blockIdx.y, ptx::GridY(), kSequenceCost, kLeastBlocks);
+  __syncthreads();  // barriers and row numbers are there; those who made them were the last
+  if constexpr (kCluster > 1) ptx::ClusterWait();
   const int role = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (role >= kSides) {
     ptx::DecreaseRegisters<Problem::kProducerRegisters>();
