@@ -118,7 +118,7 @@ def gather_einsum(
 def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -> dict[str, Any]:
     """A row of the record; times in microseconds."""
     samples = step_seconds(config, params, batch, CONTEXT)
-    # Layers as XLA has them: those of a few tokens attend within their one call.
+    # Layers and head as XLA has them: those of a few tokens attend within their one call.
     layers_of_xla = {name: value for name, value in params.items() if name != "one_device"}
     with mock.patch.object(mla, "flash_mla_with_kvcache", gather_einsum):
         deepseek.decode_step.clear_cache()

@@ -6,8 +6,8 @@
 //       benchmarks/replay_few.cu csrc/sm90/few_tokens.cu -o replay_few
 //   ./replay_few
 //
-// Layers have DeepSeek-V2-Lite's shapes, and weights of their own, far more than L2 holds. What
-// they compute is checked by tests/models/test_few_tokens.py.
+// Layers have DeepSeek-V2-Lite's shapes, and weights of their own, far more than L2 holds, as does
+// the head, which runs as often. What they compute is checked by tests/models/test_few_tokens.py.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kLayers = 24, kHidden = 2048, kHeads = 16, kVDim = 128;
 constexpr int kExperts = 64, kExpertSize = 1408, kExpertsPerToken = 6, kSharedSize = 2 * 1408;
-constexpr int kDenseSize = 10944;
+constexpr int kDenseSize = 10944, kVocab = 102400;
 
 void Check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -177,6 +177,11 @@ void Main() {
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   std::vector<Layer> layers = MakeLayers();
+  sm90::LogitsParams logits{layers[0].mlp};
+  logits.vocab_size = kVocab;
+  logits.hidden = layers[0].mlp.hidden;
+  logits.w = Random(size_t{kVocab} * kHidden);
+  logits.logits = Random<float>(sm90::kMaxFewTokens * kVocab);
   CHECK(cudaDeviceSynchronize());
   constexpr double kProject = (kHeads * sm90::kQueryDim + kHeadDim) * 2. * kHidden +
                               2. * kHeads * kHeadDimV * sm90::kNopeDim;
@@ -187,6 +192,7 @@ void Main() {
       layer.project.tokens = layer.output.tokens = layer.mlp.tokens = layer.dense.tokens = tokens;
       layer.project.kv.batch = layer.output.attention.batch = tokens;
     }
+    logits.tokens = tokens;
     RecordMerges(layers[0].output.attention, tokens);
     const auto print = [&](const char* name, double bytes, auto enqueue) {
       const double us = Microseconds(stream, [&] { std::ranges::for_each(layers, enqueue); });
@@ -210,6 +216,7 @@ void Main() {
     });
     print("dense", 6. * kHidden * kDenseSize,
           [&](const Layer& x) { Check(FewMlp(x.dense, stream)); });
+    print("head", 2. * kVocab * kHidden, [&](const Layer&) { Check(FewLogits(logits, stream)); });
     std::printf("\n");
   }
 }

@@ -1,8 +1,9 @@
-// The FFI handler of all layers of a decoding step of a few tokens.
+// The FFI handlers of a decoding step of a few tokens: all layers, and the logits.
 #include "sm90/few_tokens.h"
 
 #include <cuda_runtime_api.h>
 
+#include <initializer_list>
 #include <string>
 
 #include "ffi/handlers.h"
@@ -66,8 +67,8 @@ enum Result {
 // The buffers of a call. The first one at fault is remembered.
 class Buffers {
  public:
-  Buffers(xffi::RemainingArgs operands, xffi::RemainingRets results)
-      : operands_(operands), results_(results) {}
+  Buffers(const char* target, xffi::RemainingArgs operands, xffi::RemainingRets results)
+      : target_(target), operands_(operands), results_(results) {}
 
   // An operand, or an empty one, of any type.
   xffi::AnyBuffer Operand(int i) {
@@ -103,8 +104,24 @@ class Buffers {
     return static_cast<T*>(buffer.untyped_data());
   }
 
+  // Numbers of rows and steps fit into 31 bits.
+  void CheckSizes(std::initializer_list<int64_t> sizes) {
+    for (const int64_t n : sizes) {
+      if (n > 0 && n <= sm90::kMaxFewSize && n % sm90::kFewAlignment == 0) continue;
+      Fail("sizes must be multiples of 64 and at most 2^20, got " + std::to_string(n));
+    }
+  }
+  // The first operand: hidden states of so many tokens, of so many numbers each.
+  sm90::FewTokens Hidden(int64_t tokens, int64_t size) {
+    const auto dtype = ToDType(Operand(0).element_type());
+    if (!dtype || *dtype == DType::kF32) Fail("hidden must be bfloat16 or float16");
+    if (tokens < 1 || tokens > sm90::kMaxFewTokens) Fail("too many tokens, or none");
+    CheckSizes({size});
+    return {dtype.value_or(DType::kF32), static_cast<int>(tokens), static_cast<int>(size)};
+  }
+
   void Fail(const std::string& what) {
-    if (error_.empty()) error_ = std::string(kFewTokensTarget) + ": " + what;
+    if (error_.empty()) error_ = target_ + ": " + what;
   }
   xffi::Error error() const {
     return error_.empty() ? xffi::Error::Success() : xffi::Error::InvalidArgument(error_);
@@ -123,6 +140,7 @@ class Buffers {
     }
   }
 
+  std::string target_;
   xffi::RemainingArgs operands_;
   xffi::RemainingRets results_;
   std::string error_;
@@ -133,31 +151,21 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
                       float softmax_scale, float norm_eps, float latent_eps,
                       int32_t experts_per_token, bool sigmoid, bool normalize, int32_t groups,
                       int32_t groups_chosen, int32_t group_best, float scale) {
-  Buffers buffers(operands, results);
+  Buffers buffers(kFewTokensTarget, operands, results);
   constexpr auto kF32 = xffi::DataType::F32;
   constexpr auto kS32 = xffi::DataType::S32;
   const auto type = buffers.Operand(kHidden).element_type();
-  const auto dtype = ToDType(type);
-  if (!dtype || *dtype == DType::kF32) buffers.Fail("hidden must be bfloat16 or float16");
   const int64_t batch = buffers.Dimension(kHidden, 0), s = buffers.Dimension(kHidden, 1);
   const int64_t size = buffers.Dimension(kHidden, 2), tokens = batch * s;
-  if (tokens < 1 || tokens > sm90::kMaxFewTokens) buffers.Fail("too many tokens, or none");
-  // Numbers of rows and steps fit into 31 bits.
-  const auto check_sizes = [&](std::initializer_list<int64_t> sizes) {
-    for (const int64_t n : sizes) {
-      if (n > 0 && n <= (1 << 20) && n % sm90::kFewAlignment == 0) continue;
-      buffers.Fail("sizes must be multiples of 64, got " + std::to_string(n));
-    }
-  };
-  check_sizes({size, v_dim});
+  // What is the same in all layers
+  const sm90::FewTokens step = buffers.Hidden(tokens, size);
+  buffers.CheckSizes({v_dim});
   if (heads < 1 || heads > sm90::kMaxFewHeads) {
     buffers.Fail("heads must be 1 to " + std::to_string(sm90::kMaxFewHeads));
   }
   if (num_layers < 1) buffers.Fail("no layers");
   if (buffers.error().failure()) return buffers.error();
 
-  // What is the same in all layers
-  const sm90::FewTokens step{*dtype, static_cast<int>(tokens), static_cast<int>(size)};
   sm90::ProjectParams project{step};
   project.heads = heads;
   project.norm_eps = norm_eps;
@@ -171,7 +179,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   kv.batch = batch;
   kv.num_tokens = s;
   kv.max_pages_per_seq = buffers.Dimension(kBlockTable, 1);
-  kv.token_bytes = kHeadDim * Bytes(*dtype);
+  kv.token_bytes = kHeadDim * Bytes(step.dtype);
   kv.block_table = buffers.In<int32_t>(kBlockTable, kS32, batch * kv.max_pages_per_seq);
   kv.start = buffers.In<int32_t>(kNew, kS32, 3 * batch);
   kv.count = kv.start + batch;
@@ -185,7 +193,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   attention.max_pages_per_seq = kv.max_pages_per_seq;
   attention.softmax_scale = softmax_scale;
   attention.causal = true;
-  attention.dtype = *dtype;
+  attention.dtype = step.dtype;
   attention.q = project.q;
   attention.block_table = kv.block_table;
   attention.cache_seqlens = buffers.In<int32_t>(kCacheSeqlens, kS32, batch);
@@ -218,7 +226,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
 
       const int64_t q_rank = buffers.Size(at + kQNorm);
       const int64_t queries = int64_t{heads} * sm90::kQueryDim;
-      if (q_rank > 0) check_sizes({q_rank});
+      if (q_rank > 0) buffers.CheckSizes({q_rank});
       project.q_rank = static_cast<int>(q_rank);
       project.hidden = layer == 0 ? hidden : mlp.out;
       project.norm = buffers.In(at + kNorm, type, size);
@@ -247,8 +255,8 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
       const int64_t expert_size = experts > 0 ? buffers.Dimension(at + kGate, 1) : 0;
       const int64_t shared_size = buffers.Size(at + kSharedGate) / size;
       const int64_t chosen = experts > 0 ? experts_per_token : 0;
-      if (experts > 0) check_sizes({expert_size});
-      if (shared_size > 0) check_sizes({shared_size});
+      if (experts > 0) buffers.CheckSizes({expert_size});
+      if (shared_size > 0) buffers.CheckSizes({shared_size});
       if (experts > sm90::kMaxExperts || chosen > sm90::kMaxExpertsPerToken || chosen > experts ||
           (experts > 0 && (chosen < 1 || groups < 1 || groups > sm90::kMaxExpertGroups ||
                            experts % groups != 0))) {
@@ -285,6 +293,29 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   return xffi::Error::Success();
 }
 
+// Of hidden [..., hidden_size] and weights [vocab_size, hidden_size], logits [..., vocab_size].
+xffi::Error FewLogits(cudaStream_t stream, xffi::RemainingArgs operands,
+                      xffi::RemainingRets results) {
+  Buffers buffers(kFewLogitsTarget, operands, results);
+  const auto type = buffers.Operand(0).element_type();
+  const int64_t vocab_size = buffers.Dimension(1, 0), size = buffers.Dimension(1, 1);
+  const int64_t tokens = size > 0 ? buffers.Size(0) / size : 0;
+  const sm90::FewTokens step = buffers.Hidden(tokens, size);
+  buffers.CheckSizes({vocab_size});
+  if (buffers.error().failure()) return buffers.error();
+  const sm90::LogitsParams logits{
+      step,
+      static_cast<int>(vocab_size),
+      buffers.In(0, type, tokens * size),
+      buffers.In(1, type, vocab_size * size),
+      buffers.Out<float>(0, xffi::DataType::F32, tokens * vocab_size),
+  };
+  if (buffers.error().failure()) return buffers.error();
+  const sm90::Status status = sm90::FewLogits(logits, stream);
+  if (status.ok()) return xffi::Error::Success();
+  return xffi::Error::Internal(std::string(kFewLogitsTarget) + ": " + status.message);
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FewTokensCuda, FewTokens,
@@ -306,5 +337,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FewTokensCuda, FewTokens,
                                   .Attr<int32_t>("group_best")
                                   .Attr<float>("scale"),
                               {xffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    FewLogitsCuda, FewLogits,
+    xffi::Ffi::Bind().Ctx<xffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets(),
+    {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace flashmla::ffi

@@ -17,6 +17,7 @@ inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_gr
 inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";
 // On a GPU only.
 inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v2";
+inline constexpr char kFewLogitsTarget[] = "flashmla_few_logits_v1";
 
 extern "C" {
 XLA_FFI_Error* DenseDecodeCpu(XLA_FFI_CallFrame* call_frame);
@@ -29,6 +30,7 @@ XLA_FFI_Error* SparseAttentionCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* DenseDecodeCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FewTokensCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* FewLogitsCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

@@ -33,6 +33,7 @@ nb::dict Registrations() {
   cuda[ffi::kDenseDecodeNoGraphTarget] = Capsule(ffi::DenseDecodeCudaNoGraph);
   cuda[ffi::kCacheAppendNoGraphTarget] = Capsule(ffi::CacheAppendCudaNoGraph);
   cuda[ffi::kFewTokensTarget] = Capsule(ffi::FewTokensCuda);
+  cuda[ffi::kFewLogitsTarget] = Capsule(ffi::FewLogitsCuda);
   all["CUDA"] = cuda;
 #endif
   return all;

@@ -368,7 +368,7 @@ struct LinearParams {
   void* out[2];
 };
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, typename Out = T>
 __global__ void __launch_bounds__(kThreads, Linear::kBlocks) LinearKernel(const LinearParams p) {
   extern __shared__ uint4 x[];
   __shared__ Partial<kTokens> partials[2];
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(kThreads, Linear::kBlocks) LinearKernel(const 
           int64_t{token} * (second ? p.rows[1] : p.rows[0]) + (second ? place - p.rows[0] : place);
       float sum = partial.Total(token, threadIdx.x % kTileRows);
       if (!second && p.residual != nullptr) sum += Number<T>(p.residual, to);
-      Store<T>(second ? p.out[1] : p.out[0], to, sum);
+      Store<Out>(second ? p.out[1] : p.out[0], to, sum);
     }
     turn ^= 1;
     tile += gridDim.x;
@@ -1234,6 +1234,26 @@ Status FewMlp(const MlpParams& p, cudaStream_t stream) {
         Start::kEarly, DownKernel<T, kTokens>,
         {.blocks = Down::kBlocks * multiprocessors, .shared_bytes = number * p.act_size()}, stream,
         p);
+  });
+}
+
+Status FewLogits(const LogitsParams& p, cudaStream_t stream) {
+  return Dispatch(p.dtype, p.tokens, [&](auto element, auto tokens, int64_t multiprocessors) {
+    using T = decltype(element);
+    constexpr int kTokens = decltype(tokens)::value;
+    const LinearParams linear{.x = p.hidden,
+                              .norm = nullptr,
+                              .residual = nullptr,
+                              .eps = 0,
+                              .size = p.hidden_size,
+                              .rows = {p.vocab_size, 0},
+                              .w = {p.w, nullptr},
+                              .out = {p.logits, nullptr}};
+    // The weights may just have been made, as those of FewProject.
+    return Launch(Start::kAfterAll, LinearKernel<T, kTokens, float>,
+                  {.blocks = Linear::kBlocks * multiprocessors,
+                   .shared_bytes = kTokens * int64_t{sizeof(T)} * p.hidden_size},
+                  stream, linear);
   });
 }
 

@@ -12,6 +12,7 @@ namespace flashmla::sm90 {
 
 inline constexpr int kMaxFewTokens = 4;
 inline constexpr int kFewAlignment = 64;  // of all sizes
+inline constexpr int kMaxFewSize = 1048576;
 inline constexpr int kNopeDim = 128;
 inline constexpr int kRopeDim = kHeadDim - kHeadDimV;
 inline constexpr int kQueryDim = kNopeDim + kRopeDim;  // of an expanded query head
@@ -109,9 +110,20 @@ struct MlpParams : FewTokens {
   constexpr int act_size() const { return experts_per_token * expert_size + shared_size; }
 };
 
+// Hidden states after the final norm to logits.
+struct LogitsParams : FewTokens {
+  int vocab_size;
+
+  const void* hidden;  // [tokens, hidden_size]
+  const void* w;       // [vocab_size, hidden_size]
+  float* logits;       // [tokens, vocab_size]
+};
+
 // In this order, and of a call for several layers the first one `is_first`.
 Status FewProject(const ProjectParams& params, bool is_first, cudaStream_t stream);
 Status FewOutput(const OutputParams& params, cudaStream_t stream);
 Status FewMlp(const MlpParams& params, cudaStream_t stream);
+
+Status FewLogits(const LogitsParams& params, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

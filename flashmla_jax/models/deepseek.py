@@ -712,13 +712,15 @@ def head(params: Params, config: DeepSeekConfig, hidden: jax.Array) -> jax.Array
         weight = weights["kernel"].T
     else:
         weight = weights["embedding"] if config.tie_word_embeddings else weights["weight"]
-    return jnp.einsum(
+    product = functools.partial(
+        jnp.einsum,
         "...h,vh->...v",
-        hidden,
-        weight,
         precision=_precision(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
+    if few_tokens.applies_to_logits(params, hidden, weight):
+        return jax.lax.platform_dependent(hidden, weight, cuda=few_tokens.logits, default=product)
+    return product(hidden, weight)
 
 
 def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
@@ -733,7 +735,8 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
     Returns:
       The same, after `mla.absorb` and `mla.transpose_kernels`; with an empty `one_device` if all
       of them are arrays on one device, for steps of a few tokens (`models.few_tokens`). Divide
-      parameters over devices before, not afterwards; and to differentiate such steps, drop it.
+      parameters over devices before, not afterwards; and to differentiate such steps, or logits of
+      so few tokens, drop it.
     """
 
     def absorb_layer(layer: Params) -> dict[str, Any]:

@@ -1,17 +1,18 @@
-"""Decoding steps of a few tokens on a Hopper GPU: all layers in one call.
+"""Decoding steps of a few tokens on a Hopper GPU: all layers in one call, logits in another.
 
 For one token, a step's time is that of reading the weights, if nothing else takes any. What XLA
 makes of the layers is some twenty-five kernels each, every one of which begins when the one before
 it has ended. Here a layer is nine or ten, which start while others end and have their weights on
-the way by then. See docs/kernel.md.
+the way by then; and one more is the product with the head. See docs/kernel.md.
 
-XLA cannot divide such a call over devices: `deepseek.absorb` notes whether the parameters are on
+XLA cannot divide such calls over devices: `deepseek.absorb` notes whether the parameters are on
 one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,7 @@ Params = Mapping[str, Any]
 MAX_TOKENS = 4
 _NOPE_DIM = 128
 _ALIGNMENT = 64  # of all sizes
+_MAX_SIZE = 1 << 20
 _MAX_HEADS = 1024
 _MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN, _MAX_EXPERT_GROUPS = 512, 16, 32
 # A thread block's shared memory has all tokens' vectors, beside a little else.
@@ -42,20 +44,41 @@ _MAX_VECTOR_BYTES = 200 * 1024
 
 def applies(params: Params, config: DeepSeekConfig, ids: jax.Array, cache: PagedKVCache) -> bool:
     """Whether a step of `ids` int32[batch, s_q] may run so on a GPU, for these parameters."""
-    if "one_device" not in params or is_symbolic_dim(ids.size) or not 0 < ids.size <= MAX_TOKENS:
-        return False
-    if _ffi.why_no_kernel(_ffi.CUDA) is not None or not _fits(config, ids.size):
+    dtype = params["embed_tokens"]["embedding"].dtype
+    if not _has_kernels(params, ids.size, dtype) or not _fits(config, ids.size):
         return False
     if len(cache.pages) < len(params["layers"]) or cache.is_fp8:  # one pool of several layers
         return False
-    dtype = params["embed_tokens"]["embedding"].dtype
-    if dtype not in (jnp.bfloat16, jnp.float16) or cache.dtype != dtype:
+    if cache.dtype != dtype:
         return False
     leaves = jax.tree_util.tree_leaves_with_path(params["layers"])
     in_float32 = ("['gate']['weight']", "['gate']['e_score_correction_bias']", "['scale']")
     return all(
         leaf.dtype == dtype or jax.tree_util.keystr(path).endswith(in_float32)
         for path, leaf in leaves
+    )
+
+
+def applies_to_logits(params: Params, hidden: jax.Array, weight: jax.Array) -> bool:
+    """Whether `logits` may have these arguments on a GPU, of a model with these parameters."""
+    tokens, (vocab, size) = math.prod(hidden.shape[:-1]), weight.shape
+    return (
+        _has_kernels(params, tokens, hidden.dtype)
+        and weight.dtype == hidden.dtype
+        and vocab % _ALIGNMENT == size % _ALIGNMENT == 0
+        and vocab <= _MAX_SIZE
+        and tokens * size * 2 <= _MAX_VECTOR_BYTES
+    )
+
+
+def _has_kernels(params: Params, tokens: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a GPU has kernels for so many tokens of this type."""
+    return (
+        "one_device" in params
+        and not is_symbolic_dim(tokens)
+        and 0 < tokens <= MAX_TOKENS
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and _ffi.why_no_kernel(_ffi.CUDA) is None
     )
 
 
@@ -168,6 +191,23 @@ def decode_layers(
     )
     pages = (*results[first:], *cache.pages[len(layers) :])
     return results[0], dataclasses.replace(cache, pages=pages)
+
+
+def logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product of a few tokens with the head, exact but for sums in float32.
+
+    Args:
+      hidden: [..., hidden], after the final norm; bfloat16 or float16.
+      weight: [vocab, hidden], of the same type.
+
+    Returns:
+      float32[..., vocab].
+    """
+    shape = (*hidden.shape[:-1], weight.shape[0])
+    call = jax.ffi.ffi_call(
+        _ffi.FEW_LOGITS, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
+    )
+    return call(hidden, weight)
 
 
 _NUM_WORKSPACES = 14

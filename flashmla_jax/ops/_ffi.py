@@ -46,6 +46,7 @@ DENSE_DECODE_NO_GRAPH: Final = "flashmla_dense_decode_no_graph_v1"
 CACHE_APPEND_NO_GRAPH: Final = "flashmla_cache_append_no_graph_v2"
 # Of models.few_tokens, on a GPU only.
 FEW_TOKENS: Final = "flashmla_few_tokens_v2"
+FEW_LOGITS: Final = "flashmla_few_logits_v1"
 TARGETS: Final = (
     DENSE_DECODE,
     CACHE_APPEND,

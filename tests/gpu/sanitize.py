@@ -172,6 +172,8 @@ def run_cases() -> None:
         for seed, (batch, s_q) in enumerate([(1, 1), (2, 2)]):
             test_few_tokens.check(config, batch, s_q, seed, jax.numpy.bfloat16)
         print(f"few tokens, {name}: correct", flush=True)
+    test_few_tokens.check_logits((2, 2), 4288, 320, jax.numpy.bfloat16)
+    print("logits of few tokens: correct", flush=True)
 
 
 def find_sanitizer() -> str:

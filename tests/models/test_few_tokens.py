@@ -1,4 +1,4 @@
-"""Decoding steps of a few tokens: all layers in one call on a Hopper GPU."""
+"""Decoding steps of a few tokens: all layers in one call on a Hopper GPU, logits in another."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ CONFIGS = {
         **SIZES | V2 | {"topk_method": "group_limited_greedy", "q_lora_rank": 128},
         n_group=4,
         topk_group=2,
+        tie_word_embeddings=True,
     ),
     "V3": DeepSeekConfig(
         **SIZES,
@@ -174,6 +175,43 @@ def test_as_in_float32(name: str, dtype: Any) -> None:
         check(CONFIGS[name], batch, s_q, seed, dtype)
 
 
+def check_logits(shape: tuple[int, ...], vocab: int, size: int, dtype: Any) -> None:
+    """Against exact products. A token, and a row of weights, are no other's concern."""
+    rng = np.random.default_rng(vocab + len(shape))
+    hidden = jnp.asarray(rng.standard_normal((*shape, size), np.float32), dtype)
+    weight = jnp.asarray(rng.standard_normal((vocab, size), np.float32), dtype)
+    on_one_device = {"one_device": ()}
+    is_call = few_tokens.applies_to_logits(on_one_device, hidden, weight)
+    assert is_call or jax.devices()[0] == CPU
+
+    @jax.jit
+    def compute(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        params = on_one_device | {"lm_head": {"weight": weight}}
+        return deepseek.head(params, CONFIGS["V3"], hidden)
+
+    actual = np.array(compute(hidden, weight))
+    assert actual.dtype == np.float32
+    exact = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64).T
+    errors = np.linalg.norm(actual - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert np.max(errors) < 1e-5, (shape, vocab, size, errors)
+    row = int(rng.integers(vocab))
+    token = tuple(rng.integers(shape))
+    actual[..., row] = np.nan
+    np.testing.assert_array_equal(compute(hidden, weight.at[row].set(np.nan)), actual)
+    actual[token] = np.nan
+    hidden, weight = hidden.at[token].set(np.nan), weight.at[row].set(np.nan)
+    np.testing.assert_array_equal(compute(hidden, weight), actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(("vocab", "size"), [(64, 64), (320, 7168), (4288, 2304), (102400, 192)])
+def test_logits(vocab: int, size: int, dtype: Any) -> None:
+    """Fewer steps than warps, and tiles than blocks; and more."""
+    for shape in ((1,), (2, 1), (3,), (1, 4)):
+        check_logits(shape, vocab, size, dtype)
+
+
 def lowered(params: Any, config: DeepSeekConfig, batch: int, s_q: int, **cache: Any) -> Any:
     cache = fm.PagedKVCache.create(
         **{"num_layers": config.num_hidden_layers, "num_pages": 9, "batch": batch} | cache,
@@ -185,15 +223,18 @@ def lowered(params: Any, config: DeepSeekConfig, batch: int, s_q: int, **cache: 
 
 @pytest.mark.gpu
 def test_in_place() -> None:
-    """One call, and no copy of a pool."""
+    """A call of the layers and one of the head, and no copy of a pool or of the head."""
     config = CONFIGS["V3"]
     params = deepseek.absorb(make_params(config, 0, jnp.bfloat16), config)
+    head = f"bf16[{config.vocab_size},{config.hidden_size}]"
     for s_q in (1, 3):
         text = lowered(params, config, 1, s_q).compile().as_text()
         assert text.count(f'custom_call_target="{_ffi.FEW_TOKENS}"') == 1
+        assert text.count(f'custom_call_target="{_ffi.FEW_LOGITS}"') == 1
         assert _ffi.DENSE_DECODE not in text
-        pool = "bf16[9,64,1,576]"
-        assert not [line for line in text.splitlines() if f"= {pool}" in line and "copy(" in line]
+        copies = [line for line in text.splitlines() if "copy(" in line]
+        for array in ("bf16[9,64,1,576]", head):
+            assert not [line for line in copies if f"= {array}" in line]
 
 
 @pytest.mark.gpu
@@ -282,6 +323,47 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (_ffi.FEW_TOKENS in text) == (jax.devices()[0].platform == "gpu")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_logits_are_a_call(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    config = dataclasses.replace(CONFIGS["V3"], tie_word_embeddings=tied)
+    params = deepseek.absorb(init_params(config, jax.random.key(0)), config)
+    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_, **__: None)
+
+    def is_call(
+        *shape: int,
+        params: Any = params,
+        config: DeepSeekConfig = config,
+        dtype: Any = jnp.bfloat16,
+        platform: str = "cuda",
+    ) -> bool:
+        hidden = jax.ShapeDtypeStruct((*shape, config.hidden_size), dtype)
+        head = jax.jit(lambda params, hidden: deepseek.head(params, config, hidden))
+        lowered = head.trace(params, hidden).lower(lowering_platforms=(platform,))
+        assert lowered.out_info.shape == (*shape, config.vocab_size)
+        assert lowered.out_info.dtype == jnp.float32
+        calls = lowered.as_text().count(f"@{_ffi.FEW_LOGITS}(")
+        assert calls + lowered.as_text().count("dot_general") == 1
+        return calls == 1
+
+    for shape in ((), (1,), (1, 1), (4,), (2, 2)):
+        assert is_call(*shape)
+        assert not is_call(*shape, platform="cpu")
+    for shape in ((5,), (1, 5), (0,)):
+        assert not is_call(*shape)
+    assert not is_call(1, params={k: v for k, v in params.items() if k != "one_device"})
+    assert not is_call(1, dtype=jnp.float32)  # unlike the weights
+    for dtype, has_kernel in ((jnp.float16, True), (jnp.float32, False)):
+        converted = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+        assert is_call(1, params=converted, dtype=dtype) == has_kernel
+    for name, size in (("vocab_size", 250), ("vocab_size", 2**20 + 64), ("hidden_size", 96)):
+        other = dataclasses.replace(config, **{name: size})
+        weight = jax.ShapeDtypeStruct((other.vocab_size, other.hidden_size), jnp.bfloat16)
+        head = {"embed_tokens": {"embedding": weight}, "lm_head": {"weight": weight}}
+        assert not is_call(1, params=head | {"one_device": ()}, config=other)
+    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_, **__: "there is none")
+    assert not is_call(1)
+
+
 def test_same_numbers_in_c() -> None:
     """Limits, and the order of operands and results."""
     header = (ROOT / "csrc/sm90/few_tokens.h").read_text()
@@ -289,6 +371,7 @@ def test_same_numbers_in_c() -> None:
     assert limits == {
         "MaxFewTokens": few_tokens.MAX_TOKENS,
         "FewAlignment": few_tokens._ALIGNMENT,
+        "MaxFewSize": few_tokens._MAX_SIZE,
         "NopeDim": few_tokens._NOPE_DIM,
         "MaxFewHeads": few_tokens._MAX_HEADS,
         "MaxExperts": few_tokens._MAX_EXPERTS,
