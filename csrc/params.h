@@ -138,9 +138,6 @@ struct SparseAttentionParams {
 
   constexpr int64_t queries() const { return batch * s_q; }
   constexpr int64_t listed() const { return scopes[0].topk + scopes[1].topk; }
-  // Whether the kernels that are for few query rows serve it: others have tiles of many.
-  constexpr bool few_rows() const { return format == TokenFormat::kFp8 && h_q <= kNarrowRows; }
-  constexpr int64_t partial_row_bytes() const { return kHeadDimV * (few_rows() ? 4 : 2); }
   // To the Hopper kernels each query token is a sequence.
   constexpr DenseDecodeParams like_dense() const {
     DenseDecodeParams dense{};
@@ -157,6 +154,9 @@ struct SparseAttentionParams {
     dense.partial_stats = partial_stats;
     dense.merges = merges;
     return dense;
+  }
+  constexpr int64_t partial_row_bytes() const {
+    return kHeadDimV * (like_dense().permuted_partials() ? 4 : 2);
   }
 };
 

@@ -384,24 +384,17 @@ cudaError_t Launch(const Call& params, int partitions, int multiprocessors, cuda
                             partitions, team);
 }
 
-template <typename T>
-cudaError_t LaunchFor(const DenseDecodeParams& params, int partitions, int multiprocessors,
+template <typename T, typename Call>
+cudaError_t LaunchFor(const Call& params, int partitions, int multiprocessors,
                       cudaStream_t stream) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     if (params.permuted_partials()) {
       return Launch<T, float, true>(params, partitions, multiprocessors, stream);
     }
   }
-  return params.half_partials()
-             ? Launch<T, __half, false>(params, partitions, multiprocessors, stream)
-             : Launch<T, float, false>(params, partitions, multiprocessors, stream);
-}
-template <typename T>
-cudaError_t LaunchFor(const SparseCall& params, int partitions, int multiprocessors,
-                      cudaStream_t stream) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (params.permuted_partials()) {
-      return Launch<T, float, true>(params, partitions, multiprocessors, stream);
+  if constexpr (!std::is_same_v<Call, SparseCall>) {
+    if (!params.half_partials()) {
+      return Launch<T, float, false>(params, partitions, multiprocessors, stream);
     }
   }
   return Launch<T, __half, false>(params, partitions, multiprocessors, stream);

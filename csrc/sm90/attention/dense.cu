@@ -73,12 +73,6 @@ Status LaunchNarrow(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) 
                 sizeof(narrow::SharedMemory<kRows>), 1, stream, p, maps);
 }
 
-template <int kRows>
-Status LaunchNarrowFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
-  return Launch(narrow_fp8::Kernel<DenseDecodeParams, kRows>, grid, narrow_fp8::kThreads,
-                sizeof(narrow_fp8::SharedMemory<DenseDecodeParams, kRows>), 1, stream, p);
-}
-
 template <typename T, int kCluster>
 Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kNumbers, kHeadDim>;
@@ -102,8 +96,7 @@ Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream)
 //   more                 wide: tiles of 64 rows; an even number of tiles forms pairs that load
 //                        each page once
 Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
-  if (p.rows() <= 16) return LaunchNarrowFp8<16>(p, grid, stream);
-  if (p.rows() <= kNarrowRows) return LaunchNarrowFp8<kNarrowRows>(p, grid, stream);
+  if (p.rows() <= kNarrowRows) return narrow_fp8::Launch(p, grid, stream);
   return LaunchWideFp8(p, grid, stream);
 }
 template <typename T>

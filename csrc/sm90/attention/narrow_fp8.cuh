@@ -37,6 +37,7 @@
 
 #include "sm90/attention/common.cuh"
 #include "sm90/attention/few_rows.cuh"
+#include "sm90/attention/launch.cuh"
 #include "sm90/attention/tokens.cuh"
 
 namespace flashmla::sm90::narrow_fp8 {
@@ -142,7 +143,6 @@ class Source {
       ptx::BulkCopy(to + lane % kCount * kFp8TokenBytes, from_, kFp8TokenBytes, ready);
     }
   }
-  static constexpr __device__ uint32_t present() { return ~0u; }  // up to the sequence's end
   static constexpr __device__ bool Exists(uint32_t, int) { return true; }
 
  private:
@@ -203,8 +203,9 @@ __device__ __forceinline__ void LoadTokens(const Call& p, SharedMemory<Call, kRo
 #pragma unroll
     for (int i = 0; i < Shared::kSlotsEach; ++i) {
       ptx::MbarrierWait(&shared.tokens_read[warp][slot], parity);
-      if (Shared::kSparse && i == 0 && ptx::LaneId() == 0)
-        shared.present[warp][group] = source.present();
+      if constexpr (Shared::kSparse) {
+        if (i == 0 && ptx::LaneId() == 0) shared.present[warp][group] = source.present();
+      }
       source.template Copy<Shared::kSlotTokens>(i, ptx::SmemAddress(shared.tokens[warp][slot]),
                                                 &shared.tokens_ready[warp][group]);
       if (++slot == Shared::kSlots) slot = 0, parity ^= 1;
@@ -756,6 +757,17 @@ __global__ void __launch_bounds__(kThreads, 1) Kernel(const __grid_constant__ Ca
     ptx::DecreaseRegisters<Shared::kLoaderRegisters>();
     LoadTokens<Call, kRows>(p, shared);
   }
+}
+
+// Of at most kNarrowRows rows.
+template <typename Call>
+Status Launch(const Call& p, dim3 grid, cudaStream_t stream) {
+  const auto launch = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    return sm90::Launch(Kernel<Call, kRows>, grid, kThreads, sizeof(SharedMemory<Call, kRows>), 1,
+                        stream, p);
+  };
+  if (p.rows() <= 16) return launch(std::integral_constant<int, 16>{});
+  return launch(std::integral_constant<int, kNarrowRows>{});
 }
 
 }  // namespace flashmla::sm90::narrow_fp8

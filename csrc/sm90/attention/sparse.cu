@@ -25,12 +25,6 @@ Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
                 sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});
 }
 
-template <int kRows>
-Status LaunchNarrowFp8(const SparseCall& p, dim3 grid, cudaStream_t stream) {
-  return Launch(narrow_fp8::Kernel<SparseCall, kRows>, grid, narrow_fp8::kThreads,
-                sizeof(narrow_fp8::SharedMemory<SparseCall, kRows>), 1, stream, p);
-}
-
 template <typename T>
 Status LaunchNumbers(const SparseCall& p, dim3 grid, cudaStream_t stream) {
   if (p.head_dim == kHeadDim)
@@ -44,8 +38,7 @@ Status LaunchFormat(const SparseCall& p, TokenFormat format, dim3 grid, cudaStre
       return p.dtype == DType::kBF16 ? LaunchNumbers<__nv_bfloat16>(p, grid, stream)
                                      : LaunchNumbers<__half>(p, grid, stream);
     case TokenFormat::kFp8:
-      if (p.h_q <= 16) return LaunchNarrowFp8<16>(p, grid, stream);
-      if (p.h_q <= kNarrowRows) return LaunchNarrowFp8<kNarrowRows>(p, grid, stream);
+      if (p.rows() <= kNarrowRows) return narrow_fp8::Launch(p, grid, stream);
       return LaunchWide<__nv_bfloat16, TokenFormat::kFp8, kHeadDim>(p, grid, stream);
     case TokenFormat::kFp8Apart:
       break;
@@ -60,7 +53,7 @@ Status SparseAttention(const SparseAttentionParams& params, cudaStream_t stream)
   int multiprocessors = 0;
   Status status = FindDevice(&multiprocessors);
   if (!status.ok()) return status;
-  // The schedule counts all blocks of all query tokens, up to three more for each, and what the
+  // The schedule counts all blocks of all query tokens, up to four more for each, and what the
   // last partitions may lie behind the last of them.
   const int64_t blocks = params.scopes[0].topk / kPageSize + params.scopes[1].topk / kPageSize + 2;
   constexpr int64_t kBehind = 4 * kMaxPartitions;
