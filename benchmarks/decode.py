@@ -48,7 +48,10 @@ def attention(case: Case, rival: bool) -> Attend:
     """Our op, or the same in jax.numpy, as a function of (q, k_cache, block_table, lengths)."""
     if rival:
         return functools.partial(
-            reference.flash_mla_with_kvcache, softmax_scale=HEAD_DIM**-0.5, causal=case.causal
+            reference.flash_mla_with_kvcache,
+            softmax_scale=HEAD_DIM**-0.5,
+            causal=case.causal,
+            in_panels=False,
         )
     deterministic = "batch_invariant" if case.batch_invariant else True
     return functools.partial(
