@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_PANEL = 64  # columns; what head_dim is a multiple of
 
 
 def flash_mla_with_kvcache(
@@ -24,6 +25,7 @@ def flash_mla_with_kvcache(
     causal: bool,
     head_dim_v: int = 512,
     dequantize: Callable[[jax.Array], jax.Array] | None = None,
+    in_panels: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense MLA decoding; `flashmla_jax.flash_mla_with_kvcache` says what it means.
 
@@ -36,6 +38,7 @@ def flash_mla_with_kvcache(
       causal: whether query j sees only tokens `t <= cache_seqlens - s_q + j`.
       head_dim_v: how many leading numbers of a token are its value.
       dequantize: makes numbers in q's dtype [..., head_dim] of pages in another format.
+      in_panels: whether float32 scores are summed in pieces: closer, and slower.
 
     Returns:
       out [batch, s_q, h_q, head_dim_v] in q's dtype and lse float32 [batch, h_q, s_q].
@@ -64,9 +67,7 @@ def flash_mla_with_kvcache(
     v = jnp.where(jnp.isfinite(v), v, 0)
 
     rows = q.reshape(batch, s_q, h_kv, h_q // h_kv, head_dim)
-    scores = softmax_scale * jnp.einsum(
-        "bskgd,btkd->bkgst", rows, k, precision=_HIGHEST, preferred_element_type=jnp.float32
-    )
+    scores = softmax_scale * _scores("bskgd,btkd->bkgst", rows, k, in_panels)
     last = lengths[:, None] - (s_q - jnp.arange(s_q) if causal else jnp.ones(s_q, jnp.int32))
     visible = position <= last[..., None]  # [batch, s_q, token]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
@@ -112,9 +113,7 @@ def sparse_attention(
       the logarithm of the sum of exponentials, float32[..., h_q].
     """
     k = jnp.where(exists[..., None], tokens, 0)
-    scores = softmax_scale * jnp.einsum(
-        "...hd,...td->...ht", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32
-    )
+    scores = softmax_scale * _scores("...hd,...td->...ht", q, k)
     scores = jnp.where(exists[..., None, :], scores, -jnp.inf)
     largest = jnp.max(scores, axis=-1, initial=-jnp.inf)
     shift = jnp.where(largest == -jnp.inf, 0, largest)
@@ -200,6 +199,26 @@ def cache_append_transpose(
     source, target = _heads(pool, page, row, copy_from)
     copied = pool.at[target].get(mode="fill", fill_value=0)
     return pool.at[target].set(0, mode="drop").at[source].add(copied, mode="drop"), new_kv
+
+
+def _scores(subscripts: str, q: jax.Array, k: jax.Array, in_panels: bool = True) -> jax.Array:
+    """The products of queries and keys, whose last axis is summed over.
+
+    XLA on a GPU sums them one after the other, which in float32 shows: hence sums over panels of
+    columns, and their sum. Panels take turns, as the scores of all at once take too much memory.
+    """
+
+    def product(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, q, k, precision=_HIGHEST, preferred_element_type=jnp.float32)
+
+    def of_panel(i: jax.Array | int) -> jax.Array:
+        start = i * _PANEL
+        return product(*(jax.lax.dynamic_slice_in_dim(x, start, _PANEL, -1) for x in (q, k)))
+
+    panels, rest = divmod(q.shape[-1], _PANEL)
+    if not in_panels or q.dtype != jnp.float32 or rest:
+        return product(q, k)
+    return jax.lax.fori_loop(1, panels, lambda i, total: total + of_panel(i), of_panel(0))
 
 
 def _heads(

@@ -72,6 +72,29 @@ def test_nan_in_a_real_token(rng):
     check(problem, causal=True)
 
 
+def test_float32_scores_are_sums_of_sums(rng):
+    """One after the other, the worst of so many is off by twice eps x the sum of its products."""
+    problem = oracle.make_problem(rng, (500,), s_q=2, h_q=128, dtype=np.float32)
+    expected = oracle.attend(problem, softmax_scale=1.0)
+    bound = 0.8 * np.finfo(np.float32).eps * expected.terms
+    _, lse = run(*problem, softmax_scale=1.0, causal=False)
+    assert (abs(lse - expected.lse) < bound).all()
+
+    tokens = problem.k_cache.reshape(-1, HEAD_DIM)
+    exists = ~np.isnan(tokens).any(-1)
+    _, _, lse = reference.sparse_attention(problem.q[0], tokens, exists, softmax_scale=1.0)
+    assert (abs(lse.T - expected.lse[0]) < bound[0]).all()
+
+
+def test_float32_scores_in_little_memory():
+    """The panels' take turns."""
+    q, tokens = np.zeros((64, 16, HEAD_DIM), np.float32), np.zeros((1000, HEAD_DIM), np.float32)
+    attend = jax.jit(functools.partial(reference.sparse_attention, softmax_scale=1.0))
+    compiled = attend.lower(q, tokens, np.ones(1000, bool)).compile()
+    scores = 64 * 16 * 1000 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * scores
+
+
 def test_differentiable(rng):
     """The op's error sends people here."""
     problem = oracle.make_problem(rng, (70, 130), h_q=2, dtype=np.float32)

@@ -48,6 +48,21 @@ def test_a_row() -> None:
 
 
 @on_the_cpu
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_a_processors_ceiling_is_the_faster_product(faster: str, monkeypatch) -> None:
+    flop, programs = decode.products(gpu=False)
+    for dtype, program in zip(("bfloat16", "float32"), programs, strict=True):
+        assert {str(x.dtype) for x in program.args} == {dtype}
+        assert str(program().dtype) == "float32"
+
+    def cpu_seconds(programs):
+        return [[0.001 if x.args[0].dtype == faster else 0.002] for x in programs]
+
+    monkeypatch.setattr(timing, "cpu_seconds", cpu_seconds)
+    assert decode.ceilings()["sustained_matmul_tflops"] == pytest.approx(flop / 1e9, abs=1e-3)
+
+
+@on_the_cpu
 def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     """All that is done for a GPU, with programs that run here and times that are made up."""
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some GPU")
