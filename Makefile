@@ -61,8 +61,10 @@ $(VENV)/.hf $(VENV)/.test: $(VENV)/.%: $(NATIVE) | $(BIN)/pip
 # The Python of .venv; or, where there is no network to fill it from, the installed one.
 GPU_PYTHON := build/gpu-python
 
+# XLA's search for its fastest products takes as long as all tests.
 test-gpu: gpu  ## All tests on the GPU, with the full grid. Writes a record.
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -P -m pytest --ignore=tests/test_wheel.py \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="--xla_gpu_autotune_level=0 $$XLA_FLAGS" \
+		$(GPU_PYTHON) -P -m pytest --ignore=tests/test_wheel.py \
 		$(or $(PYTEST_ARGS),--junitxml=build/gpu_tests.xml; status=$$?; \
 		$(GPU_PYTHON) -P -m benchmarks.record_tests build/gpu_tests.xml && exit $$status)
 
