@@ -55,6 +55,19 @@ def test_figures_of_fp8_caches() -> None:
     assert accuracy.markdown(record) in (ROOT / "docs" / "fp8.md").read_text()
 
 
+def test_figures_of_appending() -> None:
+    results = json.loads((RESULTS / "nvidia_h200.json").read_text())["results"]
+    prompts, prompt, step = results["cache_append"]
+    copy = results["ceilings"]["copy_gbps"]
+    text = " ".join((ROOT / "docs" / "kernel.md").read_text().split())
+    assert prompts["case"] == "b8 prompts of 4096"
+    assert f"eight prompts of 4096 tokens at {prompts['gbps'] / 1e3:.2f} TB/s" in text
+    assert prompt["case"] == "b1 prompt of 16384"
+    assert f"reaches {copy / 1e3:.2f} (a prompt of 16 K: {prompt['gbps'] / 1e3:.2f})" in text
+    assert step["case"] == "b128 decoding step"
+    assert f"the 128 tokens of a decoding step in {step['us']:.1f} us" in text
+
+
 def test_figures_of_a_model() -> None:
     record = json.loads((RESULTS / "nvidia_h200_model.json").read_text())
     assert model.markdown(record) in README.read_text()
