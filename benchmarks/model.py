@@ -4,10 +4,14 @@
 
 Part of `make bench`; a record under benchmarks/results/. A step takes a token of every sequence
 through all layers and gives the next ones, greedily. It is measured as a loop of a user's would run
-it: programs are started one after another, the host waits for the last one. Beside it stands the
-same model with gather + einsum in place of the op, and what the memory would allow: the weights
-that a step needs (all but the embedding, of the experts those that its tokens can reach) and the
-cached tokens, read once at the bandwidth that was measured in the same run.
+it: programs are started one after another, the host waits for the last one.
+
+Beside it stands the same model with gather + einsum in place of the op. Its layers and its logits
+are XLA's, whatever the batch; ours are a call of kernels each where there are few tokens
+(`flashmla_jax.models.few_tokens`), so that at batch 1 more than the attention differs. And what the
+memory would allow: the weights that a step needs (all but the embedding, of the experts those that
+its tokens can reach) and the cached tokens, read once at the bandwidth that was measured in the
+same run.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from benchmarks.cases import Case
 from benchmarks.record import RESULTS, device_name, write_record
 from flashmla_jax import reference
 from flashmla_jax.layers import mla
-from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
+from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
 
 CONTEXT, BATCHES, STEPS = 4096, (1, 32, 128), 40
 # https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite/blob/main/config.json, without its YaRN.
@@ -53,6 +57,11 @@ CONFIG = DeepSeekConfig(
     first_k_dense_replace=1,
     max_position_embeddings=163840,
 )
+
+FOOTNOTE = f"""\
+A step of up to {few_tokens.MAX_TOKENS} tokens is one call of kernels for all layers, and one for
+the logits. With gather + einsum, layers and logits are XLA's at every batch: at batch 1 more than
+the attention differs."""
 
 
 def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCache:
@@ -154,7 +163,8 @@ def markdown(record: dict[str, Any]) -> str:
         cells += [f"{row['attention_share']:.0%}", rival, f"{row['of_the_floor']:.0%}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"
-    return "\n".join([*lines, "", f"{where}: {record['results']['model']}'s shapes."])
+    lines += ["", f"{where}: {record['results']['model']}'s shapes.", FOOTNOTE]
+    return "\n".join(lines)
 
 
 def main() -> int:
