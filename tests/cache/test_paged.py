@@ -192,10 +192,10 @@ class Model:
 
     def check(self, cache):
         """That `cache` is the same."""
-        cache.check()
         dense = [np.asarray(gather(cache, layer)) for layer in range(cache.num_layers)]
-        stats, usage, num_free = cache.stats(), cache.usage, cache.num_free
+        stats, usage, num_free = jax.device_get(figures(cache))
         cache = snapshot(cache)
+        cache.check()
         np.testing.assert_array_equal(cache.cache_seqlens, self.lengths)
         numbers = {page: x for x, page in self.by_number.items() if page in self.retained}
         for i, pages in enumerate(self.held):
@@ -250,6 +250,7 @@ operations = st.one_of(
 
 
 gather = jax.jit(PagedKVCache.gather, static_argnums=1)
+figures = jax.jit(lambda cache: (cache.stats(), cache.usage, cache.num_free))
 
 
 @functools.cache
@@ -349,14 +350,66 @@ def test_a_layer_of_pools_of_their_own():
     np.testing.assert_array_equal(view.gather(0), cache.gather(1))
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@functools.cache
+def books():
+    """Of an empty cache, without its pools."""
+    return snapshot(dataclasses.replace(make_cache(), pages=()))
+
+
+@settings(max_examples=2300, deadline=None, derandomize=True)
 @given(st.lists(operations, min_size=5, max_size=15))
 def test_books_are_kept(life):
-    """The same without pools, so for many more lives."""
+    """The same without pools, so for thousands of lives."""
     nothing = np.zeros((0, BATCH, ROWS, 1, HEAD_DIM), np.float32)
     with jax.default_device(jax.devices("cpu")[0]):  # integers are the same everywhere
-        cache = dataclasses.replace(make_cache(), pages=())
-        live(cache, Model(layers=0), life, lambda seed: nothing)
+        live(jax.tree.map(jnp.array, books()), Model(layers=0), life, lambda seed: nothing)
+
+
+OPERATIONS = {
+    "allocate": ("count",),
+    "reserve": ("count",),
+    "truncate": ("count",),
+    "free": ("flag",),
+    "fork": ("count",),
+    "adopt": ("flag", "pages", "count"),
+    "retain": ("list",),
+    "release": ("list",),
+}
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "append", "gather", "stats"])
+@pytest.mark.parametrize("one_pool", [False, True])
+def test_work_does_not_depend_on_the_batch(name, one_pool):
+    """No operation goes through sequences one by one: no loop, and as many primitives for all."""
+
+    def primitives(batch):
+        cache = make_cache(batch=batch, one_pool=one_pool)
+        arguments = {
+            "count": np.zeros(batch, np.int32),
+            "flag": np.zeros(batch, bool),
+            "pages": np.zeros((batch, 2), np.int32),
+            "list": np.zeros(2, np.int32),
+        }
+        operands = [arguments[kind] for kind in OPERATIONS.get(name, ())]
+        layer = {"append": (1,), "gather": (1,)}.get(name, ())
+        operands += [np.zeros((batch, 2, 1, HEAD_DIM), np.float32)] * (name == "append")
+        operation = functools.partial(getattr(PagedKVCache, name), cache, *layer)
+        return sorted(names_of_primitives(jax.make_jaxpr(operation)(*operands).jaxpr))
+
+    few = primitives(3)
+    assert few
+    assert not {"scan", "while"} & set(few)
+    assert primitives(64) == few
+
+
+def names_of_primitives(jaxpr):
+    """Of all equations, those of functions that they call included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from names_of_primitives(inner)
 
 
 def test_one_program_for_a_whole_life():
