@@ -1,7 +1,8 @@
 """Cache append on a Hopper GPU: the tokens of a prompt, and those of a decoding step.
 
 Part of `make bench`. A time is that of one call among many of a compiled program, each with pages
-and new tokens of its own: together they are beyond what the L2 cache holds.
+and new tokens of its own. Those of prompts are together beyond what the L2 cache holds; those of
+decoding steps are not.
 """
 
 from __future__ import annotations
