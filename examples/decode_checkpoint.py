@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from flashmla_jax.generate import Generation, Sampling
-from flashmla_jax.models import load_checkpoint
+from flashmla_jax.models import deepseek, load_checkpoint
 
 
 def main(checkpoint, *prompts):
     # The Hopper kernels take 16-bit types; the CPU takes float32 too.
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     config, params = load_checkpoint(checkpoint, dtype=dtype)
+    params = deepseek.absorb(params, config)  # as decoding reads them
 
     generation = Generation(
         params,

@@ -315,7 +315,6 @@ def _generate(args: argparse.Namespace) -> int:
     longest = max(map(len, prompts))
     slots = min(args.slots, len(prompts))
     max_seqlen = longest + max(args.max_new_tokens, 1)  # which `submit` checks
-    params = deepseek.absorb(params, config)
     engine = Engine(
         params,
         config,
@@ -364,7 +363,6 @@ def _serve_bench(args: argparse.Namespace) -> int:
     num_pages = args.num_pages
     if num_pages is None:
         num_pages = args.slots * -(-load.max_seqlen // PAGE_SIZE)
-    params = deepseek.absorb(params, config)
     engine = Engine(
         params,
         config,
@@ -422,6 +420,7 @@ def _random_checkpoint(folder: Path) -> Path:
 
 
 def _load(checkpoint: Path, dtype: str | None, mtp: bool = False) -> tuple[DeepSeekConfig, Params]:
+    """A checkpoint's configuration and parameters, as decoding reads them."""
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
     if dtype is None:
@@ -435,7 +434,8 @@ def _load(checkpoint: Path, dtype: str | None, mtp: bool = False) -> tuple[DeepS
                 advance()
                 percent += 1
 
-        return load_checkpoint(checkpoint, dtype=_DTYPES[dtype], mtp=mtp, progress=show)
+        config, params = load_checkpoint(checkpoint, dtype=_DTYPES[dtype], mtp=mtp, progress=show)
+    return config, deepseek.absorb(params, config)
 
 
 def _as_message(tokenizer: Tokenizer) -> Callable[[str], list[int]]:

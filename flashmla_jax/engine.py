@@ -52,7 +52,7 @@ import numpy as np
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.cache.prefix import PrefixIndex
-from flashmla_jax.generate import GREEDY, Sampling, checked_ids, sample, stops_of
+from flashmla_jax.generate import GREEDY, Sampling, absorbed, checked_ids, sample, stops_of
 from flashmla_jax.layers.mla import Params
 from flashmla_jax.models import deepseek
 from flashmla_jax.models.deepseek import DeepSeekConfig
@@ -230,7 +230,11 @@ class Engine:
         """Makes an empty cache.
 
         Args:
-          params: the model's, as `models.load_checkpoint` gives them.
+          params: the model's, as `models.load_checkpoint` gives them or `deepseek.absorb`. Absorbed
+            ones are used as they are. Of others the engine makes absorbed ones for itself, with a
+            copy of all weights but the embedding and routed experts; the caller's can be dropped
+            then. To have their memory for the cache, `params = deepseek.absorb(params, config)`
+            before; and divide them over devices before that.
           config: the model's configuration.
           num_pages: pages of 64 tokens in the cache's pool.
           max_seqlen: tokens of the longest sequence, prompt and new ones.
@@ -271,7 +275,7 @@ class Engine:
             drafter = "mtp" if "mtp" in params else "ngram"
         self.drafter = drafter if draft else None
         uses_mtp = self.drafter == "mtp"
-        self._params, self._config = params, config
+        self._params, self._config = absorbed(params, config), config
         self._max_seqlen, self._chunk, self._draft = max_seqlen, chunk, draft
         self._prompts_at_once = min(prompts_at_once, slots)
         embedding = params["embed_tokens"]["embedding"]

@@ -104,7 +104,10 @@ class Generation:
         """Checks the arguments and makes an empty cache.
 
         Args:
-          params: the model's, as `models.load_checkpoint` gives them.
+          params: the model's, as `models.load_checkpoint` gives them or, better, `deepseek.absorb`.
+            Absorbed ones are used as they are. Of others the generation makes absorbed ones for
+            itself, with a copy of all weights but the embedding and routed experts: for several
+            batches, or where memory is short, `params = deepseek.absorb(params, config)` before.
           config: the model's configuration.
           prompts: token ids, at least one sequence and at least one token in each.
           max_new_tokens: at least 1.
@@ -127,13 +130,14 @@ class Generation:
             checked_ids(f"prompt {i}", prompt, config) for i, prompt in enumerate(prompts)
         )
         self._stop_tokens = stops_of(config, stop_tokens)
-        self._params, self._config, self.max_new_tokens = params, config, max_new_tokens
+        self._config, self.max_new_tokens = config, max_new_tokens
         self._rules = _Rules.make(len(prompts), sampling, self._stop_tokens)
 
         lengths = np.array([len(prompt) for prompt in self.prompts], np.int32)
         # A token is cached when it is read, so the last one of a sequence never is.
         most = lengths + (max_new_tokens - 1)
         self.cache = _make_cache(params, config, most, num_pages, cache_dtype)
+        self._params = absorbed(params, config)
         self._lengths = lengths
         self._ids = np.zeros((len(prompts), _padded(int(lengths.max()))), np.int32)
         for row, prompt in zip(self._ids, self.prompts, strict=True):
@@ -235,7 +239,7 @@ def score(
     """Log-probabilities that the model gives the tokens of a sequence.
 
     Args:
-      params: the model's.
+      params: the model's, see `Generation`; used as they are if nothing is decoded.
       config: the model's configuration.
       ids: at least one token.
       prefill: how many tokens are read at once; the others are decoded one by one through the
@@ -254,6 +258,8 @@ def score(
     if not 0 <= prefill <= length:
         raise ValueError(f"prefill must be in [0, {length}], the number of ids, got {prefill}")
     cache = _make_cache(params, config, np.array([length]), None)
+    if prefill < length - 1:
+        params = absorbed(params, config)
 
     parts: list[jax.Array] = []
     if prefill > 0:
@@ -392,6 +398,13 @@ def _logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 # --- Sizes and checks ------------------------------------------------------------------------
+
+
+def absorbed(params: Params, config: DeepSeekConfig) -> Params:
+    """What `deepseek.absorb` makes of parameters; the very same if it has made them."""
+    if "w_uk" in params["layers"][0]["self_attn"]["kv_b_proj"]:
+        return params
+    return deepseek.absorb(params, config)
 
 
 def _round_up(n: int) -> int:

@@ -438,6 +438,19 @@ def test_compile_changes_nothing(model):
     check_tokens(model, requests)
 
 
+def test_parameters_are_absorbed_once(model):
+    params, config = model
+    kernel = params["layers"][0]["self_attn"]["kv_b_proj"]["kernel"]
+    own = make_engine(model)._params
+    assert own["one_device"] == ()  # what `few_tokens` asks for
+    assert "w_uk" in own["layers"][0]["self_attn"]["kv_b_proj"]
+    assert own["embed_tokens"]["embedding"] is params["embed_tokens"]["embedding"]
+    assert params["layers"][0]["self_attn"]["kv_b_proj"]["kernel"] is kernel
+    assert make_engine((own, config))._params is own
+    without = {name: value for name, value in own.items() if name != "one_device"}
+    assert make_engine((without, config))._params is without
+
+
 def check_pools_stay_in_place(engine):
     addresses = [pool.unsafe_buffer_pointer() for pool in engine.cache.pages]
     for i in range(4):

@@ -126,6 +126,18 @@ def test_committed_parameters_compile_once_too(model):
     assert _continue._cache_size() == before + 1
 
 
+def test_parameters_are_absorbed_once(model):
+    """By a generation, unless they are already; nothing else decodes with other ones."""
+    params, config = model
+    generation = Generation(params, config, PROMPTS, 5)
+    assert "w_uk" in generation._params["layers"][1]["self_attn"]["kv_b_proj"]
+    assert "kernel" in params["layers"][1]["self_attn"]["kv_b_proj"]  # the caller's, as before
+    absorbed = deepseek.absorb(params, config)
+    same = Generation(absorbed, config, PROMPTS, 5)
+    assert same._params is absorbed
+    assert [s.tokens for s in same] == [s.tokens for s in generation]
+
+
 def test_pools_stay_in_place(model):
     generation = Generation(*model, PROMPTS, 20)
     addresses = [pool.unsafe_buffer_pointer() for pool in generation.cache.pages]
@@ -249,6 +261,22 @@ def test_score_decodes_with_one_program(model):
     before = _score_token._cache_size()
     score(*model, range(1, 200), 7)
     assert _score_token._cache_size() <= before + 1
+
+
+def test_score_absorbs_for_decoding_only(model, monkeypatch):
+    params, config = model
+    absorbed = deepseek.absorb(params, config)
+    prefilled, decoded = score(*model, range(9)), score(*model, range(9), 3)
+    np.testing.assert_array_equal(score(absorbed, config, range(9), 3), decoded)
+
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(deepseek, "absorb", refuse)
+    np.testing.assert_array_equal(score(*model, range(9)), prefilled)
+    score(absorbed, config, range(9), 3)
+    with pytest.raises(AssertionError):
+        score(*model, range(9), 3)
 
 
 @pytest.mark.parametrize("prefill", [None, 0, 1])
