@@ -142,6 +142,26 @@ def test_requests_come_and_go(model):
 
 
 @pytest.mark.parametrize("draft", [0, DRAFT])
+def test_a_prompt_is_read_while_others_decode(model, draft):
+    """A chunk and a token in each step. Without drafts, tokens come one step later."""
+    engine = make_engine(model, draft=draft, prefix_cache=False)
+    first = engine.submit(prompt_of(0, 10), 40)
+    while len(first.tokens) < 2:
+        engine.step()
+    second = engine.submit(prompt_of(1, 200), 3)
+    before, late = engine.stats.read_tokens, int(draft == 0)
+    for step in range(5):
+        count = len(first.tokens)
+        engine.step()
+        check_step(engine)
+        assert len(first.tokens) > count if draft else len(first.tokens) == count + 1
+        assert engine.stats.read_tokens == before + min((step + 1) * CHUNK, 200)
+        assert (second.tokens == []) == (step < 4 + late)
+    run(engine)
+    check_tokens(model, [first, second])
+
+
+@pytest.mark.parametrize("draft", [0, DRAFT])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_loads(model, seed, draft):
     """With too few pages for all, beginnings in common, and greedy and sampled requests."""
