@@ -6,6 +6,7 @@
 It learns from the prose that ships with Python: the docstrings of the standard library and the
 topics of `help()`. That takes a few minutes, on a CPU or, with a larger model, on a GPU. The
 checkpoint has Hugging Face's format; `flashmla-jax demo` generates from one that was made so.
+`--record FILE` writes how long it took and what loss it reached, as benchmarks/ has its records.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import ast
 import functools
 import pydoc_data.topics
 import re
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -120,7 +122,7 @@ def prose():
 
 
 def train(config, steps, batch, rate, seed):
-    """The trained model. Prints its loss, in nats per byte, also on text that it never sees."""
+    """The trained model, and how it went: its loss is in nats per byte, also on unseen text."""
     data = np.frombuffer(prose().encode(), np.uint8)
     seen, unseen = np.split(data, [-len(data) // 20])
     length = config.max_position_embeddings
@@ -152,10 +154,18 @@ def train(config, steps, batch, rate, seed):
     start = time.perf_counter()
     for number in range(1, steps + 1):
         loss = step(model, optimizer, draw(seen, batch))
-        if number % max(1, steps // 10) == 0:
-            losses = f"loss {loss:.3f}, on unseen text {evaluate(model, test):.3f}"
-            print(f"step {number}: {losses}, {time.perf_counter() - start:.0f} s", flush=True)
-    return model
+        if number % max(1, steps // 10) == 0 or number == steps:
+            unseen_loss = evaluate(model, test)
+            seconds = time.perf_counter() - start
+            losses = f"loss {loss:.3f}, on unseen text {unseen_loss:.3f}"
+            print(f"step {number}: {losses}, {seconds:.0f} s", flush=True)
+    return model, {
+        "parameters": size,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "loss": round(float(loss), 4),
+        "loss_on_unseen_text": round(float(unseen_loss), 4),
+    }
 
 
 def save(path, config, model):
@@ -181,13 +191,21 @@ def main():
     parser.add_argument("--steps", type=int, help="default: as many as the size needs")
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="the folder to make")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write how it went there")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists")
 
     config, training = SIZES[args.size]
     training["steps"] = args.steps or training["steps"]
-    tokenizer = save(args.out, config, train(config, seed=args.seed, **training))
+    model, results = train(config, seed=args.seed, **training)
+    tokenizer = save(args.out, config, model)
+    if args.record is not None:
+        sys.path.append(str(Path(__file__).parents[1]))  # of this repository
+        from benchmarks.record import write_record
+
+        command = f"python examples/train_tiny.py --size {args.size} --steps {training['steps']}"
+        write_record(args.record, {"size": args.size, "seed": args.seed, **results}, command)
 
     # The Hopper kernels take 16-bit types; the CPU takes float32 too.
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32

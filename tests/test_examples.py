@@ -1,5 +1,6 @@
 """The examples run, as a user would run them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -34,9 +35,10 @@ def test_example(name, tmp_path):
 def test_training(tmp_path):
     """A few steps: what was learned is in the checkpoint, which loads and generates."""
     arguments = ["--size", "cpu", "--steps", "10", "--seed", "1", "--out", "tiny"]
-    out = run(TRAINING, tmp_path, *arguments, JAX_PLATFORMS="cpu")
-    losses = [float(line.split()[-3].rstrip(",")) for line in out.splitlines() if "step " in line]
+    out = run(TRAINING, tmp_path, *arguments, "--record", "tiny.json", JAX_PLATFORMS="cpu")
+    losses = losses_of(out)
     assert len(losses) == 10
+    check_record(tmp_path / "tiny.json", "cpu", 10, losses)
     assert losses[-1] < losses[0] < np.log(256) + 1  # of a guess among all bytes, about
 
     files = {path.name for path in (tmp_path / "tiny").iterdir()}
@@ -49,5 +51,40 @@ def test_training(tmp_path):
     loss = -np.mean(np.take_along_axis(np.asarray(logprobs), ids[:, 1:, None], axis=-1))
     assert loss < losses[0] - 0.5
 
+    check_text(out)
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(tmp_path):
+    """The larger size, of which the Hopper kernels decode."""
+    arguments = ["--size", "gpu", "--steps", "5", "--out", "tiny", "--record", "tiny.json"]
+    out = run(TRAINING, tmp_path, *arguments, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    losses = losses_of(out)
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] < np.log(256) + 1
+    record = check_record(tmp_path / "tiny.json", "gpu", 5, losses)
+    assert record["device"] == jax.devices()[0].device_kind
+    check_text(out)
+
+
+def losses_of(out):
+    """On unseen text, of the steps that it was printed for."""
+    return [float(line.split()[-3].rstrip(",")) for line in out.splitlines() if "step " in line]
+
+
+def check_record(path, size, steps, losses):
+    """A record of training, which it returns, is that of this run."""
+    record = json.loads(path.read_text())
+    results = record["results"]
+    assert record["command"] == f"python examples/train_tiny.py --size {size} --steps {steps}"
+    assert (results["size"], results["steps"]) == (size, steps)
+    assert results["seconds"] > 0
+    assert results["loss_on_unseen_text"] == pytest.approx(losses[-1], abs=6e-4)
+    assert {"device", "date", "commit", "source_hash", "versions"} <= set(record)
+    return record
+
+
+def check_text(out):
+    """A continuation of prompts was printed."""
     for prompt in ("The ", "Return a list of "):
         assert any(line.startswith(prompt) for line in out.splitlines())
