@@ -33,7 +33,7 @@ from flashmla_jax.models import (
     load_tokenizer,
     save_checkpoint,
 )
-from flashmla_jax.serve_bench import Load, serve
+from flashmla_jax.serve_bench import Load, check_plot, serve
 
 _DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
@@ -150,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "serve-bench",
         _serve_bench,
-        "Measures throughput and latencies under random requests that arrive at random times.",
+        "Measures throughput and latencies under random requests that arrive at random times: to "
+        "the first token (TTFT), per token after it (TPOT, a request's mean), and between tokens "
+        "(ITL, where those that one step gives with drafts count as one).",
     )
     _add_model(sub, "as in generate")
     _add_engine(sub)
@@ -195,7 +197,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="as in generate")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the load; default 0")
     sub.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw cache use over time (with matplotlib)"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw cache use over time, as the suffix says: .svg, .png, .pdf "
+        "(pip install 'flashmla-jax[bench]')",
     )
 
     sub = command(
@@ -349,6 +355,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _serve_bench(args: argparse.Namespace) -> int:
+    if args.plot is not None:
+        check_plot("--plot", args.plot)
     load = Load(
         requests=args.requests,
         rate=args.rate,

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -110,8 +111,27 @@ class Report:
 
     @property
     def inter_token_latencies(self) -> np.ndarray:
-        """float64[any]: seconds from each token but the first to the one before it."""
-        return np.concatenate([np.diff(request.token_times) for request in self.requests])
+        """float64[any]: seconds between a request's tokens, those of one step counted as one.
+
+        As in vLLM's benchmark, where it is the time between the chunks of a stream.
+        """
+        return np.concatenate(
+            [np.diff(np.unique(request.token_times)) for request in self.requests]
+        )
+
+    @property
+    def times_per_output_token(self) -> np.ndarray:
+        """float64[any]: of each request with several tokens, mean seconds for one after the first.
+
+        With drafts this is less than the time between tokens, which come several at a time.
+        """
+        return np.array(
+            [
+                (times[-1] - times[0]) / (len(times) - 1)
+                for times in (request.token_times for request in self.requests)
+                if len(times) > 1
+            ]
+        )
 
     @property
     def usage(self) -> np.ndarray:
@@ -135,6 +155,7 @@ class Report:
             ("TTFT", _percentiles(self.first_token_latencies)),
         ]
         if len(self.inter_token_latencies):
+            lines.append(("TPOT", _percentiles(self.times_per_output_token)))
             lines.append(("ITL", _percentiles(self.inter_token_latencies)))
         peak, mean = self.usage.max(), self._over_time(1)[0]
         lines.append(("cache use", f"mean {mean:.0%}, peak {peak:.0%} of {self.num_pages} pages"))
@@ -150,14 +171,11 @@ class Report:
           path: of the picture; its suffix decides the format.
 
         Raises:
-          NotImplementedError: without matplotlib.
+          NotImplementedError, ValueError: as `check_plot` does.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise NotImplementedError(
-                "a plot needs matplotlib (pip install 'flashmla-jax[bench]')"
-            ) from None
+        check_plot("path", path)
+        from matplotlib.figure import Figure
+
         times = [sample.time for sample in self.samples]
         held = np.array([sample.pages_held for sample in self.samples])
         cached = np.array([sample.pages_cached for sample in self.samples])
@@ -246,6 +264,31 @@ def serve(
             time.sleep(max(arrivals[len(requests)] - time.perf_counter(), 0))
     seconds = max(request.token_times[-1] for request in requests) - start
     return Report(seconds, requests, arrivals, samples, engine.cache.num_pages)
+
+
+def check_plot(name: str, path: str | os.PathLike[str]) -> None:
+    """Sees to it that `Report.plot` will be able to draw.
+
+    Args:
+      name: what the path is called in errors.
+      path: of the picture.
+
+    Raises:
+      NotImplementedError: without matplotlib.
+      ValueError: for a suffix that is no format of matplotlib's, or a folder that is not there.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise NotImplementedError(
+            f"{name} needs matplotlib (pip install 'flashmla-jax[bench]')"
+        ) from None
+    formats = FigureCanvasBase.get_supported_filetypes()
+    path = Path(path)
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"{name} must end with one of .{', .'.join(sorted(formats))}, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} must be in a folder that exists, got {path}")
 
 
 def _percentiles(seconds: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.engine import Engine, Request
 from flashmla_jax.generate import GREEDY, Sampling, generate
 from flashmla_jax.models import load_checkpoint
-from flashmla_jax.serve_bench import Load, Report, Sample, serve
+from flashmla_jax.serve_bench import Load, Report, Sample, check_plot, serve
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -95,6 +96,7 @@ def test_report():
     report = make_report()
     np.testing.assert_array_equal(report.first_token_latencies, [1.0, 2.0])
     np.testing.assert_array_equal(report.inter_token_latencies, [2.0, 1.0])
+    np.testing.assert_array_equal(report.times_per_output_token, [1.5])
     np.testing.assert_array_equal(report.usage, [0.5, 1.0, 0.25])
     lines = dict(report.lines())
     assert lines["requests"] == "2 in 4.00 s: 0.50 requests/s"
@@ -102,6 +104,7 @@ def test_report():
     assert lines["throughput"] == "4 new tokens: 1.0 tokens/s"
     assert lines["preemptions"] == "1"
     assert lines["TTFT"] == "p50 1500.0, p90 1900.0, p99 1990.0 ms"
+    assert lines["TPOT"] == "p50 1500.0, p90 1500.0, p99 1500.0 ms"
     assert lines["ITL"] == "p50 1500.0, p90 1900.0, p99 1990.0 ms"
     assert lines["cache use"] == "mean 69%, peak 100% of 8 pages"
     assert lines["over time"] == "▄" * 15 + "█" * 30 + "▂" * 15
@@ -110,13 +113,42 @@ def test_report():
 def test_report_without_a_second_token():
     report = make_report()
     short = dataclasses.replace(report, requests=report.requests[1:], arrivals=report.arrivals[1:])
-    assert "ITL" not in dict(short.lines())
+    assert not {"ITL", "TPOT"} & dict(short.lines()).keys()
+
+
+def test_tokens_of_one_step():
+    """Of nine tokens in four steps, there are three times between, and the mean is of eight."""
+    report = make_report()
+    request = report.requests[0]
+    request.tokens, request.token_times = [7] * 9, [11.0, *[13.0] * 4, *[14.0] * 3, 19.0]
+    np.testing.assert_array_equal(report.inter_token_latencies, [2.0, 1.0, 5.0])
+    np.testing.assert_array_equal(report.times_per_output_token, [1.0])
 
 
 def test_plot(tmp_path):
+    """Letters are drawn as shapes, beside a comment that has the text."""
     pytest.importorskip("matplotlib")
     make_report().plot(tmp_path / "cache.svg")
-    assert "<svg" in (tmp_path / "cache.svg").read_text()
+    texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "cache.svg").read_text())
+    series = ["held by requests", "cached prefixes", "running", "waiting"]
+    assert [text for text in texts if text in series] == series
+    assert {"pages", "requests", "seconds"} <= set(texts)
+
+
+def test_plots_that_cannot_be(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    check_plot("path", tmp_path / "cache.PDF")
+    for name in ("cache.docx", "cache"):
+        with pytest.raises(
+            ValueError, match=rf"path must end with one of .*\.svg.*, got .*{name}$"
+        ):
+            make_report().plot(tmp_path / name)
+    with pytest.raises(ValueError, match="path must be in a folder that exists"):
+        make_report().plot(tmp_path / "no" / "cache.svg")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(NotImplementedError, match=r"path needs matplotlib .*flashmla-jax\[bench\]"):
+        make_report().plot(tmp_path / "cache.svg")
 
 
 @pytest.mark.parametrize(
@@ -138,18 +170,27 @@ def test_load_refuses(changes, message):
 # --- The commands ----------------------------------------------------------------------------
 
 
-def test_serve_bench(capsys, tmp_path):
+def test_serve_bench(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    loads = []
+
+    def recorded(engine, load, *args):
+        loads.append(load)
+        return serve(engine, load, *args)
+
+    monkeypatch.setattr(cli, "serve", recorded)
     plot = tmp_path / "cache.png"
     argv = ["--checkpoint", CHECKPOINT, "--requests", 5, "--slots", 3, "--num-pages", 10]
     argv += ["--prompt-lengths", "3,20", "--new-tokens", "2,9", "--chunk", 32]
-    argv += ["--shared-prefix", 64, "--plot", plot]
+    argv += ["--shared-prefix", 64, "--plot", plot, "--rate", 50, "--seed", 3]
     code, out, _ = run(capsys, "serve-bench", *argv)
     assert code == 0
+    assert loads == [Load(5, 50.0, (3, 20), (2, 9), 64, Sampling(0.0, seed=3), seed=3)]
     for name, value in {
         "requests": r"5 in [\d.]+ s: [\d.]+ requests/s",
         "throughput": r"\d+ new tokens: [\d.]+ tokens/s",
         "TTFT": r"p50 [\d.]+, p90 [\d.]+, p99 [\d.]+ ms",
+        "TPOT": r"p50 [\d.]+, p90 [\d.]+, p99 [\d.]+ ms",
         "ITL": r"p50 [\d.]+, p90 [\d.]+, p99 [\d.]+ ms",
         "cache use": r"mean \d+%, peak \d+% of 10 pages",
         "plot": re.escape(str(plot)),
@@ -208,6 +249,7 @@ def test_drafts_from_multi_token_prediction(capsys, tmp_path):
         (["generate", "--prompt-ids", "1", "--slots", 0], "slots must be at least 1, got 0"),
         (["generate", "--prompt-ids", "1", "--draft", -1], "draft must be at least 0, got -1"),
         (["serve-bench", "--rate", 0], "rate must be positive, got 0.0"),
+        (["serve-bench", "--plot", "cache.docx"], "--plot must end with one of"),
     ],
 )
 def test_mistakes(capsys, argv, message):
