@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 
-from benchmarks import cases, decode, sparse, timing
+from benchmarks import append, cases, decode, sparse, timing
 from benchmarks.cases import Case
 
 on_the_cpu = pytest.mark.skipif(jax.devices()[0].platform != "cpu", reason="measures the CPU")
@@ -80,6 +80,8 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(decode, "RESULTS", tmp_path)
     monkeypatch.setattr(decode, "gpu_state", lambda: {"clocks.sm": "1980 MHz"})
     monkeypatch.setattr(cases, "TABLE", [Case("baseline", 2, 1, 2, 70, rival=True)])
+    appends = append.Case("decoding step", batch=3, num_tokens=1, cached=100, calls=4)
+    monkeypatch.setattr(append, "CASES", [appends])
     monkeypatch.setattr(sparse, "CASES", [sparse.Case(2, 1, 2, 5, 64)])
     monkeypatch.setattr(
         decode, "ceilings", lambda: {"read_gbps": 4000, "sustained_matmul_tflops": 600}
@@ -98,6 +100,10 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     layers = record["results"]["in_a_model"]
     assert (layers["device_us"], layers["host_us"]) == (12_000, 15_000)
     assert layers["host_share"] == pytest.approx(15 / (3 * layers["kernel_us"] / 1e3), abs=1e-3)
+    (row,) = record["results"]["cache_append"]
+    assert (row["case"], row["us"]) == ("decoding step", 12_000 / 4)
+    # A gigabyte is read, and another written.
+    assert record["results"]["ceilings"]["copy_gbps"] == round(2 * 2**30 / 0.012 / 1e9)
     (row,) = record["results"]["sparse_attention"]
     assert row["us"] == pytest.approx(12_000 / 60)
     assert record["results"]["gpu"] == {"clocks.sm": "1980 MHz"}
