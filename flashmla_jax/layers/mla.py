@@ -90,7 +90,8 @@ class YarnScaling:
         if self.factor <= 0 or self.original_max_position_embeddings <= 0:
             raise ValueError(
                 "YaRN needs a positive factor and original_max_position_embeddings, got "
-                f"{self.factor=} {self.original_max_position_embeddings=}"
+                f"factor={self.factor} and "
+                f"original_max_position_embeddings={self.original_max_position_embeddings}"
             )
 
     def temperature(self, mscale: float) -> float:
@@ -122,7 +123,8 @@ class MLAConfig:
         if (self.kv_lora_rank, self.qk_rope_head_dim) != (HEAD_DIM_V, _ROPE_DIM):
             raise NotImplementedError(
                 f"the cache holds {HEAD_DIM_V} latent and {_ROPE_DIM} rotary numbers per token; a "
-                f"model with {self.kv_lora_rank=} and {self.qk_rope_head_dim=} does not fit it"
+                f"model with kv_lora_rank={self.kv_lora_rank} and "
+                f"qk_rope_head_dim={self.qk_rope_head_dim} does not fit it"
             )
         for name in ("hidden_size", "num_heads", "qk_nope_head_dim", "v_head_dim", "rope_theta"):
             if getattr(self, name) <= 0:

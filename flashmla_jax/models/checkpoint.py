@@ -50,6 +50,7 @@ _FP8 = "F8_E4M3"
 _READABLE = _DTYPES | {_FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
 _SCALE = "_scale_inv"
 _BLOCK = 128
+_MAX_NAMED = 20  # tensors in a message
 
 
 def load_checkpoint(
@@ -112,7 +113,9 @@ def load_checkpoint(
     for parameter in parameters:
         checkpoint.check(parameter)
     places = {p.path: _Placement.of(p, shardings) for p in parameters}
-    total = sum(checkpoint.nbytes(name) for place in places.values() for _, name in place.needed)
+    needed = [name for place in places.values() for _, name in place.needed]
+    checkpoint.make_room_for(needed)
+    total = sum(map(checkpoint.nbytes, needed))
     done = 0
 
     def read(parameter: _Parameter) -> jax.Array:
@@ -135,7 +138,9 @@ def save_checkpoint(
     params: Mapping[str, Any],
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Writes a checkpoint that this module, and Hugging Face transformers, can read.
+    """Writes a checkpoint that this module and, of most models, Hugging Face transformers can read.
+
+    Transformers 5 does not know Kimi-K2's `model_type`, and refuses the experts of LongCat-Flash.
 
     The folder appears whole or not at all: it is written under another name beside `path` and
       renamed.
@@ -486,13 +491,17 @@ class _Placement:
                 self._parts[device] = jnp.zeros(shape, dtype, device=device)
 
     def put(self, expert: int, x: np.ndarray, scales: np.ndarray | None) -> None:
-        """Sends each device its part of a tensor in the checkpoint's layout."""
+        """Gives each device its part of a tensor in the checkpoint's layout, and waits for it."""
+        parts = []
         for device, index in self._index_of.items():
             if not self._parameter.num_experts:
-                self._parts[device] = self._convert(device, index, x, scales)
+                part = self._parts[device] = self._convert(device, index, x, scales)
+                parts.append(part)
             elif index[0].start <= expert < index[0].stop:
                 part = self._convert(device, index[1:], x, scales)
                 self._parts[device] = _store(self._parts[device], part, expert - index[0].start)
+                parts.append(part)
+        jax.block_until_ready(parts)
 
     def _convert(
         self, device: jax.Device | None, index: _Index, x: np.ndarray, scales: np.ndarray | None
@@ -500,12 +509,11 @@ class _Placement:
         """The part `index`, in the model's layout, of a tensor, on `device`."""
         transposed = self._parameter.transposed
         index = index[::-1] if transposed else index
-        part = jax.device_put(np.ascontiguousarray(x[index]), device, may_alias=False)
-        part.block_until_ready()  # then the host's copy can go
+        part = jax.device_put(x[index], device)  # on a CPU this may be `x` itself
         if scales is None:
             return _convert(part, None, (0, 0), transposed, self._dtype)
         blocks = tuple(slice(i.start // _BLOCK, -(-i.stop // _BLOCK)) for i in index)
-        its_scales = jax.device_put(np.ascontiguousarray(scales[blocks]), device)
+        its_scales = jax.device_put(scales[blocks], device)
         first = index[0].start % _BLOCK, index[1].start % _BLOCK
         return _convert(part, its_scales, first, transposed, self._dtype)
 
@@ -549,12 +557,12 @@ def _convert(
 ) -> jax.Array:
     """`x`, as the checkpoint has it, times its blocks' scales, in the model's layout.
 
-    `first` is the place of `x[0, 0]` within its block.
+    `first` is the place of `x[0, 0]` within its block. The result is never `x` itself.
     """
     if scales is not None:
         scales = jnp.repeat(jnp.repeat(scales, _BLOCK, axis=0), _BLOCK, axis=1)
         x = x.astype(jnp.float32) * jax.lax.dynamic_slice(scales, first, x.shape)
-    x = x.astype(dtype)
+    x = jnp.copy(x.astype(dtype))
     return x.T if transposed else x
 
 
@@ -586,6 +594,7 @@ class _Checkpoint:
         self._path = path
         self._safetensors = _import_safetensors()
         self._entries: dict[str, dict[str, _Entry]] = {}  # by file, once needed
+        self._buffer = np.empty(0, np.uint8)
         index = path / _INDEX
         if index.exists():
             self._file_of: dict[str, str] = _read_json_object(index).get("weight_map", {})
@@ -669,14 +678,29 @@ class _Checkpoint:
         names = [name, name + _SCALE]
         return sum(self._entry(name).nbytes for name in names if name in self._file_of)
 
-    def read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """The tensor `name`, and its scales if it has any."""
-        scales = name + _SCALE
-        return self._get(name), self._get(scales) if scales in self._file_of else None
+    def make_room_for(self, names: Iterable[str]) -> None:
+        """Allocates what each of these tensors is read into.
 
-    def _get(self, name: str) -> np.ndarray:
+        One buffer for all: JAX may keep an array for a while after it has copied it.
+        """
+        largest = max((self._entry(name).nbytes for name in names), default=0)
+        self._buffer = np.empty(largest, np.uint8)
+
+    def read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """The tensor `name`, until the next one is read, and its scales if it has any."""
+        scales = name + _SCALE
+        x = self._get(name, self._buffer)
+        if scales not in self._file_of:
+            return x, None
+        return x, self._get(scales, np.empty(self._entry(scales).nbytes, np.uint8))
+
+    def _get(self, name: str, buffer: np.ndarray) -> np.ndarray:
         entry, path = self._entry(name), self._path / self._file_of[name]
-        data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+        data = buffer[: entry.nbytes]
+        with open(path, "rb") as stream:
+            stream.seek(entry.start)
+            if stream.readinto(data.data) != entry.nbytes:
+                raise ValueError(f"{path} ends within {name}")
         return data.view(_READABLE[entry.dtype]).reshape(entry.shape)
 
     def _entry(self, name: str) -> _Entry:
@@ -765,5 +789,6 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _some(names: list[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The names, for a message; of many, the first."""
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")

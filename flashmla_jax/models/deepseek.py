@@ -125,6 +125,13 @@ _MOE_FIELDS = [
     "first_k_dense_replace",
 ]
 _V3_MOE_FIELDS = ["n_group", "topk_group", "norm_topk_prob"]
+# These a model without experts does not have; transformers takes no null for them.
+_EXPERT_FIELDS = [
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+]
 _ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc"))
 _LONGCAT_ROUTER = ("softmax", "noaux_tc")
 
@@ -135,7 +142,8 @@ class DeepSeekConfig:
 
     Names and meanings are those of the file. `rope_scaling` is parsed, and `None` for plain RoPE.
     `num_nextn_predict_layers` says that there may be parameters for multi-token prediction, see
-    `has_mtp`; a model does without them.
+    `has_mtp`; a model does without them. Without `n_routed_experts` all layers are dense, which
+    `first_k_dense_replace` then says too, whatever was given, and other fields of experts are 0.
 
     Raises:
       ValueError: fields contradict each other.
@@ -189,11 +197,17 @@ class DeepSeekConfig:
         _ = self.mla  # checks the attention's fields
         self._check_indexer()
         if self.mla_scale_q_lora and self.q_lora_rank is None:
-            raise ValueError(f"{self.mla_scale_q_lora=} needs a q_lora_rank, it is None")
+            raise ValueError("mla_scale_q_lora=True needs a q_lora_rank, it is None")
         if self.is_longcat and self.num_hidden_layers % 2:
-            raise ValueError(f"layers come in pairs, got {self.num_hidden_layers=}")
+            raise ValueError(
+                f"layers come in pairs, got num_hidden_layers={self.num_hidden_layers}"
+            )
         if self.n_routed_experts:
             self._check_experts()
+        else:
+            for name in _EXPERT_FIELDS:
+                object.__setattr__(self, name, 0)
+            object.__setattr__(self, "first_k_dense_replace", self.num_hidden_layers)
 
     def _check_indexer(self) -> None:
         fields = {name: getattr(self, name) for name in _INDEX_FIELDS}
@@ -211,25 +225,33 @@ class DeepSeekConfig:
         router = (self.scoring_func, self.topk_method)
         if router not in _ROUTERS and not (self.is_longcat and router == _LONGCAT_ROUTER):
             raise NotImplementedError(
-                f"no router with {self.scoring_func=} and {self.topk_method=}; "
+                f"no router with scoring_func={self.scoring_func!r} and "
+                f"topk_method={self.topk_method!r}; "
                 f"there are {', '.join('/'.join(r) for r in _ROUTERS)}"
             )
         if self.moe_intermediate_size <= 0:
-            raise ValueError(f"{self.moe_intermediate_size=} must be positive with experts")
+            raise ValueError(
+                f"moe_intermediate_size={self.moe_intermediate_size} must be positive with experts"
+            )
         choice = self.n_routed_experts + self.zero_expert_num
         if self.n_group <= 0 or choice % self.n_group:
-            raise ValueError(f"{self.n_routed_experts=} do not divide into {self.n_group=} groups")
+            raise ValueError(
+                f"n_routed_experts={self.n_routed_experts} do not divide into "
+                f"n_group={self.n_group} groups"
+            )
         group_size = choice // self.n_group
         if self.topk_method == "noaux_tc" and self.n_group > 1 and group_size < 2:
             raise ValueError(f"a group is scored by its best two experts, it has {group_size}")
         if not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(f"{self.topk_group=} is not between 1 and {self.n_group=}")
+            raise ValueError(
+                f"topk_group={self.topk_group} is not between 1 and n_group={self.n_group}"
+            )
         if self.topk_method != "greedy":
             choice = self.topk_group * group_size
         if not 1 <= self.num_experts_per_tok <= choice:
             raise ValueError(
-                f"{self.num_experts_per_tok=} is not between 1 and the {choice} experts that a "
-                "token can choose from"
+                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and the {choice} "
+                "experts that a token can choose from"
             )
 
     @property
@@ -344,7 +366,6 @@ class DeepSeekConfig:
         """The contents of a Hugging Face `config.json` from which `from_dict` gives this back."""
         config: dict[str, Any] = dataclasses.asdict(self)
         config["num_key_value_heads"] = self.num_attention_heads
-        config["n_routed_experts"] = self.n_routed_experts or None
         config["n_shared_experts"] = self.n_shared_experts or None
         if self.rope_scaling is not None:
             config["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
@@ -355,6 +376,13 @@ class DeepSeekConfig:
             for name, theirs in _LONGCAT_NAMES.items():
                 config[theirs] = config.pop(name)
             config["num_layers"] //= 2
+        elif not self.n_routed_experts:
+            for name in _EXPERT_FIELDS:
+                del config[name]
+        if self.model_type == "glm4_moe_lite":  # whose code does not read first_k_dense_replace
+            dense = min(self.first_k_dense_replace, self.num_hidden_layers)
+            sparse = self.num_hidden_layers - dense
+            config["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
         architecture = f"{_ARCHITECTURES[self.model_type]}ForCausalLM"
         return {"architectures": [architecture], "hidden_act": "silu", **config}
 

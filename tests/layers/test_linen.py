@@ -15,6 +15,7 @@ pytest.importorskip("flax")
 from flax import linen as nn
 from flax import nnx as flax_nnx
 from jax.sharding import PartitionSpec as P
+from jaxprs import has_precision, products
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import MLAConfig, YarnScaling, mla, nnx
@@ -150,6 +151,27 @@ def test_prefill_in_chunks_and_decode_inside_jit(trained):
         assert before.pages[0].is_deleted()  # being donated
         np.testing.assert_allclose(out, want[:, begin:end], atol=3e-6)
         begin = end
+
+
+@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_precision_is_that_of_all_products(precision, absorbed):
+    layer = MultiHeadLatentAttention(
+        CONFIG, precision=precision, implementation="xla", absorbed=absorbed
+    )
+    variables = jax.eval_shape(layer.init, jax.random.key(0), X)
+    cache = PagedKVCache.create(
+        num_layers=1, num_pages=4, batch=2, max_pages_per_seq=2, dtype=jnp.float32
+    )
+    for method, args, least in (
+        ("__call__", (), 8),
+        ("prefill_into_cache", (cache,), 12),  # which expands cached tokens, too
+        ("decode", (cache,), 6),
+    ):
+        apply = functools.partial(layer.apply, method=method)
+        found = products(jax.make_jaxpr(apply)(variables, X[:, :3], *args).jaxpr)
+        assert len(found) >= least
+        assert all(has_precision(product, precision) for product in found)
 
 
 def test_whole_sequences_are_differentiable(trained):

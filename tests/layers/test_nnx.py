@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("flax")
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jaxprs import has_precision, products
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import MLAConfig, YarnScaling, mla
@@ -196,6 +197,24 @@ def test_implementation_is_handed_on(trained):
     for method in (layer, functools.partial(layer.prefill_into_cache, cache=make_cache())):
         with pytest.raises(ValueError, match=r"implementation must be .* 'none'"):
             jax.eval_shape(method, x)
+
+
+@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_precision_is_that_of_all_products(precision, absorbed):
+    layer = MultiHeadLatentAttention(
+        CONFIG, precision=precision, implementation="xla", rngs=nnx.Rngs(0)
+    )
+    if absorbed:
+        layer = layer.absorb()
+    for method, args, least in (
+        (layer, (), 8),
+        (layer.prefill_into_cache, (make_cache(),), 12),  # which expands cached tokens, too
+        (layer.decode, (make_cache(),), 6),
+    ):
+        found = products(jax.make_jaxpr(method)(jnp.ones((2, 3, 20)), *args).jaxpr)
+        assert len(found) >= least
+        assert all(has_precision(product, precision) for product in found)
 
 
 # --- Layers in a scan --------------------------------------------------------------------------

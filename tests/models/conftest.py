@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashmla_jax.models import DeepSeekConfig, init_params
+from flashmla_jax.models import DeepSeekConfig, init_params, load_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +32,19 @@ def random_params() -> Callable[..., dict]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def loading_peak() -> Callable[..., int]:
+    """The most bytes that the host, beside its devices, holds while a checkpoint is loaded."""
+
+    def measure(path: Path, **options) -> int:
+        load_checkpoint(path, **options)  # compiles, which takes memory too
+        gc.collect()
+        tracemalloc.start()
+        load_checkpoint(path, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    return measure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from golden import GOLDENS, Golden, cached_tokens, load_golden
 
+import flashmla_jax
 from flashmla_jax import export_disabled_checks
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import YarnScaling
@@ -285,6 +287,52 @@ def test_config_without_experts():
     assert not any(config.is_moe(layer) for layer in range(config.num_hidden_layers))
 
 
+EXPERT_FIELDS = {
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+}
+DENSE = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+DENSE |= {"num_attention_heads": 1, "q_lora_rank": 8}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}]
+)
+@pytest.mark.parametrize(
+    ("model_type", "index"),
+    [
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {}),
+        ("glm4_moe_lite", {}),
+        ("deepseek_v32", {"index_n_heads": 1, "index_head_dim": 128, "index_topk": 8}),
+    ],
+)
+def test_file_of_a_config_without_experts(model_type, index, given):
+    """As transformers wants it: no field of experts is null, and all layers are dense."""
+    config = DeepSeekConfig(model_type=model_type, **DENSE | index | given)
+    assert config == DeepSeekConfig(model_type=model_type, **DENSE | index)
+    contents = json.loads(json.dumps(config.to_dict()))
+    assert not EXPERT_FIELDS & contents.keys()
+    assert contents["first_k_dense_replace"] == 3
+    assert contents.get("mlp_layer_types", ["dense"] * 3) == ["dense"] * 3
+    assert ("mlp_layer_types" in contents) == (model_type == "glm4_moe_lite")
+    assert DeepSeekConfig.from_dict(contents) == config
+    deeper = dataclasses.replace(config, num_hidden_layers=4)
+    assert deeper.to_dict()["first_k_dense_replace"] == 4
+
+
+def test_file_of_the_demo():
+    folder = Path(flashmla_jax.__file__).parent / "demo_checkpoint"
+    contents = json.loads((folder / "config.json").read_text())
+    assert not EXPERT_FIELDS & contents.keys()
+    assert contents["first_k_dense_replace"] == contents["num_hidden_layers"] == 3
+    config = DeepSeekConfig.from_json(folder)
+    assert contents.items() <= config.to_dict().items()
+    assert DeepSeekConfig.from_dict(config.to_dict()) == config
+
+
 YARN = V3_JSON["rope_scaling"]
 
 
@@ -293,7 +341,7 @@ YARN = V3_JSON["rope_scaling"]
     [
         ({"model_type": "llama"}, NotImplementedError, "model_type 'llama'"),
         ({"model_type": None}, NotImplementedError, "model_type None"),
-        ({"kv_lora_rank": 256}, NotImplementedError, "kv_lora_rank=256"),
+        ({"kv_lora_rank": 256}, NotImplementedError, "a model with kv_lora_rank=256 and qk_rope"),
         ({"qk_rope_head_dim": 32}, NotImplementedError, "qk_rope_head_dim=32"),
         (
             {"quantization_config": {"quant_method": "fp8"}},
@@ -315,12 +363,12 @@ YARN = V3_JSON["rope_scaling"]
         ({"hidden_size": None, "vocab_size": None}, ValueError, "lacks vocab_size, hidden_size"),
         ({"routed_scaling_factor": None}, ValueError, "lacks routed_scaling_factor"),
         ({"n_group": None}, ValueError, "lacks n_group"),
-        ({"n_group": 3}, ValueError, "n_routed_experts=8 do not divide into .*n_group=3"),
+        ({"n_group": 3}, ValueError, "^n_routed_experts=8 do not divide into n_group=3"),
         ({"n_group": 8}, ValueError, "best two experts, it has 1"),
-        ({"topk_group": 5}, ValueError, "topk_group=5 is not between 1 and self.n_group=4"),
-        ({"num_experts_per_tok": 5}, ValueError, "num_experts_per_tok=5 .* the 4 experts"),
+        ({"topk_group": 5}, ValueError, "^topk_group=5 is not between 1 and n_group=4"),
+        ({"num_experts_per_tok": 5}, ValueError, "^num_experts_per_tok=5 .* the 4 experts"),
         ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers must be positive, got 0"),
-        ({"moe_intermediate_size": -1}, ValueError, "moe_intermediate_size=-1"),
+        ({"moe_intermediate_size": -1}, ValueError, "^moe_intermediate_size=-1"),
     ],
 )
 def test_config_errors(changes, error, message):

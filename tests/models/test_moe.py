@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import has_precision, products
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.models import deepseek, init_params, moe
@@ -272,19 +273,6 @@ def test_a_machine_without_a_gpu_lowers_for_one():
 # --- Float32 is exact ----------------------------------------------------------------------------
 
 
-def products(jaxpr) -> list:
-    """The products of a program, those of its inner programs included."""
-    found = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
-            found.append(eqn)
-        for inner in jax.tree.leaves(list(eqn.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found += products(inner)
-    return found
-
-
 def test_a_float32_model_asks_for_float32_products():
     """Without being told, a GPU would round the factors to TF32."""
     config = DeepSeekConfig.from_dict({**V3_JSON, "num_hidden_layers": 2})
@@ -302,7 +290,6 @@ def test_a_float32_model_asks_for_float32_products():
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     decode_step = functools.partial(deepseek.decode_step, config=config)
     forward = functools.partial(deepseek.forward, config=config)
-    highest = (jax.lax.Precision.HIGHEST,) * 2
     for jaxpr, least in (
         (jax.make_jaxpr(lambda p, i: forward(p, ids=i))(params, ids), 20),
         (jax.make_jaxpr(lambda p, i, c: decode_step(p, ids=i, cache=c))(params, ids, cache), 20),
@@ -311,7 +298,7 @@ def test_a_float32_model_asks_for_float32_products():
         assert len(eqns) >= least
         for eqn in eqns:
             if eqn.invars[0].aval.dtype == jnp.float32:
-                assert eqn.params["precision"] in (highest, highest[0]), eqn
+                assert has_precision(eqn, jax.lax.Precision.HIGHEST), eqn
 
 
 def test_float32_routing_of_a_bfloat16_model():

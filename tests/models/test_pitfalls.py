@@ -125,8 +125,11 @@ def eps_of_the_file(x, scale, eps):
 
 def rounded_tables(config: MLAConfig, positions):
     """Angles in bfloat16."""
-    cos, sin = right_rope_tables(config, positions)
-    return jnp.bfloat16(cos).astype(jnp.float32), jnp.bfloat16(sin).astype(jnp.float32)
+    angles = positions[..., None] * mla.rope_frequencies(config)
+    angles = angles.astype(jnp.bfloat16).astype(jnp.float32)
+    yarn = config.rope_scaling
+    factor = yarn.temperature(yarn.mscale) / yarn.temperature(yarn.mscale_all_dim)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
@@ -166,6 +169,12 @@ def test_without_a_mistake(goldens, name):
 def test_mistakes_of_attention(goldens, monkeypatch, owner, attribute, mistake):
     monkeypatch.setattr(owner, attribute, mistake)
     assert error(goldens["deepseek_v3"]) > 10 * TOLERANCE
+
+
+def test_no_mscale_in_the_softmax_scale_of_v2(goldens, monkeypatch):
+    """Its `mscale` and `mscale_all_dim` are alike, so this is the only place of theirs."""
+    monkeypatch.setattr(MLAConfig, "softmax_scale", property(plain_scale))
+    assert error(goldens["deepseek_v2"]) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,9 @@ def test_shardings_as_a_function(saved, mesh, dtype):
     assert len(names) == len(set(names)) == len(jax.tree.leaves(expected))
 
 
-@meshes
-def test_fp8_on_several_devices(saved, mesh):
-    """The parts begin within a block, at row 80 of `hidden_size` 160 and 136 of 272."""
-    file = saved / "model.safetensors"
+def make_fp8(folder: Path) -> None:
+    """Makes projections FP8, with any scales."""
+    file = folder / "model.safetensors"
     tensors = {}
     rng = np.random.default_rng(0)
     for name, tensor in deserialize(file.read_bytes()):
@@ -110,13 +109,19 @@ def test_fp8_on_several_devices(saved, mesh):
             tensors[f"{name}_scale_inv"] = rng.uniform(0.5, 2, blocks).astype(np.float32)
         tensors[name] = array
     save_file(tensors, file)
-    config = json.loads((saved / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": [128, 128],
     }
-    (saved / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@meshes
+def test_fp8_on_several_devices(saved, mesh):
+    """The parts begin within a block, at row 80 of `hidden_size` 160 and 136 of 272."""
+    make_fp8(saved)
     _, expected = load_checkpoint(saved, dtype=jnp.float32)
     _, params = load_checkpoint(
         saved,
@@ -124,6 +129,27 @@ def test_fp8_on_several_devices(saved, mesh):
         shardings=lambda name, shape: NamedSharding(mesh, spec_of(name, shape)),
     )
     assert_placed_as(params, expected, mesh)
+
+
+@meshes
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_host_holds_one_tensor_at_a_time(tmp_path, mesh, random_params, loading_peak, fp8):
+    """And no copies of its columns, which do not lie in one piece."""
+    config = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=8192)
+    save_checkpoint(tmp_path / "model", config, random_params(config))
+    if fp8:
+        make_fp8(tmp_path / "model")
+    largest = 8192 * 256 * (1 if fp8 else 2)
+
+    def of_columns(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        if len(shape) < 2:
+            return NamedSharding(mesh, P())
+        spec = ("model", None) if name.endswith(".kernel") else (None, "model")
+        return NamedSharding(mesh, P(*[None] * (len(shape) - 2), *spec))
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        peak = loading_peak(tmp_path / "model", dtype=dtype, shardings=of_columns)
+        assert largest <= peak < 1.5 * largest
 
 
 @meshes
