@@ -61,7 +61,7 @@ def test_training_on_a_gpu(tmp_path):
     out = run(TRAINING, tmp_path, *arguments, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     losses = losses_of(out)
     assert len(losses) == 5
-    assert losses[-1] < losses[0] < np.log(256) + 1
+    assert losses[-1] < np.log(256) - 0.5  # so few steps go up and down on the way
     record = check_record(tmp_path / "tiny.json", "gpu", 5, losses)
     assert record["device"] == jax.devices()[0].device_kind
     check_text(out)
