@@ -126,10 +126,11 @@ def test_tokens_of_one_step():
 
 
 def test_plot(tmp_path):
-    """Letters are drawn as shapes, beside a comment that has the text."""
+    """Texts are in the file, as such or in comments beside the shapes of their letters."""
     pytest.importorskip("matplotlib")
     make_report().plot(tmp_path / "cache.svg")
-    texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "cache.svg").read_text())
+    svg = (tmp_path / "cache.svg").read_text()
+    texts = re.findall(r"(?<=>|-) ?([a-z][a-z ]*[a-z]) ?(?=<|-)", svg)
     series = ["held by requests", "cached prefixes", "running", "waiting"]
     assert [text for text in texts if text in series] == series
     assert {"pages", "requests", "seconds"} <= set(texts)
