@@ -111,10 +111,7 @@ class Report:
 
     @property
     def inter_token_latencies(self) -> np.ndarray:
-        """float64[any]: seconds between a request's tokens, those of one step counted as one.
-
-        As in vLLM's benchmark, where it is the time between the chunks of a stream.
-        """
+        """float64[any]: seconds between a request's tokens, those of one step counted as one."""
         return np.concatenate(
             [np.diff(np.unique(request.token_times)) for request in self.requests]
         )

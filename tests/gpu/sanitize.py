@@ -194,7 +194,7 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
     """Runs the cases under a tool, showing its output; what it found."""
     command = [sanitizer, f"--tool={tool}", "--error-exitcode=99"]
     # XLA probes the driver with calls that may fail; a failed launch of ours is an error anyhow.
-    # And to instrument all kernels of its libraries takes some tools forever.
+    # And it is our kernels that are examined, not those of XLA and its libraries.
     command += ["--report-api-errors=no", "--kernel-regex=kns=flashmla"]
     command += [sys.executable, __file__, "--cases"]
     start = time.monotonic()
