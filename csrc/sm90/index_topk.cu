@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
   const int64_t first_row = int64_t{sequence} * p.s + first_token;
   const int width = static_cast<int>(p.max_pages_per_seq);
   ptx::WaitForPreviousKernel();
-  ptx::LetNextKernelStart();
 
   int most = 0;
   for (int i = 0; i < tokens; ++i) most = max(most, p.num_visible[first_row + i]);
@@ -263,7 +262,6 @@ __global__ void __launch_bounds__(kChoiceThreads)
   __shared__ int sums[2][kChoiceWarps];
   __shared__ uint32_t found[2];  // the bin, and how many of it are chosen
   ptx::WaitForPreviousKernel();
-  ptx::LetNextKernelStart();
   const int64_t stride = p.max_pages_per_seq * kPageSize;
   const int topk = static_cast<int>(p.topk);
   const int n = static_cast<int>(min(int64_t{max(p.num_visible[blockIdx.x], 0)}, stride));
@@ -356,9 +354,9 @@ Status LaunchScores(const IndexTopkParams& p, int multiprocessors, cudaStream_t 
   const int64_t room = std::max<int64_t>(kMostTokens / shape.groups, 1);
   shape.tokens = static_cast<int>(std::min(room, p.s));
   shape.tiles = static_cast<int>((p.s + shape.tokens - 1) / shape.tokens);
-  // Some thread blocks for each multiprocessor, but Q has to be worth its way.
+  // Two rounds of four thread blocks on each multiprocessor; but Q has to be worth its way.
   const int64_t tiles = p.batch * shape.tiles, all = tiles * p.max_pages_per_seq;
-  shape.pages = static_cast<int>(std::clamp<int64_t>(all / (multiprocessors * 12), 4, kMostPages));
+  shape.pages = static_cast<int>(std::clamp<int64_t>(all / (multiprocessors * 8), 4, kMostPages));
   const int64_t parts = (p.max_pages_per_seq + shape.pages - 1) / shape.pages;
   if (tiles > INT32_MAX || parts > 65535) {
     return {StatusCode::kInvalidArgument, "block_table is too large"};
