@@ -160,6 +160,32 @@ struct SparseAttentionParams {
   }
 };
 
+// Of an indexer's keys, the only size that kernels have; in FP8, a code each, and a float32 scale
+// at the beginning of the rest.
+inline constexpr int kIndexHeadDim = 128;
+inline constexpr int kIndexFp8Bytes = kIndexHeadDim + 16;
+inline constexpr int kMaxIndexHeads = 256;
+
+// The cached tokens of the highest scores, for each query token.
+struct IndexTopkParams {
+  int64_t batch;
+  int64_t s;
+  int64_t heads;
+  int64_t num_pages;
+  int64_t max_pages_per_seq;
+  int64_t topk;
+  DType dtype;
+  bool fp8;  // keys are
+
+  const void* q;               // [batch, s, heads, kIndexHeadDim]
+  const float* weights;        // [batch, s, heads]
+  const void* index_pages;     // [num_pages, kPageSize, kIndexHeadDim or kIndexFp8Bytes]
+  const int32_t* block_table;  // [batch, max_pages_per_seq]
+  const int32_t* num_visible;  // [batch, s]: of each sequence, the first so many count
+  int32_t* positions;          // [batch, s, topk], in their order, and then -1
+  uint32_t* scores;            // workspace [batch, s, max_pages_per_seq * kPageSize]
+};
+
 inline constexpr int kAppendAlignment = 16;  // bytes
 
 struct CacheAppendParams {

@@ -104,6 +104,23 @@ xffi::Error CacheAppend(cudaStream_t stream, xffi::AnyBuffer k_cache, xffi::AnyB
   return ToError(kCacheAppendTarget, sm90::CacheAppend(params, stream));
 }
 
+xffi::Error IndexTopk(cudaStream_t stream, xffi::AnyBuffer q, xffi::Buffer<xffi::F32> weights,
+                      xffi::AnyBuffer index_pages, xffi::Buffer<xffi::S32> block_table,
+                      xffi::Buffer<xffi::S32> num_visible, xffi::ResultBuffer<xffi::S32> positions,
+                      xffi::ResultBuffer<xffi::U32> scores) {
+  IndexTopkParams params{};
+  auto error = Unpack(q, weights, index_pages, block_table, num_visible, *positions, &params);
+  if (error.failure()) return error;
+  const int64_t needed =
+      params.batch * params.s * params.max_pages_per_seq * static_cast<int64_t>(kPageSize);
+  if (static_cast<int64_t>(scores->element_count()) < needed) {
+    return xffi::Error::InvalidArgument(std::string(kIndexTopkTarget) +
+                                        ": the workspace is too small");
+  }
+  params.scores = scores->typed_data();
+  return ToError(kIndexTopkTarget, sm90::IndexTopk(params, stream));
+}
+
 auto DenseDecodeBinding() {
   return xffi::Ffi::Bind()
       .Ctx<xffi::PlatformStream<cudaStream_t>>()
@@ -153,6 +170,18 @@ auto CacheAppendBinding() {
       .Ret<xffi::AnyBuffer>();
 }
 
+auto IndexTopkBinding() {
+  return xffi::Ffi::Bind()
+      .Ctx<xffi::PlatformStream<cudaStream_t>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::F32>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Ret<xffi::Buffer<xffi::S32>>()
+      .Ret<xffi::Buffer<xffi::U32>>();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode, DenseDecodeBinding(),
@@ -160,6 +189,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCuda, DenseDecode, DenseDecodeBinding()
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCuda, CacheAppend, CacheAppendBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SparseAttentionCuda, SparseAttention, SparseAttentionBinding(),
+                              {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(IndexTopkCuda, IndexTopk, IndexTopkBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCudaNoGraph, DenseDecode, DenseDecodeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCudaNoGraph, CacheAppend, CacheAppendBinding());

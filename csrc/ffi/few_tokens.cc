@@ -299,6 +299,10 @@ xffi::Error FewLogits(cudaStream_t stream, xffi::RemainingArgs operands,
   Buffers buffers(kFewLogitsTarget, operands, results);
   const auto type = buffers.Operand(0).element_type();
   const int64_t vocab_size = buffers.Dimension(1, 0), size = buffers.Dimension(1, 1);
+  const auto hidden = buffers.Operand(0).dimensions();
+  if (hidden.size() == 0 || hidden.back() != size) {
+    buffers.Fail("hidden must have the weights' " + std::to_string(size) + " columns");
+  }
   const int64_t tokens = size > 0 ? buffers.Size(0) / size : 0;
   const sm90::FewTokens step = buffers.Hidden(tokens, size);
   buffers.CheckSizes({vocab_size});

@@ -16,6 +16,7 @@ inline constexpr char kSparseAttentionTarget[] = "flashmla_sparse_attention_v2";
 inline constexpr char kDenseDecodeNoGraphTarget[] = "flashmla_dense_decode_no_graph_v1";
 inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_graph_v2";
 // On a GPU only.
+inline constexpr char kIndexTopkTarget[] = "flashmla_index_topk_v1";
 inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v2";
 inline constexpr char kFewLogitsTarget[] = "flashmla_few_logits_v1";
 
@@ -29,6 +30,7 @@ XLA_FFI_Error* CacheAppendCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* SparseAttentionCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* DenseDecodeCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CacheAppendCudaNoGraph(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* IndexTopkCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FewTokensCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FewLogitsCuda(XLA_FFI_CallFrame* call_frame);
 #endif

@@ -32,6 +32,7 @@ nb::dict Registrations() {
   cuda[ffi::kSparseAttentionTarget] = Capsule(ffi::SparseAttentionCuda);
   cuda[ffi::kDenseDecodeNoGraphTarget] = Capsule(ffi::DenseDecodeCudaNoGraph);
   cuda[ffi::kCacheAppendNoGraphTarget] = Capsule(ffi::CacheAppendCudaNoGraph);
+  cuda[ffi::kIndexTopkTarget] = Capsule(ffi::IndexTopkCuda);
   cuda[ffi::kFewTokensTarget] = Capsule(ffi::FewTokensCuda);
   cuda[ffi::kFewLogitsTarget] = Capsule(ffi::FewLogitsCuda);
   all["CUDA"] = cuda;
@@ -52,6 +53,8 @@ nb::dict BuildInfo() {
   info["row_tile"] = kRowTile;
   info["max_partitions"] = kMaxPartitions;
   info["merge_words"] = kMergeWords;
+  info["index_head_dim"] = kIndexHeadDim;
+  info["max_index_heads"] = kMaxIndexHeads;
   info["chunk_pages"] = kChunkPages;
   info["max_chunks"] = kMaxChunks;
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

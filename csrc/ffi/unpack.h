@@ -235,4 +235,59 @@ inline xffi::Error Unpack(xffi::AnyBuffer q, const xffi::AnyBuffer (&pools)[2],
   return xffi::Error::Success();
 }
 
+// Of the kernels for an indexer, which are for a GPU.
+inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::Buffer<xffi::F32> weights,
+                          xffi::AnyBuffer index_pages, xffi::Buffer<xffi::S32> block_table,
+                          xffi::Buffer<xffi::S32> num_visible, xffi::Buffer<xffi::S32> positions,
+                          IndexTopkParams* p) {
+  const auto bad = [](const std::string& what) {
+    return xffi::Error::InvalidArgument(std::string(kIndexTopkTarget) + ": " + what);
+  };
+  const auto dims = q.dimensions();
+  if (dims.size() != 4 || dims[3] != kIndexHeadDim || dims[2] < 1 || dims[2] > kMaxIndexHeads) {
+    return bad("expected q [batch, s, 1 to " + std::to_string(kMaxIndexHeads) +
+               " heads, 128], got " + Describe("q", q));
+  }
+  p->batch = dims[0];
+  p->s = dims[1];
+  p->heads = dims[2];
+  const auto dtype = ToDType(q.element_type());
+  p->fp8 = index_pages.element_type() == xffi::DataType::U8;
+  if (!dtype || *dtype == DType::kF32 ||
+      (!p->fp8 && index_pages.element_type() != q.element_type())) {
+    return bad("q must be bfloat16 or float16, and index_pages like it or FP8");
+  }
+  p->dtype = *dtype;
+  const auto pool = index_pages.dimensions();
+  const int64_t key = p->fp8 ? kIndexFp8Bytes : kIndexHeadDim;
+  if (pool.size() != 4 || pool[0] < 1 || pool[1] != kPageSize || pool[2] != 1 || pool[3] != key) {
+    return bad("expected index_pages [num_pages, 64, 1, " + std::to_string(key) + "], got " +
+               Describe("index_pages", index_pages));
+  }
+  p->num_pages = pool[0];
+  const auto table = block_table.dimensions();
+  if (table.size() != 2 || table[0] != p->batch || table[1] < 1) {
+    return bad("expected block_table [batch, max_pages_per_seq]");
+  }
+  p->max_pages_per_seq = table[1];
+  const auto chosen = positions.dimensions();
+  const auto is_rows = [&](auto rows) { return rows[0] == p->batch && rows[1] == p->s; };
+  if (weights.dimensions().size() != 3 || !is_rows(weights.dimensions()) ||
+      weights.dimensions()[2] != p->heads) {
+    return bad("expected weights [batch, s, heads]");
+  }
+  if (num_visible.dimensions().size() != 2 || !is_rows(num_visible.dimensions())) {
+    return bad("expected num_visible [batch, s]");
+  }
+  if (chosen.size() != 3 || !is_rows(chosen)) return bad("expected positions [batch, s, topk]");
+  p->topk = chosen[2];
+  p->q = q.untyped_data();
+  p->weights = weights.typed_data();
+  p->index_pages = index_pages.untyped_data();
+  p->block_table = block_table.typed_data();
+  p->num_visible = num_visible.typed_data();
+  p->positions = positions.typed_data();
+  return xffi::Error::Success();
+}
+
 }  // namespace flashmla::ffi

@@ -25,5 +25,6 @@ Status DenseDecode(const DenseDecodeParams& params, cudaStream_t stream);
 Status DenseDecodeParts(const DenseDecodeParams& params, cudaStream_t stream, int* partitions);
 Status SparseAttention(const SparseAttentionParams& params, cudaStream_t stream);
 Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream);
+Status IndexTopk(const IndexTopkParams& params, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

@@ -178,8 +178,8 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// Of what is no less than 1, infinite or NaN: where they are as good as others, in a quarter of
-// their instructions.
+// Of sums of weights, which are 0, infinite, NaN, or numbers whose reciprocals are normal: there
+// they are good to 2^-22, in a quarter of the instructions of others.
 __device__ __forceinline__ float Log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -44,6 +44,8 @@ SPARSE_ATTENTION: Final = "flashmla_sparse_attention_v2"
 # The same on a GPU, but never recorded in CUDA graphs.
 DENSE_DECODE_NO_GRAPH: Final = "flashmla_dense_decode_no_graph_v1"
 CACHE_APPEND_NO_GRAPH: Final = "flashmla_cache_append_no_graph_v2"
+# On a GPU only.
+INDEX_TOPK: Final = "flashmla_index_topk_v1"
 # Of models.few_tokens, on a GPU only.
 FEW_TOKENS: Final = "flashmla_few_tokens_v2"
 FEW_LOGITS: Final = "flashmla_few_logits_v1"

@@ -14,6 +14,7 @@ from flashmla_jax.cache import index_keys
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.layers import indexer, mla
 from flashmla_jax.layers.indexer import IndexerConfig
+from flashmla_jax.ops import index_topk
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -33,11 +34,11 @@ def wanted_scores(q, weights, keys):
 
 
 def wanted_positions(scores, num_visible, topk=TOPK):
-    """int32[s, topk]: the best first, of equal ones the first."""
+    """int32[s, topk]: the best, of equal ones the first, in the order of their positions."""
     positions = np.full((len(scores), topk), -1, np.int32)
     for row, (score, visible) in enumerate(zip(scores, num_visible, strict=True)):
         order = sorted(range(max(visible, 0)), key=lambda t, score=score: (-score[t], t))[:topk]
-        positions[row, : len(order)] = order
+        positions[row, : len(order)] = sorted(order)
     return positions
 
 
@@ -130,7 +131,7 @@ def test_scores():
         rng.standard_normal(shape).astype(np.float32)
         for shape in ((5, HEADS, DIM), (5, HEADS), (30, DIM))
     )
-    scores = indexer.index_scores(q, weights, keys, HIGHEST)
+    scores = index_topk.index_scores(q, weights, keys, HIGHEST)
     wanted = wanted_scores(q, weights, keys)
     assert (wanted < 0).any()
     np.testing.assert_allclose(scores, wanted, atol=1e-5 * np.abs(wanted).max())
@@ -146,7 +147,7 @@ def test_top_k_is_exact_and_ties_are_broken_by_position(tokens):
     hidden = np.arange(tokens) >= num_visible[:, None]
     scores[~hidden & (scores == -3)] = -np.inf  # is no less visible
     noise = np.where(rng.random(scores.shape) < 0.5, np.nan, np.inf)
-    positions = indexer.top_k(np.where(hidden, noise, scores), num_visible, TOPK)
+    positions = index_topk.top_k(np.where(hidden, noise, scores), num_visible, TOPK)
     assert positions.dtype == jnp.int32
     np.testing.assert_array_equal(positions, wanted_positions(scores, num_visible))
 
@@ -155,7 +156,7 @@ def test_top_k_is_exact_and_ties_are_broken_by_position(tokens):
 def test_choose_is_exact(monkeypatch, at_a_time):
     """Whether all queries are looked at together, or some, or one, or some sequences."""
     if at_a_time is not None:
-        monkeypatch.setattr(indexer, "_AT_A_TIME", at_a_time)
+        monkeypatch.setattr(index_topk, "_AT_A_TIME", at_a_time)
     q, weights, keys = whole_numbers(3, 50, 100, batch=3)
     num_visible = np.random.default_rng(4).integers(0, 101, (3, 50))
     num_visible[0] = 51 + np.arange(50)
@@ -206,7 +207,7 @@ def choose_cached(q, weights, pool, table, num_visible, topk=TOPK):
 def test_choose_from_pages(monkeypatch, at_a_time):
     """Only tokens count: not unused pages, not the tail of the last, not unused table entries."""
     if at_a_time is not None:
-        monkeypatch.setattr(indexer, "_AT_A_TIME", at_a_time)
+        monkeypatch.setattr(index_topk, "_AT_A_TIME", at_a_time)
     jax.clear_caches()
     q, weights, keys = whole_numbers(6, 3, 256, batch=5)
     for lengths in ([0, 1, 65, 256, 192], [256, 64, 2, 23, 24]):

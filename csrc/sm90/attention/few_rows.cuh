@@ -52,6 +52,8 @@ struct FewRows {
     return highest[0];
   }
   static __device__ int own_column() { return column(lane() / (32 / kColumns)); }
+  // Of the lanes that have the same one, a single one.
+  static __device__ bool is_first_of_column() { return lane() % (32 / kColumns) < 4; }
 
   // Weights to `p` in shared memory, as wgmma reads its second operand: a row of 64 tokens for each
   // query row.

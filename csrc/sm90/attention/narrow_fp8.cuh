@@ -450,8 +450,10 @@ class Scorer : FewRows<kRows> {
     }
     if constexpr (kSparse) {
       const float highest = Rows::Highest(x);
-      float& most = most_[own_column()];
-      most = fmaxf(most, highest);
+      if (Rows::is_first_of_column()) {
+        float& most = most_[own_column()];
+        most = fmaxf(most, highest);
+      }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         x[element(c, 0)] += static_cast<float>(UnitExponent(inverse[0]));

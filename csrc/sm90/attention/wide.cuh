@@ -387,7 +387,8 @@ class Consumer {
     ptx::MbarrierWait(&shared().query_ready, number % 2);
   }
 
-  // What follows is the same code for both: what runs once is paid in instruction fetches.
+  // What comes before and after is the same code for both: what runs once is paid in instruction
+  // fetches.
   __device__ __forceinline__ RingPosition Blocks(RingPosition ring, const Segment& s) {
     return side() == kLeft ? Blocks<kLeft>(ring, s) : Blocks<kRight>(ring, s);
   }

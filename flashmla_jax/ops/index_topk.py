@@ -1,0 +1,293 @@
+"""The indexer's custom call: of all cached tokens, those that score highest.
+
+`flashmla_jax.layers.indexer` says what a score is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.export import is_symbolic_dim
+
+from flashmla_jax.cache import index_keys
+from flashmla_jax.cache.layout import PAGE_SIZE
+from flashmla_jax.ops import _ffi, _sharding
+
+# How many products of a head and a key XLA computes at a time, 4 bytes each.
+_AT_A_TIME = 2**26
+# And how many scores the kernels have room for.
+_SCORES_AT_A_TIME = 2**28
+
+# What the kernels are built for; csrc/params.h has the same numbers.
+HEAD_DIM = 128
+MAX_HEADS = 256
+
+
+def index_topk(
+    q: jax.Array,
+    weights: jax.Array,
+    index_pages: jax.Array,
+    block_table: jax.Array,
+    num_visible: jax.Array,
+    topk: int,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Binds the primitive; see `layers.indexer.choose_cached`. A choice has no derivative."""
+    weights = weights.astype(jnp.float32)
+    operands = [jax.lax.stop_gradient(x) for x in (q, weights, index_pages)]
+    (positions,) = index_topk_p.bind(
+        *operands,
+        jnp.asarray(block_table, jnp.int32),
+        jnp.asarray(num_visible, jnp.int32),
+        topk=topk,
+        precision=_name(precision),
+        mapped=(),
+    )
+    return positions
+
+
+def _name(precision: Any) -> Any:
+    """A precision as a literal, which jax takes too: programs have it in writing."""
+    if isinstance(precision, tuple):
+        return tuple(_name(x) for x in precision)
+    if isinstance(precision, jax.lax.Precision):
+        return precision.name.lower()
+    return getattr(precision, "name", precision)
+
+
+# --- Abstract evaluation ---------------------------------------------------------------------
+
+
+SHARDING = _sharding.Rule(
+    operands={
+        "q": ("batch", "s", "heads", "head_dim"),
+        "weights": ("batch", "s", "heads"),
+        "index_pages": ("num_pages", "page_size", "h_kv", "key"),
+        "block_table": ("batch", "max_pages_per_seq"),
+        "num_visible": ("batch", "s"),
+    },
+    results=(("batch", "s", "topk"),),
+    divided=("batch", "s"),
+    pool="index_pages",
+    small=("weights", "block_table", "num_visible"),
+    advice="Divide batch, and nothing of the pool.",
+)
+
+
+def _abstract_eval(*operands: Any, topk: int, **_: Any) -> tuple[jax.core.ShapedArray, ...]:
+    batch, s = operands[0].shape[:2]
+    return _sharding.result_types(SHARDING, operands, [((batch, s, topk), jnp.int32)])
+
+
+index_topk_p = _ffi.define_primitive("index_topk", _abstract_eval)
+
+
+# --- Without a kernel ------------------------------------------------------------------------
+
+
+def index_scores(
+    q: jax.Array, weights: jax.Array, keys: jax.Array, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """The score of every key for every query.
+
+    Args:
+      q: [..., heads, head_dim] in the dtype of `keys`.
+      weights: float32[..., heads].
+      keys: [t, head_dim].
+      precision: of the products.
+
+    Returns:
+      float32[..., t].
+    """
+    products = jnp.einsum(
+        "...hd,td->...ht", q, keys, precision=precision, preferred_element_type=jnp.float32
+    )
+    return jnp.sum(jnp.maximum(products, 0) * weights[..., None], axis=-2)
+
+
+def top_k(scores: jax.Array, num_visible: jax.Array, topk: int) -> jax.Array:
+    """The positions of the highest scores, exactly; of equal ones, the lower positions.
+
+    Args:
+      scores: float32[..., t].
+      num_visible: int32[...]: only the first so many can be chosen, and others may be anything.
+      topk: how many are.
+
+    Returns:
+      int32[..., topk], in their order; -1 at the end where there are fewer.
+    """
+    tokens = scores.shape[-1]
+    visible = jnp.arange(tokens, dtype=jnp.int32) < num_visible[..., None]
+    # For the comparison, -0 is less than 0; and of what is -inf, what is visible comes first.
+    scores = jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    if is_symbolic_dim(tokens) or tokens < topk:
+        added = topk if is_symbolic_dim(tokens) else topk - tokens
+        widths = [(0, 0)] * (scores.ndim - 1) + [(0, added)]
+        scores = jnp.pad(scores, widths, constant_values=-jnp.inf)
+    _, positions = jax.lax.top_k(scores, topk)
+    exists = jnp.arange(topk, dtype=jnp.int32) < num_visible[..., None]
+    behind = jnp.iinfo(jnp.int32).max
+    positions = jnp.sort(jnp.where(exists, positions.astype(jnp.int32), behind))
+    return jnp.where(positions == behind, -1, positions)
+
+
+def choose(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    num_visible: jax.Array,
+    topk: int,
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    """See `layers.indexer.choose`."""
+    q = q.astype(keys.dtype)
+
+    def of_sequence(
+        q: jax.Array, weights: jax.Array, keys: jax.Array, num_visible: jax.Array
+    ) -> jax.Array:
+        return _choose(q, weights, keys, num_visible, topk, precision)
+
+    products = q.shape[1] * q.shape[2] * keys.shape[1]
+    return _map(of_sequence, (q, weights, keys, num_visible), products)
+
+
+def _choose(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    num_visible: jax.Array,
+    topk: int,
+    precision: jax.lax.PrecisionLike,
+    scales: jax.Array | None = None,
+) -> jax.Array:
+    """`choose` for one sequence: int32[s, topk]. `scales` float32[t] are positive factors of keys.
+
+    As such they may as well be factors of scores.
+    """
+
+    def of_query(q: jax.Array, weights: jax.Array, num_visible: jax.Array) -> jax.Array:
+        scores = index_scores(q, weights, keys, precision)
+        return top_k(scores if scales is None else scores * scales, num_visible, topk)
+
+    return _map(of_query, (q, weights, num_visible), q.shape[1] * keys.shape[0])
+
+
+def _map(
+    function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...], products: int
+) -> jax.Array:
+    """`jax.vmap`, but one after the other what would be more than `_AT_A_TIME` products in all.
+
+    `products` is how many an element of the arguments' first axis needs.
+    """
+    number = arguments[0].shape[0]
+    if is_symbolic_dim(number) or is_symbolic_dim(products) or number * products <= _AT_A_TIME:
+        return jax.vmap(function)(*arguments)
+    together = max(_AT_A_TIME // products, 1)
+    return jax.lax.map(
+        lambda args: function(*args), arguments, batch_size=together if together > 1 else None
+    )
+
+
+def reference(
+    *operands: jax.Array, topk: int, precision: jax.lax.PrecisionLike, **_: Any
+) -> list[jax.Array]:
+    """The primitive, composed of XLA's operations."""
+    q, weights, index_pages, block_table, num_visible = operands
+
+    def of_sequence(
+        q: jax.Array, weights: jax.Array, table: jax.Array, num_visible: jax.Array
+    ) -> jax.Array:
+        rows = index_pages.at[table].get(mode="clip")
+        rows = rows.reshape(table.shape[0] * PAGE_SIZE, index_pages.shape[-1])
+        keys, scales = index_keys.unpack(rows, q.dtype)
+        return _choose(q.astype(keys.dtype), weights, keys, num_visible, topk, precision, scales)
+
+    products = q.shape[1] * q.shape[2] * block_table.shape[1] * PAGE_SIZE
+    return [_map(of_sequence, (q, weights, block_table, num_visible), products)]
+
+
+# --- Lowerings -------------------------------------------------------------------------------
+
+
+def _call_cuda(*operands: jax.Array, topk: int, **params: Any) -> list[jax.Array]:
+    q, weights, index_pages, block_table, num_visible = operands
+    batch, s, heads, head_dim = q.shape
+    fits = (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and index_pages.dtype in (q.dtype, jnp.uint8)
+        and head_dim == HEAD_DIM
+        and heads <= MAX_HEADS
+        and index_pages.shape[0] != 0
+        and block_table.shape[1] != 0
+    )
+    if not fits:
+        return reference(*operands, topk=topk, **params)
+    tokens = block_table.shape[1] * PAGE_SIZE
+    if any(is_symbolic_dim(n) for n in (batch, s, tokens)):
+        step = s
+    else:
+        step = min(max(_SCORES_AT_A_TIME // max(batch * tokens, 1), 1), max(s, 1))
+    pieces = []
+    for first in range(0, s, step) if not is_symbolic_dim(s) else (0,):
+        part = slice(first, None if step is s else first + step)
+        shape = (batch, q[:, part].shape[1])
+        call = jax.ffi.ffi_call(
+            _ffi.INDEX_TOPK,
+            [
+                jax.ShapeDtypeStruct((*shape, topk), jnp.int32),
+                jax.ShapeDtypeStruct((*shape, tokens), jnp.uint32),
+            ],
+        )
+        of_part = q[:, part], weights[:, part], index_pages, block_table, num_visible[:, part]
+        pieces.append(call(*of_part)[0])
+    return [jnp.concatenate(pieces, axis=1) if len(pieces) != 1 else pieces[0]]
+
+
+_ffi.register_lowerings(
+    index_topk_p,
+    kernels={_ffi.CPU: reference, _ffi.CUDA: _call_cuda},
+    reference=reference,
+    sharding=SHARDING,
+    name="flashmla_index_topk",
+)
+
+
+# --- Batching --------------------------------------------------------------------------------
+
+_POOL = 2  # the operand that is not per sequence
+
+
+def _batch(
+    size: int, operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
+) -> list[jax.Array]:
+    """Folds the mapped axis into the batch; or, if pools have it, one after another.
+
+    `mapped`, which the other ops have for it, is always empty.
+    """
+    in_front = [
+        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
+    ]
+    if dims[_POOL] is not None:
+        mapped = [i for i, dim in enumerate(dims) if dim is not None]
+
+        def one(elements: list[jax.Array]) -> list[jax.Array]:
+            own = list(in_front)
+            for i, x in zip(mapped, elements, strict=True):
+                own[i] = x
+            return list(index_topk_p.bind(*own, **params))
+
+        return jax.lax.map(one, [in_front[i] for i in mapped])
+    folded = []
+    for i, (x, dim) in enumerate(zip(in_front, dims, strict=True)):
+        if i != _POOL:
+            x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else x
+            x = x.reshape(size * x.shape[1], *x.shape[2:])
+        folded.append(x)
+    (positions,) = index_topk_p.bind(*folded, **params)
+    return [positions.reshape(size, positions.shape[0] // size, *positions.shape[1:])]
+
+
+_ffi.register_batching(index_topk_p, _batch)

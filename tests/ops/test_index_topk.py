@@ -1,0 +1,214 @@
+"""The choice of cached tokens by an indexer's scores, where kernels make it and where XLA does.
+
+Numbers are whole and small, so that scores are exact in every order of summation, and many are
+equal: then the choice has one right answer.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashmla_jax.cache import index_keys
+from flashmla_jax.cache.layout import PAGE_SIZE
+from flashmla_jax.layers import indexer
+from flashmla_jax.ops import _ffi, index_topk
+
+DIM = index_topk.HEAD_DIM
+FORMATS = {"bf16": jnp.bfloat16, "f16": jnp.float16, "fp8": jnp.uint8}
+
+
+class Problem:
+    """Sequences of `lengths` tokens in random pages, with NaN in all that is not theirs."""
+
+    def __init__(self, rng, lengths, s, heads, fmt="bf16", spread=2, spare=3):
+        batch, width = len(lengths), max(-(-max(lengths) // PAGE_SIZE), 1) + spare
+        num_pages = sum(-(-n // PAGE_SIZE) for n in lengths) + 5
+        self.q = rng.integers(-1, 2, (batch, s, heads, DIM)).astype(np.float32)
+        self.weights = rng.integers(-2, 3, (batch, s, heads)).astype(np.float32)
+        kinds = rng.integers(-spread, spread + 1, (97, DIM)).astype(np.float32)
+        kinds[0] = 0
+        self.keys = [kinds[rng.integers(0, len(kinds), n)] for n in lengths]
+        if fmt == "fp8":  # tokens have different scales
+            self.keys = [k * 2.0 ** (np.arange(len(k)) % 4)[:, None] for k in self.keys]
+        pool = np.full((num_pages, PAGE_SIZE, 1, DIM), np.nan, np.float32)
+        order, used = rng.permutation(num_pages), 0
+        self.table = rng.choice([-1, -9, num_pages, 2**31 - 1], (batch, width)).astype(np.int32)
+        for i, keys in enumerate(self.keys):
+            for slot in range(-(-len(keys) // PAGE_SIZE)):
+                page, used = order[used], used + 1
+                self.table[i, slot] = page
+                part = keys[slot * PAGE_SIZE : (slot + 1) * PAGE_SIZE]
+                pool[page, : len(part), 0] = part
+        self.pool = index_keys.pack(jnp.asarray(pool), FORMATS[fmt])
+        self.dtype = jnp.float16 if fmt == "f16" else jnp.bfloat16
+        # Causal, and sometimes none.
+        self.num_visible = np.array(lengths)[:, None] - s + np.arange(1, s + 1)
+
+    def arguments(self):
+        q = jnp.asarray(self.q, self.dtype)
+        return q, self.weights, self.pool, self.table, self.num_visible.astype(np.int32)
+
+    def wanted(self, topk):
+        positions = np.full((*self.num_visible.shape, topk), -1, np.int32)
+        for (i, j), visible in np.ndenumerate(self.num_visible):
+            keys = np.float64(self.keys[i][: max(visible, 0)])
+            products = np.maximum(np.float64(self.q[i, j]) @ keys.T, 0)
+            scores = np.float64(self.weights[i, j]) @ products
+            best = np.argsort(-scores, kind="stable")[:topk]
+            positions[i, j, : len(best)] = np.sort(best)
+        return positions
+
+
+@functools.partial(jax.jit, static_argnames="topk")
+def choose(*arguments, topk):
+    return indexer.choose_cached(*arguments, topk)
+
+
+LENGTHS = (0, 1, 63, 64, 65, 700, 2048, 3001)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("s", "heads"), [(1, 64), (3, 5), (9, 70)])
+def test_is_exact(fmt, s, heads):
+    rng = np.random.default_rng(s)
+    problem = Problem(rng, LENGTHS, s, heads, fmt)
+    for topk in (1, 64, 500, 2048):
+        chosen = choose(*problem.arguments(), topk=topk)
+        np.testing.assert_array_equal(chosen, problem.wanted(topk), err_msg=f"{topk=}")
+
+
+def test_equal_scores_are_chosen_from_the_front():
+    """Of all keys that are the same; beside one that is better, and one that is worse."""
+    rng = np.random.default_rng(1)
+    problem = Problem(rng, (9000,), 1, 64)
+    problem.q[:], problem.weights[:] = 1, 1
+    keys = problem.keys[0] = np.ones((9000, DIM), np.float32)
+    keys[8111], keys[13] = 2, 0
+    pool = np.zeros(problem.pool.shape, np.float32)
+    pool[problem.table[0, :141]] = np.pad(keys, ((0, 24), (0, 0))).reshape(141, 64, 1, DIM)
+    problem.pool = jnp.asarray(pool, jnp.bfloat16)
+    chosen = choose(*problem.arguments(), topk=2048)
+    np.testing.assert_array_equal(chosen, problem.wanted(2048))
+    np.testing.assert_array_equal(chosen[0, 0], [*range(13), *range(14, 2048), 8111])
+
+
+def test_scores_of_any_size_and_sign():
+    """Each bit of a score counts, in the order that floating-point numbers have."""
+    rng = np.random.default_rng(2)
+    tokens, topk = 5000, 700
+    problem = Problem(rng, (tokens,), 1, 2)
+    exponents = rng.integers(-60, 60, tokens)
+    mantissas = rng.integers(128, 256, tokens)
+    sizes = (mantissas * 2.0**exponents).astype(np.float32)
+    sizes[rng.random(tokens) < 0.1] = 0
+    # One head's weight is positive and the other's is negative.
+    problem.q[:] = 0
+    problem.q[0, 0, 0, 0] = problem.q[0, 0, 1, 1] = 1
+    problem.weights[0, 0] = 1, -1
+    keys = np.zeros((tokens, DIM), np.float32)
+    keys[np.arange(tokens), rng.integers(0, 2, tokens)] = sizes
+    problem.keys = [keys]
+    pool = np.zeros(problem.pool.shape, np.float32)
+    pages = -(-tokens // PAGE_SIZE)
+    pool[problem.table[0, :pages]] = np.pad(
+        keys, ((0, pages * PAGE_SIZE - tokens), (0, 0))
+    ).reshape(pages, PAGE_SIZE, 1, DIM)
+    problem.pool = jnp.asarray(pool, jnp.bfloat16)
+    for topk in (700, 2600, 4400):
+        np.testing.assert_array_equal(
+            choose(*problem.arguments(), topk=topk), problem.wanted(topk), err_msg=f"{topk=}"
+        )
+
+
+def test_lengths_are_data():
+    rng = np.random.default_rng(3)
+    choose.clear_cache()
+    for lengths in ((400, 3, 90), (129, 400, 0)):
+        problem = Problem(rng, lengths, 2, 64)
+        problem.pool = jnp.pad(problem.pool, ((0, 20 - len(problem.pool)), (0, 0), (0, 0), (0, 0)))
+        np.testing.assert_array_equal(choose(*problem.arguments(), topk=77), problem.wanted(77))
+    assert choose._cache_size() == 1
+
+
+def test_vmap():
+    rng = np.random.default_rng(4)
+    problem = Problem(rng, (300, 70, 129, 64), 2, 20)
+    q, weights, pool, table, visible = problem.arguments()
+    pairs = [
+        jnp.reshape(jnp.asarray(x), (2, 2, *x.shape[1:])) for x in (q, weights, table, visible)
+    ]
+
+    def one(q, weights, table, visible):
+        return indexer.choose_cached(q, weights, pool, table, visible, 50)
+
+    chosen = jax.jit(jax.vmap(one))(*pairs)
+    np.testing.assert_array_equal(chosen.reshape(4, 2, 50), problem.wanted(50))
+    pools = jnp.stack([pool, pool[::-1]])
+    backwards = jnp.where(table < len(pool), len(pool) - 1 - table, table)
+    tables = jnp.stack([table, jnp.where(table < 0, table, backwards)])
+    chosen = jax.vmap(lambda p, t: indexer.choose_cached(q, weights, p, t, visible, 50))(
+        pools, tables
+    )
+    for each in chosen:
+        np.testing.assert_array_equal(each, problem.wanted(50))
+
+
+def test_in_pieces(monkeypatch):
+    """Of more query tokens than there is room for scores of."""
+    rng = np.random.default_rng(5)
+    problem = Problem(rng, (300, 200), 7, 64)
+    width = problem.table.shape[1] * PAGE_SIZE
+    monkeypatch.setattr(index_topk, "_SCORES_AT_A_TIME", 2 * 3 * width)
+    chosen = jax.jit(lambda *x: indexer.choose_cached(*x, 40))(*problem.arguments())
+    np.testing.assert_array_equal(chosen, problem.wanted(40))
+
+
+def test_no_derivative():
+    problem = Problem(np.random.default_rng(6), (100,), 1, 4)
+    q, *rest = problem.arguments()
+
+    def loss(q):
+        return jnp.sum(q.astype(jnp.float32)) + jnp.sum(indexer.choose_cached(q, *rest, 10))
+
+    np.testing.assert_array_equal(jax.grad(loss)(q), np.ones(q.shape))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "dim", "is_call"),
+    [
+        (jnp.bfloat16, 64, 128, True),
+        (jnp.float16, 256, 128, True),
+        (jnp.bfloat16, 257, 128, False),
+        (jnp.bfloat16, 64, 64, False),
+        (jnp.float32, 64, 128, False),
+    ],
+)
+def test_what_is_a_call(dtype, heads, dim, is_call):
+    def lowered(*arguments):
+        return jax.export.export(
+            jax.jit(lambda *x: indexer.choose_cached(*x, 16)),
+            platforms=["cuda"],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_ffi.INDEX_TOPK)],
+        )(*arguments).mlir_module()
+
+    module = lowered(
+        jax.ShapeDtypeStruct((2, 1, heads, dim), dtype),
+        jax.ShapeDtypeStruct((2, 1, heads), jnp.float32),
+        jax.ShapeDtypeStruct((9, PAGE_SIZE, 1, dim), dtype),
+        jax.ShapeDtypeStruct((2, 4), jnp.int32),
+        jax.ShapeDtypeStruct((2, 1), jnp.int32),
+    )
+    assert (_ffi.INDEX_TOPK in module) == is_call
+
+
+def test_sizes_agree():
+    info = _ffi.build_info()
+    if not info:
+        pytest.skip("the compiled module did not load")
+    assert info["index_head_dim"] == index_topk.HEAD_DIM
+    assert info["max_index_heads"] == index_topk.MAX_HEADS
