@@ -10,19 +10,25 @@
 //
 // The four lanes that have a row of K have two pairs of numbers each of every sixteen; a lane reads
 // 16 bytes in one piece, so Q's columns are permuted likewise when they are written to shared
-// memory.
+// memory. FP8 keys become half precision, which takes one instruction for two of them; Q then is
+// half precision, too, each head in a unit in which it fits, and weights take the units out.
 //
-// The choice is by radix: three passes over a query's scores find the lowest one that is chosen,
-// and how many of those that are equal to it are, then one more writes positions in their order. A
-// thread block has a query, and the scores are in the L2 cache.
+// The pages of all sequences are one line, of which all thread blocks have pieces of the same
+// length.
+//
+// The choice is by radix: four passes over a query's scores find the lowest one that is chosen,
+// and how many of those that are equal to it are, then positions are written in their order. A
+// cluster has a query: its blocks have parts of the scores, which are in the L2 cache, and add up
+// what they count.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <climits>
 #include <cstdint>
-#include <string>
+#include <type_traits>
 
+#include "sm90/attention/common.cuh"
 #include "sm90/attention/launch.cuh"
 #include "sm90/kernels.h"
 #include "sm90/ptx.cuh"
@@ -37,22 +43,23 @@ constexpr int kPanel = 64;  // columns of Q that lie together
 constexpr int kPanelBytes = kHeads * kPanel * 2;
 constexpr int kGroupBytes = kDim / kPanel * kPanelBytes;  // of 64 heads of a query token
 constexpr int kScoreThreads = 128;
-constexpr int kMostPages = 32;  // of a thread block
+constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kMostTokens = 4;  // query tokens of a thread block: a key is read once for all
+template <bool kFp8>
+constexpr int kBlocks = kFp8 ? 4 : 3;  // on a multiprocessor, by their registers
 
 static_assert(kPageSize == 64 && kDim == 128);
 
 struct ScoreShape {
-  int tokens;  // query tokens of a thread block
-  int tiles;   // of so many, in a sequence
+  int tokens;  // query tokens of a tile, which are scored together
+  int tiles;   // in a sequence
   int groups;  // of 64 heads
-  int pages;   // of a thread block
 };
 
-// 0 and -0 are the same; what is no number is higher than all, or lower.
+// 0 and -0 are the same; what is no number is higher than all, or lower. Nothing becomes 0.
 __device__ __forceinline__ uint32_t Ordered(float x) {
   const uint32_t bits = x == 0 ? 0 : __float_as_uint(x);
-  return bits ^ (bits >> 31 != 0 ? ~0u : 1u << 31);
+  return max(bits ^ (bits >> 31 != 0 ? ~0u : 1u << 31), 1u);
 }
 
 // Not fmaxf, to which NaN is nothing.
@@ -60,13 +67,6 @@ __device__ __forceinline__ float Positive(float x) {
   float y;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ __forceinline__ uint32_t FromHalf(__half, uint32_t pair) { return pair; }
-__device__ __forceinline__ uint32_t FromHalf(__nv_bfloat16, uint32_t pair) {
-  const float2 x = __half22float2(reinterpret_cast<const __half2&>(pair));
-  const __nv_bfloat162 y = __floats2bfloat162_rn(x.x, x.y);
-  return reinterpret_cast<const uint32_t&>(y);
 }
 
 // A lane's part of the keys of a page: of two tokens, so many pieces of 16 bytes.
@@ -92,7 +92,6 @@ struct Keys {
   }
 
   // wgmma's first operand.
-  template <typename T>
   __device__ __forceinline__ void ToFragments(uint32_t (&a)[kSteps][4]) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -101,10 +100,7 @@ struct Keys {
         const uint4 piece = pieces[i][step * kPieces / kSteps];
         const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
         if constexpr (kFp8) {
-          uint32_t low, high;
-          ptx::FromE4m3(words[step % 4], low, high);
-          a[step][i] = FromHalf(T{}, low);
-          a[step][i + 2] = FromHalf(T{}, high);
+          ptx::FromE4m3(words[step % 4], a[step][i], a[step][i + 2]);
         } else {
           a[step][i] = words[step % 2 * 2];
           a[step][i + 2] = words[step % 2 * 2 + 1];
@@ -113,238 +109,400 @@ struct Keys {
     }
   }
 
-  // Where shared memory has a pair of Q's columns, 8 piece + 2 word + {0, 1} of a head: the step in
-  // which they are multiplied, whether it is the lanes' second pair, and the lane's place.
-  static __device__ __forceinline__ uint32_t Place(int head, int piece, int word) {
-    const int step = kFp8 ? piece / 8 * 4 + piece % 2 * 2 + word / 2 : piece / 4 * 2 + word / 2;
-    const int lane = kFp8 ? piece % 8 / 2 : piece % 4;
-    const int chunk = step % 4 * 2 + word % 2;
-    return step / 4 * kPanelBytes + head * 128 + ((chunk ^ head % 8) << 4) + lane * 4;
+  // Shared memory has pieces of four pairs of Q's columns, one for each of the lanes that have a
+  // row of K: the first and the second pairs of step 0, those of step 1 and so on. Of which pair of
+  // columns a lane's are:
+  static __device__ __forceinline__ int Pair(int piece, int lane) {
+    return kFp8 ? piece / 8 * 32 + lane * 8 + piece % 8 : piece / 4 * 16 + lane * 4 + piece % 4;
   }
 };
 
-// Grid: (sequences x tiles of query tokens, pages).
+// Two of Q's numbers, as wgmma takes them with keys of this kind.
+template <bool kFp8>
+__device__ __forceinline__ uint32_t Converted(__half, uint32_t pair, float) {
+  return pair;
+}
+template <bool kFp8>
+__device__ __forceinline__ uint32_t Converted(__nv_bfloat16, uint32_t pair, float factor) {
+  if constexpr (!kFp8) return pair;
+  const __half2 x = __floats2half2_rn(__uint_as_float(pair << 16) * factor,
+                                      __uint_as_float(pair & 0xFFFF0000) * factor);
+  return reinterpret_cast<const uint32_t&>(x);
+}
+
+// The exponent of a unit in which the pairs of four lanes together fit half precision, by the
+// largest finite number of them.
+__device__ __forceinline__ int UnitOf(const uint32_t (&pairs)[16]) {
+  int top = 0;  // biased
+#pragma unroll
+  for (const uint32_t pair : pairs) {
+    const int low = pair >> 7 & 0xFF, high = pair >> 23 & 0xFF;
+    top = max(top, max(low < 0xFF ? low : 0, high < 0xFF ? high : 0));
+  }
+  top = max(top, __shfl_xor_sync(~0u, top, 1));
+  top = max(top, __shfl_xor_sync(~0u, top, 2));
+  return max(top - 127 - 14, -60);
+}
+
+// The pages that a tile's query tokens see.
+__device__ __forceinline__ int PagesOf(const IndexTopkParams& p, const ScoreShape& shape,
+                                       int tile) {
+  const int64_t sequence = tile / shape.tiles;
+  const int first = tile % shape.tiles * shape.tokens;
+  const int end = min(first + shape.tokens, static_cast<int>(p.s));
+  int most = 0;
+  for (int i = first; i < end; ++i) most = max(most, p.num_visible[sequence * p.s + i]);
+  // Nothing is chosen where all is.
+  if (most <= p.topk) return 0;
+  const int width = static_cast<int>(p.max_pages_per_seq);
+  return (min(most, width * kPageSize) + kPageSize - 1) / kPageSize;
+}
+
+// Grid: any number of blocks.
 template <typename T, bool kFp8>
-__global__ void __launch_bounds__(kScoreThreads, 3)
+__global__ void __launch_bounds__(kScoreThreads, kBlocks<kFp8>)
     ScoreKernel(const __grid_constant__ IndexTopkParams p, const ScoreShape shape) {
   extern __shared__ __align__(1024) uint8_t q_shared[];
+  __shared__ int sums[kScoreWarps];
+  __shared__ int begin[2];  // of the block's piece: a tile and a page
   using Own = Keys<kFp8>;
-  const int sequence = blockIdx.x / shape.tiles, tile = blockIdx.x % shape.tiles;
-  const int first_token = tile * shape.tokens;
-  const int tokens = min(shape.tokens, static_cast<int>(p.s) - first_token);
+  using Operand = std::conditional_t<kFp8, __half, T>;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int heads = static_cast<int>(p.heads), padded = shape.groups * kHeads;
-  const int64_t first_row = int64_t{sequence} * p.s + first_token;
-  const int width = static_cast<int>(p.max_pages_per_seq);
+  const int64_t width = p.max_pages_per_seq, stride = width * kPageSize;
   ptx::WaitForPreviousKernel();
 
-  int most = 0;
-  for (int i = 0; i < tokens; ++i) most = max(most, p.num_visible[first_row + i]);
-  const int first_page = blockIdx.y * shape.pages;
-  // Nothing is chosen where all is.
-  const int end_page = most <= p.topk ? 0 : min((min(most, width * kPageSize) + 63) / 64, width);
-  const int pages = min(shape.pages, end_page - first_page);
-  if (pages <= 0) return;
-
-  // Entries outside the pool are those of its first or last page.
-  const int lane = threadIdx.x % 32;
-  int entry = 0;
-  if (lane < pages) entry = p.block_table[int64_t{sequence} * width + first_page + lane];
-  entry = max(0, min(entry, static_cast<int>(p.num_pages) - 1));
-  const auto page = [&](int i) {
-    return static_cast<const uint8_t*>(p.index_pages) +
-           int64_t{__shfl_sync(~0u, entry, i)} * (kPageSize * Own::kBytes);
-  };
-  Own next;
-  next.Load(page(0));
-
-  // Heads that do not exist are zeros, and their weights.
-  float* weights = reinterpret_cast<float*>(q_shared + tokens * shape.groups * kGroupBytes);
-  const uint4* q = static_cast<const uint4*>(p.q) + first_row * heads * (kDim / 8);
-  constexpr int kPiecesQ = kDim / 8;
-  for (int i = threadIdx.x; i < tokens * padded * kPiecesQ; i += kScoreThreads) {
-    const int piece = i % kPiecesQ, head = i / kPiecesQ % padded, token = i / kPiecesQ / padded;
-    uint4 v{};
-    if (head < heads) v = q[(token * heads + head) * kPiecesQ + piece];
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    const uint32_t group =
-        ptx::SmemAddress(q_shared) + (token * shape.groups + head / kHeads) * kGroupBytes;
+  // Where the block's piece is in the line of all tiles' pages.
+  const int tiles = static_cast<int>(p.batch) * shape.tiles;
+  const int each = (tiles + kScoreThreads - 1) / kScoreThreads;
+  int own = 0;
+  for (int i = 0; i < each; ++i) {
+    const int tile = thread * each + i;
+    if (tile < tiles) own += PagesOf(p, shape, tile);
+  }
+  int before = own;
 #pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      ptx::StoreShared4(group + Own::Place(head % kHeads, piece, word), words[word]);
-    }
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, before, step);
+    if (lane >= step) before += other;
   }
-  for (int i = threadIdx.x; i < tokens * padded; i += kScoreThreads) {
-    const int head = i % padded;
-    weights[i] = head < heads ? p.weights[(first_row + i / padded) * heads + head] : 0.f;
+  if (lane == 31) sums[warp] = before;
+  __syncthreads();
+  int all = 0;
+#pragma unroll
+  for (int i = 0; i < kScoreWarps; ++i) {
+    if (i < warp) before += sums[i];
+    all += sums[i];
   }
-  ptx::FenceProxyAsync();
+  before -= own;
+  const int block = blockIdx.x, blocks = gridDim.x, share = all / blocks, rest = all % blocks;
+  const int first = block * share + min(block, rest);
+  int left = share + (block < rest);
+  if (left == 0) return;
+  if (before <= first && first < before + own) {
+    int tile = thread * each, page = first - before;
+    for (int pages; page >= (pages = PagesOf(p, shape, tile)); page -= pages) ++tile;
+    begin[0] = tile, begin[1] = page;
+  }
   __syncthreads();
 
-  const int64_t stride = int64_t{width} * kPageSize;
-  uint32_t* scores = p.scores + first_row * stride + int64_t{first_page} * kPageSize +
-                     threadIdx.x / 32 * 16 + lane / 4;
+  float* weights = reinterpret_cast<float*>(q_shared + shape.tokens * shape.groups * kGroupBytes);
   const uint64_t operand = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(q_shared));
-  for (int i = 0; i < pages; ++i) {
-    uint32_t a[kSteps][4];
-    next.template ToFragments<T>(a);
-    const float scales[2] = {next.scales[0], next.scales[1]};
-    if (i + 1 < pages) next.Load(page(i + 1));
 #pragma unroll 1
-    for (int token = 0; token < tokens; ++token) {
-      float sums[2] = {0, 0};
+  for (int tile = begin[0], first_page = begin[1]; left > 0; ++tile, first_page = 0) {
+    const int pages = min(left, PagesOf(p, shape, tile) - first_page);
+    if (pages <= 0) continue;
+    left -= pages;
+    const int64_t sequence = tile / shape.tiles;
+    const int first_token = tile % shape.tiles * shape.tokens;
+    const int tokens = min(shape.tokens, static_cast<int>(p.s) - first_token);
+    const int64_t first_row = sequence * p.s + first_token;
+    const int32_t* entries = p.block_table + sequence * width + first_page;
+    // Entries outside the pool are those of its first or last page.
+    const auto page = [&](int entry) {
+      return static_cast<const uint8_t*>(p.index_pages) +
+             int64_t{max(0, min(entry, static_cast<int>(p.num_pages) - 1))} *
+                 (kPageSize * Own::kBytes);
+    };
+    Own next;
+    next.Load(page(entries[0]));
+    int entry = entries[min(1, pages - 1)];  // of the page after that
+
+    // Heads that do not exist are zeros, and their weights. Four lanes have a head.
 #pragma unroll 1
-      for (int group = 0; group < shape.groups; ++group) {
-        const int at = token * shape.groups + group;
-        const uint64_t heads_of = ptx::Advance(operand, ptx::Uniform(at) * kGroupBytes);
-        float s[kHeads / 2];
-        ptx::WgmmaFence();
+    for (int i = thread / 4; i < tokens * padded; i += kScoreThreads / 4) {
+      const int token = i / padded, head = i % padded;
+      const int64_t row = (first_row + token) * heads + head;
+      uint32_t pairs[16];
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          const uint32_t offset = step / 4 * kPanelBytes + step % 4 * 32;
-          ptx::WgmmaM64N64<T>(s, a[step], ptx::Advance(heads_of, offset), step > 0);
-        }
-        ptx::WgmmaCommit();
-        ptx::WgmmaWait<0>();
-        const float* own = weights + at * kHeads + lane % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < kHeads / 8; ++j) {
-          const float2 weight = *reinterpret_cast<const float2*>(own + 8 * j);
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            sums[r] += Positive(s[4 * j + 2 * r]) * weight.x;
-            sums[r] += Positive(s[4 * j + 2 * r + 1]) * weight.y;
-          }
-        }
+      for (int j = 0; j < 16; ++j) {
+        const int pair = Own::Pair(j / 4 * 4 + lane % 4, j % 4);
+        pairs[j] = head < heads
+                       ? ptx::Load4(static_cast<const uint32_t*>(p.q) + row * (kDim / 2) + pair)
+                       : 0;
       }
+      const bool scaled = kFp8 && std::is_same_v<T, __nv_bfloat16>;
+      const int unit = scaled ? UnitOf(pairs) : 0;
+      const uint32_t to = ptx::SmemAddress(q_shared) +
+                          (token * shape.groups + head / kHeads) * kGroupBytes +
+                          head % kHeads * 128;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        sums[r] += __shfl_xor_sync(~0u, sums[r], 1);
-        sums[r] += __shfl_xor_sync(~0u, sums[r], 2);
-        if (kFp8) sums[r] *= scales[r];
-        if (lane % 4 == r) scores[token * stride + i * kPageSize + 8 * r] = Ordered(sums[r]);
+      for (int j = 0; j < 4; ++j) {
+        uint32_t x[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          x[k] = Converted<kFp8>(T{}, pairs[4 * j + k], ptx::PowerOfTwo(-unit));
+        }
+        const int piece = 4 * j + lane % 4;
+        ptx::StoreShared16(to + piece / 8 * kPanelBytes + ((piece % 8 ^ head % 8) << 4),
+                           {x[0], x[1], x[2], x[3]});
+      }
+      if (lane % 4 == 0) {
+        weights[i] = head < heads ? p.weights[row] * ptx::PowerOfTwo(unit) : 0.f;
       }
     }
+    ptx::FenceProxyAsync();
+    __syncthreads();
+
+    uint32_t* scores =
+        p.scores + first_row * stride + int64_t{first_page} * kPageSize + warp * 16 + lane / 4;
+#pragma unroll 1
+    for (int i = 0; i < pages; ++i) {
+      uint32_t a[kSteps][4];
+      next.ToFragments(a);
+      const float scales[2] = {next.scales[0], next.scales[1]};
+      if (i + 1 < pages) {
+        next.Load(page(entry));
+        entry = entries[min(i + 2, pages - 1)];
+      }
+#pragma unroll 1
+      for (int token = 0; token < tokens; ++token) {
+        float score[2] = {0, 0};
+#pragma unroll 1
+        for (int group = 0; group < shape.groups; ++group) {
+          const int at = token * shape.groups + group;
+          const uint64_t heads_of = ptx::Advance(operand, ptx::Uniform(at) * kGroupBytes);
+          float s[kHeads / 2];
+          ptx::WgmmaFence();
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+            const uint32_t offset = step / 4 * kPanelBytes + step % 4 * 32;
+            ptx::WgmmaM64N64<Operand>(s, a[step], ptx::Advance(heads_of, offset), step > 0);
+          }
+          ptx::WgmmaCommit();
+          ptx::WgmmaWait<0>();
+          const float* of_lane = weights + at * kHeads + lane % 4 * 2;
+#pragma unroll
+          for (int j = 0; j < kHeads / 8; ++j) {
+            const float2 weight = *reinterpret_cast<const float2*>(of_lane + 8 * j);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              score[r] += Positive(s[4 * j + 2 * r]) * weight.x;
+              score[r] += Positive(s[4 * j + 2 * r + 1]) * weight.y;
+            }
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          score[r] += __shfl_xor_sync(~0u, score[r], 1);
+          score[r] += __shfl_xor_sync(~0u, score[r], 2);
+          if (kFp8) score[r] *= scales[r];
+          if (lane % 4 == r) scores[token * stride + i * kPageSize + 8 * r] = Ordered(score[r]);
+        }
+      }
+    }
+    __syncthreads();  // before Q is another one's
   }
 }
 
 constexpr int kChoiceThreads = 1024;
 constexpr int kChoiceWarps = kChoiceThreads / 32;
-constexpr int kEach = 4;     // scores that a thread reads at once
-constexpr int kBins = 2048;  // of a pass
-static_assert(kBins == 2 * kChoiceThreads);
+constexpr int kMostParts = 8;  // blocks of a cluster
+constexpr int kPasses = 4;     // each for a byte of a score
+constexpr int kBins = 256;
+constexpr int kTurn = 128;  // scores that a warp reads with one instruction
+constexpr int kTurnBytes = kChoiceWarps * kTurn * 4;
+constexpr int kMostTurns = 12;  // so many of them are kept in shared memory
 
-// The sum of those of the threads before this one, and of all.
-__device__ __forceinline__ int Before(int value, int* sums, int* all) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int inclusive = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  if (lane == 31) sums[warp] = inclusive;
-  __syncthreads();
-  int of_warps = sums[lane];
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, of_warps, step);
-    if (lane >= step) of_warps += other;
-  }
-  *all = __shfl_sync(~0u, of_warps, 31);
-  const int before = __shfl_sync(~0u, of_warps, max(warp - 1, 0));
-  return (warp == 0 ? 0 : before) + inclusive - value;
+// Of a warp, if there are `n` scores.
+__host__ __device__ constexpr int TurnsOf(int64_t n, int parts) {
+  const int64_t at_once = parts * kChoiceWarps * kTurn;
+  return static_cast<int>((n + at_once - 1) / at_once);
 }
 
-// Grid: query tokens of all sequences.
+// The sum of `counts`, up to 4, of the lanes before this one; and of all lanes.
+__device__ __forceinline__ int BeforeInWarp(int count, int* all) {
+  const uint32_t before = (1u << threadIdx.x % 32) - 1;
+  int sum = 0;
+#pragma unroll
+  for (int bit = 0; bit < 3; ++bit) {
+    sum += __popc(__ballot_sync(~0u, count >> bit & 1) & before) << bit;
+  }
+  *all = __shfl_sync(~0u, sum + count, 31);
+  return sum;
+}
+
+// Grid: clusters of `parts` blocks, for the query tokens of all sequences.
 __global__ void __launch_bounds__(kChoiceThreads)
-    ChooseKernel(const __grid_constant__ IndexTopkParams p) {
-  __shared__ int bins[kBins];
-  __shared__ int sums[2][kChoiceWarps];
-  __shared__ uint32_t found[2];  // the bin, and how many of it are chosen
+    ChooseKernel(const __grid_constant__ IndexTopkParams p, const int parts) {
+  extern __shared__ uint4 kept[];  // [turns][kChoiceThreads], each thread's own
+  __shared__ int bins[kPasses][kBins];
+  __shared__ int sums[kBins / 32];
+  __shared__ int found[2];                 // a bin, and how many of it are chosen
+  __shared__ int2 of_warps[kChoiceWarps];  // scores that are higher, and that are equal
+  __shared__ int2 of_parts[kMostParts];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int64_t query = blockIdx.x / parts;
+  const int part = static_cast<int>(blockIdx.x % parts);
   ptx::WaitForPreviousKernel();
   const int64_t stride = p.max_pages_per_seq * kPageSize;
   const int topk = static_cast<int>(p.topk);
-  const int n = static_cast<int>(min(int64_t{max(p.num_visible[blockIdx.x], 0)}, stride));
-  int32_t* out = p.positions + int64_t{blockIdx.x} * topk;
+  const int n = static_cast<int>(min(int64_t{max(p.num_visible[query], 0)}, stride));
+  int32_t* out = p.positions + query * topk;
   if (n <= topk) {
-    for (int i = threadIdx.x; i < topk; i += kChoiceThreads) out[i] = i < n ? i : -1;
+    for (int i = part * kChoiceThreads + thread; i < topk; i += parts * kChoiceThreads) {
+      out[i] = i < n ? i : -1;
+    }
     return;
   }
-  const auto* scores = reinterpret_cast<const uint4*>(p.scores + blockIdx.x * stride);
-  // Calls `take` with the scores and the first one's position, `first` of all threads' below n.
-  const auto read = [&](int first, uint32_t (&x)[kEach]) {
-    const uint4 v = first < n ? __ldcg(scores + first / kEach) : uint4{};
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+
+  // A warp has a piece of the scores. Those behind the last one are 0, and never chosen.
+  const int turns = ptx::Uniform(TurnsOf(n, parts));
+  const int begin = (part * kChoiceWarps + warp) * turns * kTurn + lane * 4;
+  const uint32_t* scores = p.scores + query * stride + begin;
+  const int own = n - begin;  // may be less than none
+  const auto exist = [&](int turn) { return max(0, min(own - turn * kTurn, 4)); };
+  const auto address = [&](int turn) { return exist(turn) > 0 ? scores + turn * kTurn : p.scores; };
+  const int known = min(turns, kMostTurns);
+#pragma unroll 1
+  for (int turn = 0; turn < known; ++turn) {
+    ptx::CpAsyncUpTo16(ptx::SmemAddress(&kept[turn * kChoiceThreads + thread]), address(turn),
+                       4 * exist(turn));
+  }
+  // All threads of the cluster.
+  const auto sync = [&] {
+    if (parts == 1) {
+      __syncthreads();
+    } else {
+      ptx::ClusterSync();
+    }
+  };
+  // Calls `take` with four scores, and the position of the first one.
+  const auto each = [&](auto&& take) {
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+      uint4 v;
+      if (turn < known) {
+        v = kept[turn * kChoiceThreads + thread];
+      } else {
+        v = __ldcg(reinterpret_cast<const uint4*>(address(turn)));
+        const int e = exist(turn);
+        v = {e > 0 ? v.x : 0, e > 1 ? v.y : 0, e > 2 ? v.z : 0, e > 3 ? v.w : 0};
+      }
+      take({v.x, v.y, v.z, v.w}, begin + turn * kTurn);
+    }
   };
 
-  // The lowest score that is chosen, bin by bin: `prefix` are its leading bits, and `wanted` are
-  // to be found among those that begin so.
-  uint32_t prefix = 0;
+  // The lowest score that is chosen, byte by byte: its leading bits, `mask`, are known, and
+  // `wanted` are to be found among those that begin so.
+  static_assert(kPasses * kBins == kChoiceThreads && kChoiceWarps == 32);
+  bins[0][thread] = 0;
+  ptx::CpAsyncWaitAll();
+  __syncthreads();
+  uint32_t lowest = 0, mask = 0;
   int wanted = topk;
+#pragma unroll 1
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int byte = kPasses - 1 - pass;
+    const uint32_t own_bins = ptx::SmemAddress(bins[pass]);
+    each([&](const uint32_t (&x)[4], int) {
 #pragma unroll
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;  // 11 bits, 11 bits, 10 bits
-    const int width = pass == 2 ? 10 : 11;
-    bins[threadIdx.x] = bins[threadIdx.x + kChoiceThreads] = 0;
-    __syncthreads();
-    for (int first = threadIdx.x * kEach; first < n; first += kChoiceThreads * kEach) {
-      uint32_t x[kEach];
-      read(first, x);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const bool counts = pass == 0 || x[i] >> (shift + width) == prefix;
-        if (counts && first + i < n) atomicAdd(&bins[x[i] >> shift & ((1 << width) - 1)], 1);
+      for (const uint32_t score : x) {
+        ptx::CountIf(((score ^ lowest) & mask) == 0,
+                     own_bins + 4 * __byte_perm(score, 0, 0x4440 | byte));
       }
-    }
-    __syncthreads();
+    });
+    sync();
     // From the highest bin down.
-    const int high = kBins - 1 - 2 * threadIdx.x;
-    const int counts[2] = {bins[high], bins[high - 1]};
-    int all;
-    int before = Before(counts[0] + counts[1], sums[pass % 2], &all);
+    int count = 0, up_to = 0;
+    if (thread < kBins) {
+      const int* bin = &bins[pass][kBins - 1 - thread];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (before < wanted && wanted <= before + counts[i]) {
-        found[0] = high - i;
-        found[1] = wanted - before;
+      for (int i = 0; i < kMostParts; ++i) {
+        if (i < parts) count += ptx::LoadCluster(bin, i);
       }
-      before += counts[i];
+      up_to = count;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, up_to, step);
+        if (lane >= step) up_to += other;
+      }
+      if (lane == 31) sums[warp] = up_to;
     }
     __syncthreads();
-    prefix = prefix << width | found[0];
-    wanted = static_cast<int>(found[1]);
+    if (thread < kBins) {
+#pragma unroll
+      for (int i = 0; i < kBins / 32; ++i) {
+        if (i < warp) up_to += sums[i];
+      }
+      if (up_to - count < wanted && wanted <= up_to) {
+        found[0] = kBins - 1 - thread;
+        found[1] = wanted - (up_to - count);
+      }
+    }
+    __syncthreads();
+    lowest |= static_cast<uint32_t>(found[0]) << 8 * byte;
+    mask |= 0xFFu << 8 * byte;
+    wanted = found[1];
   }
 
-  // All that are higher, and the first of those that are as high.
-  const uint32_t lowest = prefix;
-  int higher = 0, equal = 0;  // so far
-  int turn = 1;
-  for (int begin = 0; begin < n; begin += kChoiceThreads * kEach, turn ^= 1) {
-    const int first = begin + threadIdx.x * kEach;
-    uint32_t x[kEach];
-    read(first, x);
-    int own = 0;  // higher ones, and equal ones above them
+  // All that are higher, and the first of those that are as high. Of either, how many are before
+  // those of this warp:
+  int2 count{};
+  each([&](const uint32_t (&x)[4], int) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (first + i < n) own += x[i] > lowest ? 1 : x[i] == lowest ? 1 << 16 : 0;
+    for (const uint32_t score : x) {
+      count.x += score > lowest;
+      count.y += score == lowest;
     }
-    int all;
-    const int before = Before(own, sums[turn], &all);
-    int h = higher + (before & 0xFFFF), e = equal + (before >> 16);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (first + i >= n) break;
-      if (x[i] > lowest) {
-        out[h + min(e, wanted)] = first + i;
-        ++h;
-      } else if (x[i] == lowest) {
-        if (e < wanted) out[h + e] = first + i;
-        ++e;
-      }
+  });
+  count = {__reduce_add_sync(~0u, count.x), __reduce_add_sync(~0u, count.y)};
+  if (lane == 0) of_warps[warp] = count;
+  __syncthreads();
+  if (warp == 0) {
+    const int2 of_warp = of_warps[lane];
+    const int higher = __reduce_add_sync(~0u, of_warp.x), equal = __reduce_add_sync(~0u, of_warp.y);
+    if (lane < parts) {
+      ptx::StoreCluster(&of_parts[part].x, lane, higher);
+      ptx::StoreCluster(&of_parts[part].y, lane, equal);
     }
-    higher += all & 0xFFFF;
-    equal += all >> 16;
   }
+  sync();
+  const int2 of_warp = lane < warp ? of_warps[lane] : int2{};
+  const int2 of_part = lane < part ? of_parts[lane] : int2{};
+  int higher = __reduce_add_sync(~0u, of_warp.x + of_part.x);
+  int equal = __reduce_add_sync(~0u, of_warp.y + of_part.y);
+
+  each([&](const uint32_t (&x)[4], int position) {
+    int own_higher = 0, own_equal = 0, all;
+#pragma unroll
+    for (const uint32_t score : x) {
+      own_higher += score > lowest;
+      own_equal += score == lowest;
+    }
+    int32_t* to = out + higher + BeforeInWarp(own_higher, &all);
+    higher += all;
+    int e = equal;
+    if (__any_sync(~0u, own_equal)) {
+      e += BeforeInWarp(own_equal, &all);
+      equal += all;
+    }
+    to += min(e, wanted);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (x[i] > lowest || (x[i] == lowest && e++ < wanted)) *to++ = position + i;
+    }
+  });
 }
 
 template <typename T, bool kFp8>
@@ -354,16 +512,26 @@ Status LaunchScores(const IndexTopkParams& p, int multiprocessors, cudaStream_t 
   const int64_t room = std::max<int64_t>(kMostTokens / shape.groups, 1);
   shape.tokens = static_cast<int>(std::min(room, p.s));
   shape.tiles = static_cast<int>((p.s + shape.tokens - 1) / shape.tokens);
-  // Two rounds of four thread blocks on each multiprocessor; but Q has to be worth its way.
-  const int64_t tiles = p.batch * shape.tiles, all = tiles * p.max_pages_per_seq;
-  shape.pages = static_cast<int>(std::clamp<int64_t>(all / (multiprocessors * 8), 4, kMostPages));
-  const int64_t parts = (p.max_pages_per_seq + shape.pages - 1) / shape.pages;
-  if (tiles > INT32_MAX || parts > 65535) {
-    return {StatusCode::kInvalidArgument, "block_table is too large"};
-  }
+  const int64_t pages = p.batch * shape.tiles * p.max_pages_per_seq;
+  if (pages > INT32_MAX) return {StatusCode::kInvalidArgument, "block_table is too large"};
   const int bytes = shape.tokens * shape.groups * (kGroupBytes + kHeads * 4);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(parts));
+  const int64_t blocks = std::min(kBlocks<kFp8>, kMaxSharedBytes / (bytes + 1024 + 32));
+  const dim3 grid(static_cast<unsigned>(std::min(blocks * multiprocessors, pages)));
   return Launch(ScoreKernel<T, kFp8>, grid, kScoreThreads, bytes, 1, stream, p, shape);
+}
+
+Status LaunchChoice(const IndexTopkParams& p, int multiprocessors, cudaStream_t stream) {
+  const int64_t queries = p.batch * p.s;
+  const int64_t scores = p.max_pages_per_seq * kPageSize;  // of a query
+  // As many blocks for a query as there is room for; but each has to have something to do.
+  int parts = 1;
+  while (parts < kMostParts && queries * parts * 2 <= multiprocessors &&
+         scores > parts * kChoiceThreads * 8) {
+    parts *= 2;
+  }
+  const dim3 grid(static_cast<unsigned>(queries * parts));
+  const int bytes = std::min(TurnsOf(scores, parts), kMostTurns) * kTurnBytes;
+  return Launch(ChooseKernel, grid, kChoiceThreads, bytes, parts, stream, p, parts);
 }
 
 }  // namespace
@@ -388,8 +556,7 @@ Status IndexTopk(const IndexTopkParams& p, cudaStream_t stream) {
     }
     if (!status.ok()) return status;
   }
-  return Launch(ChooseKernel, dim3(static_cast<unsigned>(queries)), kChoiceThreads, 0, 1, stream,
-                p);
+  return LaunchChoice(p, multiprocessors, stream);
 }
 
 }  // namespace flashmla::sm90

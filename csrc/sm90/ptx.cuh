@@ -145,6 +145,22 @@ __device__ __forceinline__ void StoreCluster(float* address, uint32_t rank, floa
       "r"(rank), "f"(value)
       : "memory");
 }
+__device__ __forceinline__ void StoreCluster(int* address, uint32_t rank, int value) {
+  StoreCluster(reinterpret_cast<float*>(address), rank, __int_as_float(value));
+}
+
+// Reads from there.
+__device__ __forceinline__ int LoadCluster(const int* address, uint32_t rank) {
+  int value;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.b32 %0, [remote];\n}\n"
+      : "=r"(value)
+      : "r"(SmemAddress(address)), "r"(rank)
+      : "memory");
+  return value;
+}
 
 // Orders ordinary shared-memory accesses of this thread before those of wgmma and TMA.
 __device__ __forceinline__ void FenceProxyAsync() {
@@ -206,6 +222,11 @@ __device__ __forceinline__ void FromE4m3(uint32_t codes, uint32_t& low, uint32_t
       "cvt.rn.f16x2.e4m3x2 %1, h;\n}\n"
       : "=r"(low), "=r"(high)
       : "r"(codes));
+}
+
+// From -126 to 127.
+__device__ __forceinline__ float PowerOfTwo(int exponent) {
+  return __uint_as_float((127 + exponent) << 23);
 }
 
 // Products of two pairs of numbers.
@@ -270,6 +291,16 @@ __device__ __forceinline__ void StoreShared16(uint32_t address, uint4 v) {
 // 4 bytes.
 __device__ __forceinline__ void StoreShared4(uint32_t address, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+// Adds 1 to a number there, without a branch.
+__device__ __forceinline__ void CountIf(bool condition, uint32_t address) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %1, 0;\n"
+      "@p red.shared.add.u32 [%0], 1;\n}\n" ::"r"(address),
+      "r"(static_cast<int>(condition))
+      : "memory");
 }
 
 // 16 bytes from shared memory.
@@ -346,11 +377,14 @@ __device__ __forceinline__ void TmaLoad4DMulticast(void* destination, const CUte
       : "memory");
 }
 
-// 16 bytes to shared memory, without passing through registers; zeros if not `valid`.
-__device__ __forceinline__ void CpAsync16(uint32_t destination, const void* source, bool valid) {
+// 16 bytes to shared memory, without passing through registers; behind so many, zeros.
+__device__ __forceinline__ void CpAsyncUpTo16(uint32_t destination, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-               "r"(valid ? 16 : 0)
+               "r"(bytes)
                : "memory");
+}
+__device__ __forceinline__ void CpAsync16(uint32_t destination, const void* source, bool valid) {
+  CpAsyncUpTo16(destination, source, valid ? 16 : 0);
 }
 
 // 8 bytes.

@@ -125,6 +125,46 @@ def test_scores_of_any_size_and_sign():
         )
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_heads_of_any_size(fmt):
+    """With a query's heads from 2^-30 to 2^30, next to nothing in each, and weights to match."""
+    rng = np.random.default_rng(7)
+    problem = Problem(rng, (1300, 900), 3, 64, fmt)
+    if fmt == "f16":
+        exponents = rng.integers(-6, 7, problem.weights.shape)
+    else:
+        exponents = rng.integers(-30, 31, problem.weights.shape)
+    problem.q *= 2.0 ** exponents[..., None]
+    problem.q[rng.random(problem.q.shape[:3]) < 0.2] = 0
+    problem.weights *= 2.0**-exponents
+    np.testing.assert_array_equal(choose(*problem.arguments(), topk=300), problem.wanted(300))
+
+
+def test_more_scores_than_shared_memory_holds():
+    """Sequences of the same pages, in different orders."""
+    rng = np.random.default_rng(8)
+    batch, width, pages, topk = 70, 810, 90, 2048
+    keys = rng.integers(-2, 3, (pages, PAGE_SIZE, 1, DIM)).astype(np.float32)
+    q = rng.integers(-1, 2, (batch, 1, 2, DIM)).astype(np.float32)
+    weights = rng.integers(-2, 3, (batch, 1, 2)).astype(np.float32)
+    table = rng.integers(0, pages, (batch, width)).astype(np.int32)
+    visible = rng.integers(49_200, width * PAGE_SIZE + 100, (batch, 1)).astype(np.int32)
+    chosen = choose(
+        jnp.asarray(q, jnp.bfloat16),
+        weights,
+        jnp.asarray(keys, jnp.bfloat16),
+        table,
+        visible,
+        topk=topk,
+    )
+    products = np.maximum(np.einsum("bhd,ptd->bhpt", q[:, 0], keys[:, :, 0]), 0)
+    scores = np.einsum("bh,bhpt->bpt", weights[:, 0], products)
+    for i in range(batch):
+        own = scores[i][table[i]].reshape(-1)[: visible[i, 0]]
+        best = np.sort(np.argsort(-own, kind="stable")[:topk])
+        np.testing.assert_array_equal(chosen[i, 0], best)
+
+
 def test_lengths_are_data():
     rng = np.random.default_rng(3)
     choose.clear_cache()

@@ -100,10 +100,6 @@ struct SharedMemory {
   int query_token[kRows];  // and its token
 };
 
-__device__ __forceinline__ float PowerOfTwo(int exponent) {
-  return __uint_as_float((127 + exponent) << 23);
-}
-
 // Where the tokens of a range are, of which each warp has 16 of every block. Those of a page that
 // does not exist are NaN.
 template <typename Call>
@@ -261,7 +257,7 @@ class Scorer : FewRows<kRows> {
     const float top =
         fmaxf(fmaxf(fabsf(all[0]), fabsf(all[1])), fmaxf(fabsf(all[2]), fabsf(all[3])));
     const int biased = __float_as_uint(top) >> 23;
-    const float inverse = PowerOfTwo(-min(max(biased - 127 - 6, -60), 120));
+    const float inverse = ptx::PowerOfTwo(-min(max(biased - 127 - 6, -60), 120));
 #pragma unroll
     for (int i = 0; i < 4; ++i) halves[i] = Pack(__half{}, all[i] * inverse, all[i] * inverse);
     return inverse;
@@ -294,7 +290,7 @@ class Scorer : FewRows<kRows> {
     int unit = 0;
 #pragma unroll 1
     for (bool again = false;;) {
-      const uint32_t own = LoadQueries(s.batch, PowerOfTwo(-unit));
+      const uint32_t own = LoadQueries(s.batch, ptx::PowerOfTwo(-unit));
       if (again) break;
       const uint32_t tops = __reduce_max_sync(~0u, own);
       if (lane() == 0) atomicMax(&top, tops);
@@ -304,7 +300,7 @@ class Scorer : FewRows<kRows> {
       unit = max(exponent - 14, -60);
       again = true;
     }
-    scale_ = p_.softmax_scale * static_cast<float>(M_LOG2E) * PowerOfTwo(unit);
+    scale_ = p_.softmax_scale * static_cast<float>(M_LOG2E) * ptx::PowerOfTwo(unit);
     ptx::FenceProxyAsync();
     ptx::NamedBarrierSync(kScorers, kScorerThreads);
   }
@@ -436,7 +432,7 @@ class Scorer : FewRows<kRows> {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int exponent = UnitExponent(inverse[i]);
-      const float factor = scale_ * PowerOfTwo(exponent);
+      const float factor = scale_ * ptx::PowerOfTwo(exponent);
       const bool exists = Source<Call>::Exists(present, TokenOf(lane() / 4) + 8 * i);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
