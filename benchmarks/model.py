@@ -6,12 +6,15 @@ Part of `make bench`; a record under benchmarks/results/. A step takes a token o
 through all layers and gives the next ones, greedily. It is measured as a loop of a user's would run
 it: programs are started one after another, the host waits for the last one.
 
-Beside it stands the same model with gather + einsum in place of the op. Its layers and its logits
-are XLA's, whatever the batch; ours are a call of kernels each where there are few tokens
-(`flashmla_jax.models.few_tokens`), so that at batch 1 more than the attention differs. And what the
-memory would allow: the weights that a step needs (all but the embedding, of the experts those that
-its tokens can reach) and the cached tokens, read once at the bandwidth that was measured in the
-same run.
+Where there are few tokens, all layers are one call of kernels, and the logits are another
+(`flashmla_jax.models.few_tokens`). Beside such a step stands the same model with XLA's layers and
+logits, which attend with the op; and with gather + einsum in place of that. And what the memory
+would allow: the weights that a step needs (all but the embedding, of the experts those that its
+tokens can reach) and the cached tokens, read once at the bandwidth that was measured in the same
+run.
+
+Attention's share is of a step on the device, from a profile: of the kernels that have the op's
+names, its combine included.
 """
 
 from __future__ import annotations
@@ -30,9 +33,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import flashmla_jax as fm
-from benchmarks import decode, report
-from benchmarks.cases import Case
-from benchmarks.record import RESULTS, device_name, write_record
+from benchmarks import decode, report, timing
+from benchmarks.record import MODELS, RESULTS, device_name, write_record
 from flashmla_jax import reference
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
@@ -60,8 +62,9 @@ CONFIG = DeepSeekConfig(
 
 FOOTNOTE = f"""\
 A step of up to {few_tokens.MAX_TOKENS} tokens is one call of kernels for all layers, and one for
-the logits. With gather + einsum, layers and logits are XLA's at every batch: at batch 1 more than
-the attention differs."""
+the logits; with more, layers and logits are XLA's anyway."""
+# Kernels of csrc/sm90/attention, by the names that a profile has, mangled or not.
+ATTENTION = r"flashmla.*(wide|narrow|CombineKernel)"
 
 
 def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCache:
@@ -80,8 +83,8 @@ def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCa
     return cache
 
 
-def step_seconds(config: DeepSeekConfig, params: Any, batch: int, context: int) -> list[float]:
-    """Of a decoding step, each among many; several samples."""
+def decoding(config: DeepSeekConfig, params: Any, batch: int, context: int) -> timing.Program:
+    """A program that decodes the next step whenever it is called, and returns its tokens."""
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(params: Any, ids: jax.Array, cache: fm.PagedKVCache) -> Any:
@@ -89,15 +92,37 @@ def step_seconds(config: DeepSeekConfig, params: Any, batch: int, context: int) 
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
     ids, cache = jnp.zeros((batch, 1), jnp.int32), full_cache(config, batch, context)
+
+    def next_step() -> jax.Array:
+        nonlocal ids, cache
+        ids, cache = step(params, ids, cache)
+        return ids
+
+    return next_step
+
+
+def step_seconds(config: DeepSeekConfig, params: Any, batch: int, context: int) -> list[float]:
+    """Of a decoding step, each among many; several samples."""
+    next_step = decoding(config, params, batch, context)
     samples = []
     for sample in range(4):
         start = time.perf_counter()
         for _ in range(STEPS):
-            ids, cache = step(params, ids, cache)
+            ids = next_step()
         jax.block_until_ready(ids)
         if sample > 0:  # the first one compiles
             samples.append((time.perf_counter() - start) / STEPS)
     return samples
+
+
+def attention_share(config: DeepSeekConfig, params: Any, batch: int, context: int) -> float:
+    """Of a step's time on the device."""
+    repeats = 10
+    kernels = timing.gpu_kernels(decoding(config, params, batch, context), repeats)
+    attention = timing.seconds_of(ATTENTION, kernels)
+    if not attention:
+        raise RuntimeError(f"none of {len(kernels)} kernels has one of the op's names")
+    return attention / sum(timing.spans(kernels, repeats))
 
 
 def step_bytes(config: DeepSeekConfig, params: Any, batch: int, context: int) -> float:
@@ -127,15 +152,14 @@ def gather_einsum(
 def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -> dict[str, Any]:
     """A row of the record; times in microseconds."""
     samples = step_seconds(config, params, batch, CONTEXT)
-    # Layers and head as XLA has them: those of a few tokens attend within their one call.
+    share = attention_share(config, params, batch, CONTEXT)
     layers_of_xla = {name: value for name, value in params.items() if name != "one_device"}
+    with_op = statistics.median(step_seconds(config, layers_of_xla, batch, CONTEXT))
     with mock.patch.object(mla, "flash_mla_with_kvcache", gather_einsum):
         deepseek.decode_step.clear_cache()
         rival = statistics.median(step_seconds(config, layers_of_xla, batch, CONTEXT))
     deepseek.decode_step.clear_cache()
     step = statistics.median(samples)
-    case = Case("", batch, 1, config.num_attention_heads, CONTEXT)
-    attention = statistics.median(decode.seconds_on_gpu(case, rival=False))
     floor = step_bytes(config, params, batch, CONTEXT) / read_gbps / 1e9
     return {
         "batch": batch,
@@ -143,7 +167,8 @@ def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -
         "step_us": round(step * 1e6, 1),
         "samples_us": [round(x * 1e6, 1) for x in samples],
         "tokens_per_s": round(batch / step, 1),
-        "attention_share": round(config.num_hidden_layers * attention / step, 3),
+        "attention_share": round(share, 3),
+        "xla_layers_step_us": round(with_op * 1e6, 1),
         "gather_einsum_step_us": round(rival * 1e6, 1),
         "speedup": round(rival / step, 2),
         "floor_us": round(floor * 1e6, 1),
@@ -153,14 +178,16 @@ def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -
 
 def markdown(record: dict[str, Any]) -> str:
     """A record as a Markdown table."""
-    lines = [
-        "| batch | step | tokens/s | attention's share | with gather + einsum | of the limit |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["batch", "step", "tokens/s", "attention's share", "XLA's layers, this op"]
+    columns += ["XLA's layers, gather + einsum", "of the limit"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in record["results"]["decode"]:
-        rival = f"{report.time(row['gather_einsum_step_us'])}, {row['speedup']:.1f}x"
+        others = [
+            f"{report.time(row[name])}, {row[name] / row['step_us']:.1f}x"
+            for name in ("xla_layers_step_us", "gather_einsum_step_us")
+        ]
         cells = [row["batch"], report.time(row["step_us"]), f"{row['tokens_per_s']:.0f}"]
-        cells += [f"{row['attention_share']:.0%}", rival, f"{row['of_the_floor']:.0%}"]
+        cells += [f"{row['attention_share']:.0%}", *others, f"{row['of_the_floor']:.0%}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"
     lines += ["", f"{where}: {record['results']['model']}'s shapes.", FOOTNOTE]
@@ -181,7 +208,7 @@ def main() -> int:
         console.print(rows[-1])
     results = {"model": "DeepSeek-V2-Lite", "read_gbps": read_gbps, "decode": rows}
     name = device_name().lower().replace(" ", "_")
-    path = write_record(RESULTS / f"{name}_model.json", results, "make bench")
+    path = write_record(RESULTS / f"{name}_model.json", results, "make bench", MODELS)
     print(f"wrote {path}")
     print(markdown(json.loads(path.read_text())))
     return 0

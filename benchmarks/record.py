@@ -1,7 +1,7 @@
 """Records of measurements: what was measured, on what, from which sources.
 
-A record under `results/` says by a hash which sources of the kernels it was measured with, so that
-a test can warn when they have changed since.
+A record under `results/` says by a hash which sources it was measured with, so that a test can warn
+when they have changed since.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,36 @@ from flashmla_jax.ops import _ffi
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_SOURCES = ("csrc", "flashmla_jax/ops", "flashmla_jax/cache")
+# What records depend on: files, and folders with all that is in them.
+KERNELS = ("CMakeLists.txt", "csrc", "flashmla_jax/ops", "flashmla_jax/cache")
+MODELS = (
+    *KERNELS,
+    "flashmla_jax/attention.py",
+    "flashmla_jax/reference.py",
+    "flashmla_jax/layers",
+    "flashmla_jax/models",
+    "flashmla_jax/engine.py",
+    "flashmla_jax/generate.py",
+    "benchmarks/model.py",
+)
 _SUFFIXES = {".py", ".cc", ".h", ".cu", ".cuh"}
 
 
-def write_record(path: Path | str, results: Any, command: str) -> Path:
-    """Writes `results`, which must be JSON, with all that is needed to judge and repeat them."""
+def write_record(
+    path: Path | str, results: Any, command: str, sources: Iterable[str] = KERNELS
+) -> Path:
+    """Writes `results`, which must be JSON, with all that is needed to judge and repeat them.
+
+    `sources` are what they depend on.
+    """
+    sources = list(sources)
     record = {
         "device": device_name(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command,
         "commit": _commit(),
-        "source_hash": source_hash(),
+        "sources": sources,
+        "source_hash": source_hash(sources),
         "versions": versions(),
         "results": results,
     }
@@ -44,20 +62,29 @@ def write_record(path: Path | str, results: Any, command: str) -> Path:
     return path
 
 
-def source_hash() -> str:
-    """SHA-256 over the names and contents of what the kernels are built and called from."""
+def is_fresh(record: dict[str, Any]) -> bool:
+    """Whether the sources that a record depends on are as they were then."""
+    sources = record.get("sources", KERNELS)  # which older records do not name
+    return record["source_hash"] == source_hash(sources)
+
+
+def source_hash(sources: Iterable[str] = KERNELS) -> str:
+    """SHA-256 over the names and contents of sources, by default the kernels'."""
     digest = hashlib.sha256()
-    for path in _source_files():
+    for path in _source_files(sources):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _source_files() -> Iterator[Path]:
-    yield ROOT / "CMakeLists.txt"
-    for folder in _SOURCES:
-        files = (p for p in (ROOT / folder).rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-        yield from sorted(files)
+def _source_files(sources: Iterable[str]) -> Iterator[Path]:
+    for source in sources:
+        path = ROOT / source
+        if path.is_dir():
+            files = (p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+            yield from sorted(files)
+        else:
+            yield path
 
 
 def device_name() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.record import RESULTS, device_name, write_record
+from benchmarks.record import MODELS, RESULTS, device_name, write_record
 
 
 def outcome(case: ET.Element) -> str:
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     name = device_name().lower().replace(" ", "_")
     path = RESULTS / f"gpu_tests_{name}.json"
-    print(f"wrote {write_record(path, summarize(arguments.junit), 'make test-gpu')}")
+    path = write_record(path, summarize(arguments.junit), "make test-gpu", MODELS)
+    print(f"wrote {path}")
     return 0
 
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 Program = Callable[[], Any]
 
 
+class Kernel(NamedTuple):
+    """What ran on a GPU's stream, and when, in seconds."""
+
+    start: float
+    end: float
+    name: str
+
+
 def gpu_seconds(program: Program, repeats: int = 10) -> list[float]:
-    """Of each of `repeats` runs: from the start of its first kernel to the end of its last one.
+    """Of each of `repeats` runs: from the start of its first kernel to the end of its last one."""
+    return spans(gpu_kernels(program, repeats), repeats)
+
+
+def gpu_kernels(program: Program, repeats: int = 10) -> list[Kernel]:
+    """Those of `repeats` runs.
 
     Read from XLA's profiler, so that what the host does before and after does not count. Programs
     of a few custom calls and more are CUDA graphs by then.
@@ -26,14 +40,13 @@ def gpu_seconds(program: Program, repeats: int = 10) -> list[float]:
             for _ in range(repeats):
                 jax.block_until_ready(program())
         (path,) = Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
-        return spans(kernels(profile), repeats)
+        return kernels(jax.profiler.ProfileData.from_file(str(path)))
 
 
-def kernels(profile: Any) -> list[tuple[float, float]]:
-    """(start, end) in seconds of all that ran on a GPU's streams, in order."""
+def kernels(profile: Any) -> list[Kernel]:
+    """All that ran on a GPU's streams, in order."""
     events = [
-        (event.start_ns * 1e-9, (event.start_ns + event.duration_ns) * 1e-9)
+        Kernel(event.start_ns * 1e-9, (event.start_ns + event.duration_ns) * 1e-9, event.name)
         for plane in profile.planes
         if plane.name.startswith("/device:GPU:")
         for line in plane.lines
@@ -43,13 +56,27 @@ def kernels(profile: Any) -> list[tuple[float, float]]:
     return sorted(events)
 
 
-def spans(events: Sequence[tuple[float, float]], repeats: int) -> list[float]:
+def spans(events: Sequence[Kernel], repeats: int) -> list[float]:
     """Cuts the events of equal runs, one after the other, into runs, and measures each."""
     if not events or len(events) % repeats:
         raise RuntimeError(f"{len(events)} kernels were seen, not the same number in each run")
     size = len(events) // repeats
     runs = [events[i : i + size] for i in range(0, len(events), size)]
-    return [max(end for _, end in run) - run[0][0] for run in runs]
+    return [max(kernel.end for kernel in run) - run[0].start for run in runs]
+
+
+def seconds_of(pattern: str, events: Sequence[Kernel]) -> float:
+    """Of the kernels with such names, in all.
+
+    A kernel may start while the one before it ends, and waits for that then: its time begins when
+    all before it have ended.
+    """
+    total, ended = 0.0, 0.0
+    for kernel in events:
+        if re.search(pattern, kernel.name):
+            total += max(kernel.end - max(kernel.start, ended), 0.0)
+        ended = max(ended, kernel.end)
+    return total
 
 
 def cpu_seconds(programs: Sequence[Program], seconds: float = 2.0) -> list[list[float]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
-from benchmarks import record
+from benchmarks import record, record_tests
 
 RECORDS = sorted(record.RESULTS.glob("*.json"))
 
@@ -18,9 +20,9 @@ def test_record(path: Path) -> None:
     content = json.loads(path.read_text())
     for key in ("device", "date", "command", "commit", "source_hash", "versions", "results"):
         assert key in content
-    if content["source_hash"] != record.source_hash():
+    if not record.is_fresh(content):
         warnings.warn(
-            f"{path.name} was measured with other kernels; run `{content['command']}` again",
+            f"{path.name} was measured with other sources; run `{content['command']}` again",
             pytest.PytestWarning,
             stacklevel=1,
         )
@@ -51,5 +53,55 @@ def test_write_record(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     assert content["results"] == [{"us": 1.5}]
     assert content["command"] == "make bench"
+    assert content["sources"] == list(record.KERNELS)
     assert content["source_hash"] == record.source_hash()
     assert content["versions"]["jax"]
+
+
+def test_sources_of_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is fresh until one of those changes that it depends on; older ones depend on kernels."""
+    for source in record.MODELS:
+        assert (record.ROOT / source).exists()
+    names = ["CMakeLists.txt", "csrc/sm90/a.cu", "flashmla_jax/models/b.py", "flashmla_jax/c.py"]
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    kernels, models = (
+        ("CMakeLists.txt", "csrc"),
+        ("csrc", "flashmla_jax/models", "flashmla_jax/c.py"),
+    )
+    monkeypatch.setattr(record, "KERNELS", kernels)
+    paths = [
+        record.write_record(tmp_path / f"{i}.json", {}, "make bench", sources)
+        for i, sources in enumerate((kernels, models))
+    ]
+    records = [json.loads(path.read_text()) for path in paths]
+    without_names = {k: v for k, v in records[0].items() if k != "sources"}
+    records.append(without_names | {"source_hash": record.source_hash(kernels)})
+
+    def fresh() -> list[bool]:
+        return [record.is_fresh(content) for content in records]
+
+    assert fresh() == [True, True, True]
+    changes = zip(names, [(0, 1, 0), (0, 0, 0), (1, 0, 1), (1, 0, 1)], strict=True)
+    for name, expected in changes:
+        (tmp_path / name).write_text("changed")
+        assert fresh() == list(map(bool, expected)), name
+        (tmp_path / name).write_text(name)
+    (tmp_path / "flashmla_jax" / "models" / "new.py").write_text("")
+    assert fresh() == [True, False, True]
+
+
+def test_the_tests_record_depends_on_models(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = SimpleNamespace(platform="gpu", device_kind="Some GPU")
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    monkeypatch.setattr(record_tests, "RESULTS", tmp_path)
+    junit = tmp_path / "junit.xml"
+    junit.write_text('<testsuite><testcase classname="test_x" name="test_y" time="1"/></testsuite>')
+    assert record_tests.main([str(junit)]) == 0
+    content = json.loads((tmp_path / "gpu_tests_some_gpu.json").read_text())
+    assert content["sources"] == list(record.MODELS)
+    assert content["results"]["outcomes"] == {"passed": 1}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
-from benchmarks import decode, model
+from benchmarks import decode, model, record, timing
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
 
@@ -60,42 +61,102 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
         monkeypatch.setattr(model, name, value)
     monkeypatch.setattr(model, "RESULTS", tmp_path)
     monkeypatch.setattr(decode, "ceilings", lambda: {"read_gbps": 100})
-    monkeypatch.setattr(decode, "seconds_on_gpu", lambda *_, **__: [1e-6])
-    uses = attentions_of_steps(monkeypatch)
+    monkeypatch.setattr(timing, "gpu_kernels", three_kernels)
+    programs = attentions_of_programs(monkeypatch)
     assert model.main() == 0
-    # A call per layer, when a program is traced.
-    assert uses == [{"op": 2, "gather_einsum": 0}, {"op": 0, "gather_einsum": 2}]
-    record = json.loads((tmp_path / "some_gpu_model.json").read_text())
-    (row,) = record["results"]["decode"]
+    # A call per layer, when a program is traced: what was, is not again for the profile.
+    assert programs == [
+        {"one_device": True, "op": 2, "gather_einsum": 0},
+        {"one_device": True, "op": 0, "gather_einsum": 0},
+        {"one_device": False, "op": 2, "gather_einsum": 0},
+        {"one_device": False, "op": 0, "gather_einsum": 2},
+    ]
+    content = json.loads((tmp_path / "some_gpu_model.json").read_text())
+    assert content["sources"] == list(record.MODELS)
+    (row,) = content["results"]["decode"]
     assert (row["batch"], row["context"]) == (2, 70)
     assert row["tokens_per_s"] == pytest.approx(2e6 / row["step_us"], rel=1e-3)
     assert row["speedup"] == pytest.approx(
         row["gather_einsum_step_us"] / row["step_us"], rel=0.01, abs=0.01
     )
     assert row["of_the_floor"] == pytest.approx(row["floor_us"] / row["step_us"], abs=1e-3)
+    assert row["attention_share"] == 0.3
+    row |= {"step_us": 200.0, "xla_layers_step_us": 300.0, "gather_einsum_step_us": 500.0}
+    row |= {"tokens_per_s": 5000.0, "of_the_floor": 0.25}
+    assert "| 2 | 200 us | 5000 | 30% | 300 us, 1.5x | 500 us, 2.5x | 25% |\n" in model.markdown(
+        content
+    )
 
 
-def attentions_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
-    """What `step_seconds` will have called for attention, a dict for each time that it ran."""
-    uses: list[dict[str, int]] = []
+def three_kernels(program: timing.Program, repeats: int) -> list[timing.Kernel]:
+    """Of each run, of which one is the op's and takes 0.3 of the time."""
+    jax.block_until_ready(program())
+    names = ("fusion", "void flashmla::sm90::narrow::Kernel<__nv_bfloat16, 16>(int)", "fusion")
+    return [
+        timing.Kernel(10 * run + begin, 10 * run + end, name)
+        for run in range(repeats)
+        for name, begin, end in zip(names, (0, 2, 5), (2, 5, 10), strict=True)
+    ]
+
+
+def test_a_profile_without_the_op(monkeypatch) -> None:
+    monkeypatch.setattr(model, "decoding", lambda *_: lambda: None)
+    monkeypatch.setattr(timing, "gpu_kernels", lambda *_: [timing.Kernel(0, 1, "fusion")] * 10)
+    with pytest.raises(RuntimeError, match="none of 10 kernels has one of the op's names"):
+        model.attention_share(SMALL, None, 2, 70)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_attention"),
+    [
+        (
+            "void flashmla::sm90::wide::Kernel<__half, 2, flashmla::sm90::wide::Problem<>>(int)",
+            True,
+        ),
+        ("_ZN8flashmla4sm9010narrow_fp86KernelINS0_9DenseCallELi16EEEvT_", True),
+        ("void flashmla::sm90::(anonymous namespace)::CombineKernel<float>(int)", True),
+        ("void flashmla::sm90::(anonymous namespace)::LinearKernel<float>(int)", False),
+        ("_ZN8flashmla4sm9012_GLOBAL__N_117CacheAppendKernelENS0_17CacheAppendParamsE", False),
+        ("void cutlass::Kernel<narrow>(int)", False),
+    ],
+)
+def test_names_of_attentions_kernels(name: str, is_attention: bool) -> None:
+    assert bool(re.search(model.ATTENTION, name)) == is_attention
+
+
+def test_attention_has_no_other_kernels() -> None:
+    """Each shape has its kernel in a namespace of its own; the combine has its name."""
+    folder = record.ROOT / "csrc" / "sm90" / "attention"
+    sources = {path.stem: path.read_text() for path in folder.iterdir()}
+    with_kernels = {name for name, text in sources.items() if "__global__" in text}
+    assert with_kernels == {"wide", "narrow", "narrow_fp8", "combine"}
+    for name in with_kernels - {"combine"}:
+        assert f"namespace flashmla::sm90::{name} {{" in sources[name]
+    assert "    CombineKernel(" in sources["combine"]
+
+
+def attentions_of_programs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+    """What the programs of `decoding` will have called for attention, a dict for each."""
+    programs: list[dict[str, int]] = []
 
     def counted(name, function):
         def call(*args, **kwargs):
-            uses[-1][name] += 1
+            programs[-1][name] += 1
             return function(*args, **kwargs)
 
         return call
 
-    def step_seconds(*args):
-        uses.append({"op": 0, "gather_einsum": 0})
-        return timed(*args)
+    def decoding(config, params, *args):
+        counts = {"op": 0, "gather_einsum": 0}
+        programs.append({"one_device": "one_device" in params, **counts})
+        return original(config, params, *args)
 
-    timed = model.step_seconds
-    monkeypatch.setattr(model, "step_seconds", step_seconds)
+    original = model.decoding
+    monkeypatch.setattr(model, "decoding", decoding)
     monkeypatch.setattr(model, "gather_einsum", counted("gather_einsum", model.gather_einsum))
     op = counted("op", mla.flash_mla_with_kvcache)
     monkeypatch.setattr(mla, "flash_mla_with_kvcache", op)
-    return uses
+    return programs
 
 
 def test_without_a_gpu(monkeypatch, capsys) -> None:

@@ -9,13 +9,18 @@ import pytest
 from benchmarks import timing
 
 
-def profile(*streams: list[tuple[int, int]]) -> SimpleNamespace:
-    """A GPU profile with these (start, duration) in nanoseconds on its streams, and more."""
+def profile(*streams: list[tuple]) -> SimpleNamespace:
+    """A GPU profile with these (start, duration) in nanoseconds on its streams, and more.
+
+    A third element is a kernel's name.
+    """
 
     def line(name, events):
-        return SimpleNamespace(
-            name=name, events=[SimpleNamespace(start_ns=s, duration_ns=d) for s, d in events]
-        )
+        events = [
+            SimpleNamespace(start_ns=start, duration_ns=duration, name="".join(rest))
+            for start, duration, *rest in events
+        ]
+        return SimpleNamespace(name=name, events=events)
 
     gpu = [line(f"Stream #{i}(Compute)", events) for i, events in enumerate(streams)]
     gpu.append(line("XLA Modules", [(0, 10**9)]))
@@ -40,6 +45,18 @@ def test_runs_that_differ_are_refused() -> None:
         timing.spans(timing.kernels(profile([(0, 1), (2, 1), (4, 1)])), 2)
     with pytest.raises(RuntimeError, match="0 kernels"):
         timing.spans(timing.kernels(profile([])), 2)
+
+
+def test_time_of_some_kernels() -> None:
+    """One that starts before another has ended waits for it, on whatever stream that is."""
+    first = [(0, 100, "x"), (90, 60, "a1"), (200, 50, "a2"), (400, 10, "x")]
+    second = [(210, 20, "a3"), (230, 100, "x"), (320, 50, "a4")]
+    kernels = timing.kernels(profile(first, second))
+    assert [kernel.name for kernel in kernels] == ["x", "a1", "a2", "a3", "x", "a4", "x"]
+    assert timing.seconds_of("a[1-3]", kernels) == pytest.approx(100e-9)
+    assert timing.seconds_of("^a", kernels) == pytest.approx(140e-9)
+    assert timing.seconds_of("x", kernels) == pytest.approx(190e-9)
+    assert timing.seconds_of("b", kernels) == 0
 
 
 def test_programs_take_turns() -> None:
