@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import flashmla_jax as fm
-from benchmarks import append, cases, report, sparse, timing
+from benchmarks import append, cases, indexer, report, sparse, timing
 from benchmarks.cases import Case
 from benchmarks.record import RESULTS, device_name, write_record
 from flashmla_jax import reference
@@ -280,6 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["sparse_attention"] = [sparse.measure(case) for case in sparse.CASES]
         for row in results["sparse_attention"]:
             console.print({key: row[key] for key in ("case", "us", "tflops")})
+        results["indexer"] = [indexer.measure(case) for case in indexer.CASES]
+        for row in results["indexer"]:
+            console.print({key: row[key] for key in ("case", "us", "gbps", "xla_us")})
         results["in_a_model"] = in_a_model()
         results["gpu"] = gpu_state()
         console.print(results["in_a_model"])

@@ -7,8 +7,8 @@ own: together they are beyond what the L2 cache holds.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from benchmarks import timing
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.layers import indexer
 from flashmla_jax.ops import index_topk
+
+Choose = Callable[..., jax.Array]
 
 HEADS, TOPK = 64, 2048  # DeepSeek-V3.2
 HEAD_DIM = index_topk.HEAD_DIM
@@ -32,12 +34,11 @@ class Case:
     tokens: int
     fp8: bool
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         return f"b{self.batch} {self.tokens} {'fp8' if self.fp8 else 'bfloat16'} keys"
 
-    @property
     def calls(self) -> int:
+        """Different ones in a program."""
         return max(2, min(8, 2**28 // self.bytes()))
 
     def bytes(self) -> int:
@@ -55,7 +56,7 @@ CASES = [
 def inputs(case: Case) -> tuple[jax.Array, ...]:
     """q, weights, a pool, the tables of all calls [calls, batch, pages] and num_visible."""
     pages = case.tokens // PAGE_SIZE
-    num_pages = case.calls * case.batch * pages
+    num_pages = case.calls() * case.batch * pages
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (case.batch, 1, HEADS, HEAD_DIM), jnp.bfloat16)
     weights = jax.random.normal(keys[1], (case.batch, 1, HEADS), jnp.float32)
@@ -68,37 +69,41 @@ def inputs(case: Case) -> tuple[jax.Array, ...]:
     else:
         pool = jax.random.normal(keys[2], shape, jnp.bfloat16)
     tables = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
-    tables = jnp.asarray(tables.reshape(case.calls, case.batch, pages))
+    tables = jnp.asarray(tables.reshape(case.calls(), case.batch, pages))
     return q, weights, pool, tables, jnp.full((case.batch, 1), case.tokens, jnp.int32)
+
+
+def choose(*arguments: jax.Array) -> jax.Array:
+    """One call. On a Hopper GPU, two kernels."""
+    return indexer.choose_cached(*arguments, TOPK)
+
+
+def choose_composed(*arguments: jax.Array) -> jax.Array:
+    """What it is where there are no kernels."""
+    (positions,) = index_topk.reference(*arguments, topk=TOPK, precision=None)
+    return positions
 
 
 def measure(case: Case) -> dict[str, Any]:
     """A row of the record. Times are in microseconds: the median, and every sample."""
     q, weights, pool, tables, num_visible = inputs(case)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def choose_all(composed: bool, *arguments: jax.Array) -> list[jax.Array]:
-        q, weights, pool, tables, num_visible = arguments
-        choices = []
-        for table in tables:
-            if composed:
-                operands = q, weights, pool, table, num_visible
-                (chosen,) = index_topk.reference(*operands, topk=TOPK, precision=None)
-            else:
-                chosen = indexer.choose_cached(q, weights, pool, table, num_visible, TOPK)
-            choices.append(chosen)
-        return choices
+    def microseconds(choose: Choose, repeats: int) -> list[float]:
+        @jax.jit
+        def run(*arguments: jax.Array) -> list[jax.Array]:
+            q, weights, pool, tables, num_visible = arguments
+            return [choose(q, weights, pool, table, num_visible) for table in tables]
 
-    def microseconds(composed: bool) -> list[float]:
-        run = functools.partial(choose_all, composed, q, weights, pool, tables, num_visible)
-        return [x / case.calls * 1e6 for x in timing.gpu_seconds(run, 3 if composed else 10)]
+        arguments = q, weights, pool, tables, num_visible
+        seconds = timing.gpu_seconds(lambda: run(*arguments), repeats)
+        return [x / case.calls() * 1e6 for x in seconds]
 
-    samples = microseconds(False)
+    samples = microseconds(choose, 10)
     median = statistics.median(samples)
     return {
-        "case": case.name,
+        "case": str(case),
         "us": round(median, 2),
         "samples_us": [round(x, 2) for x in samples],
         "gbps": round(case.bytes() / median / 1e3, 1),
-        "xla_us": round(statistics.median(microseconds(True)), 2),
+        "xla_us": round(statistics.median(microseconds(choose_composed, 3)), 2),
     }
