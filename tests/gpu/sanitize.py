@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in (".", "models", "ops")]
 sys.path.append(str(ROOT))
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -109,6 +109,7 @@ def run_cases() -> None:
     import oracle
     import test_few_tokens
     import test_fp8
+    import test_index_topk
     import test_sparse
 
     import flashmla_jax as fm
@@ -169,6 +170,14 @@ def run_cases() -> None:
         pool = append(jax.device_put(problem.k_cache), new_kv, table, start, count)
         assert np.asarray(pool).tobytes() == expected.tobytes()
         print(f"cache_append, {h_kv} KV heads, {tokens} tokens: correct", flush=True)
+
+    # One thread block to a query's scores; and a cluster.
+    for lengths, s, heads, topk in (((300, 65, 0), 3, 70, 64), ((9_000,), 1, 5, 700)):
+        for fmt in test_index_topk.FORMATS:
+            problem = test_index_topk.Problem(rng, lengths, s, heads, fmt)
+            chosen = test_index_topk.choose(*problem.arguments(), topk=topk)
+            np.testing.assert_array_equal(chosen, problem.wanted(topk))
+            print(f"indexer, {fmt} keys of {lengths}: correct", flush=True)
 
     for name in ("V3", "small"):
         config = test_few_tokens.CONFIGS[name]
