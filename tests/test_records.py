@@ -48,6 +48,24 @@ def test_targets_of_appending() -> None:
     assert rows["b128 decoding step"]["us"] < 5
 
 
+@pytest.mark.parametrize("device", ["cpu", "nvidia_h200"])
+def test_training_takes_minutes(device: str) -> None:
+    """The example's whole training, by the size that is the device's default."""
+    results = json.loads((record.RESULTS / f"train_tiny_{device}.json").read_text())["results"]
+    assert results["size"] == device.removeprefix("nvidia_").replace("h200", "gpu")
+    assert results["seconds"] < 300
+    assert results["loss_on_unseen_text"] < 1.4
+
+
+def test_targets_of_the_indexer() -> None:
+    """With kernels, no case is slower than what XLA makes of it."""
+    results = json.loads((record.RESULTS / "nvidia_h200.json").read_text())["results"]
+    for row in results["indexer"]:
+        assert row["us"] < row["xla_us"]
+    rows = {row["case"]: row for row in results["indexer"]}
+    assert {"b64 32768 bfloat16 keys", "b64 131072 fp8 keys"} <= set(rows)
+
+
 def test_write_record(tmp_path: Path) -> None:
     path = record.write_record(tmp_path / "new" / "x.json", [{"us": 1.5}], "make bench")
     content = json.loads(path.read_text())

@@ -1,7 +1,7 @@
 """Runs the kernels under compute-sanitizer: memcheck, racecheck and synccheck.
 
-    python tests/gpu/sanitize.py            every tool, and a record under benchmarks/results/
-    python tests/gpu/sanitize.py --cases    the cases alone, as each tool runs them
+    python tests/gpu/sanitize.py                  every tool; a record under benchmarks/results/
+    python tests/gpu/sanitize.py --cases cache    a group of cases alone, as each tool runs them
 
 The grid is small, because racecheck makes a kernel a hundred times slower. Results are checked too:
 a kernel that does nothing has no errors.
@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ sys.path[:0] = [str(ROOT / "tests" / folder) for folder in (".", "models", "ops"
 sys.path.append(str(ROOT))
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-LIMIT = 300  # seconds, for each
+LIMIT = 200  # seconds, for each group of cases
 ENVIRONMENT = {
     # Every buffer gets an allocation of its own, so that memcheck sees where it ends.
     "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
@@ -38,7 +39,10 @@ ENVIRONMENT = {
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     " --xla_gpu_autotune_level=0",
     "JAX_PLATFORMS": "cuda,cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    # What compiles in a second has been seen to take minutes under a tool: so all is compiled
+    # before.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
 
@@ -101,15 +105,13 @@ SPARSE = {
 }
 
 
-def run_cases() -> None:
-    """Runs every case once on the default device and compares the results."""
+def run_attention() -> None:
+    """Dense and sparse attention."""
     import fp8_oracle
     import jax
     import numpy as np
     import oracle
-    import test_few_tokens
     import test_fp8
-    import test_index_topk
     import test_sparse
 
     import flashmla_jax as fm
@@ -154,6 +156,17 @@ def run_cases() -> None:
         test_sparse.assert_matches(actual, expected, batch)
         print(f"{name}: correct", flush=True)
 
+
+def run_cache() -> None:
+    """Appending, and choosing tokens by an indexer's keys."""
+    import jax
+    import numpy as np
+    import oracle
+    import test_index_topk
+
+    import flashmla_jax as fm
+
+    rng = np.random.default_rng(0)
     append = jax.jit(fm.cache_append, donate_argnums=0)
     for h_kv, tokens in ((1, 7), (2, 7), (1, 350), (2, 350)):
         problem = oracle.make_problem(rng, (450, 0, 400), h_kv=h_kv)
@@ -179,6 +192,12 @@ def run_cases() -> None:
             np.testing.assert_array_equal(chosen, problem.wanted(topk))
             print(f"indexer, {fmt} keys of {lengths}: correct", flush=True)
 
+
+def run_few_tokens() -> None:
+    """Steps of whole models."""
+    import jax
+    import test_few_tokens
+
     for name in ("V3", "small"):
         config = test_few_tokens.CONFIGS[name]
         for seed, (batch, s_q) in enumerate([(1, 1), (2, 2)]):
@@ -186,6 +205,15 @@ def run_cases() -> None:
         print(f"few tokens, {name}: correct", flush=True)
     test_few_tokens.check_logits((2, 2), 4288, 320, jax.numpy.bfloat16)
     print("logits of few tokens: correct", flush=True)
+
+
+GROUPS = {"attention": run_attention, "cache": run_cache, "few tokens": run_few_tokens}
+
+
+def run_cases() -> None:
+    """Runs every case once on the default device and compares the results."""
+    for run in GROUPS.values():
+        run()
 
 
 def find_sanitizer() -> str:
@@ -199,17 +227,12 @@ def find_sanitizer() -> str:
     raise SystemExit("compute-sanitizer is not on PATH; COMPUTE_SANITIZER can say where it is")
 
 
-def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
-    """Runs the cases under a tool, showing its output; what it found."""
-    command = [sanitizer, f"--tool={tool}", "--error-exitcode=99"]
-    # XLA probes the driver with calls that may fail; a failed launch of ours is an error anyhow.
-    # And it is our kernels that are examined, not those of XLA and its libraries.
-    command += ["--report-api-errors=no", "--kernel-regex=kns=flashmla"]
-    command += [sys.executable, __file__, "--cases"]
+def run_tool(command: Sequence[str], tool: str, group: str, cache: str) -> dict[str, Any]:
+    """Runs a group of cases under a tool, showing its output; what it found."""
     start = time.monotonic()
     process = subprocess.Popen(
-        command,
-        env=os.environ | ENVIRONMENT,
+        [*command, sys.executable, __file__, "--cases", group],
+        env=os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": cache},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -235,25 +258,39 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", action="store_true", help="run the cases, without a tool")
+    parser.add_argument("--cases", choices=GROUPS, help="run these cases, without a tool")
     parser.add_argument("--tool", choices=TOOLS, action="append", help="default: all, side by side")
     arguments = parser.parse_args(argv)
     if arguments.cases:
-        run_cases()
+        GROUPS[arguments.cases]()
         return 0
 
     sanitizer = find_sanitizer()
     tools = arguments.tool or TOOLS
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # they spend their time on the CPU
-        run = functools.partial(run_tool, sanitizer)
-        results = dict(zip(tools, pool.map(run, tools), strict=True))
-    for tool, result in results.items():
-        print(f"{tool}: {'clean' if result['clean'] else 'NOT CLEAN'} ({result['summary']})")
+    runs = [(tool, group) for group in GROUPS for tool in tools]
+    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(9) as pool:
+        # Without a tool, and to compile all programs.
+        list(pool.map(lambda group: run_tool([], "no tool", group, cache), GROUPS))
+
+        def run(tool: str, group: str) -> dict[str, Any]:
+            command = [sanitizer, f"--tool={tool}", "--error-exitcode=99"]
+            # XLA probes the driver with calls that may fail; a failed launch of ours is an error
+            # anyhow. And it is our kernels that are examined, not those of XLA and its libraries.
+            command += ["--report-api-errors=no", "--kernel-regex=kns=flashmla"]
+            command += ["--target-processes=application-only"]
+            return run_tool(command, tool, group, cache)
+
+        # They spend their time on the CPU.
+        results = dict(zip(runs, pool.map(run, *zip(*runs, strict=True)), strict=True))
+    for (tool, group), result in results.items():
+        clean = "clean" if result["clean"] else "NOT CLEAN"
+        print(f"{tool}, {group}: {clean} ({result['summary']})")
     if arguments.tool is None:
         from benchmarks.record import RESULTS, device_name, write_record
 
         name = device_name().lower().replace(" ", "_")
-        print(f"wrote {write_record(RESULTS / f'sanitizer_{name}.json', results, 'make sanitize')}")
+        by_tool = {tool: {group: results[tool, group] for group in GROUPS} for tool in tools}
+        print(f"wrote {write_record(RESULTS / f'sanitizer_{name}.json', by_tool, 'make sanitize')}")
     return not all(result["clean"] for result in results.values())
 
 
