@@ -45,10 +45,12 @@ constexpr int kGroupBytes = kDim / kPanel * kPanelBytes;  // of 64 heads of a qu
 constexpr int kScoreThreads = 128;
 constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kMostTokens = 4;  // query tokens of a thread block: a key is read once for all
+constexpr int kGroupShared = kGroupBytes + kHeads * 4;  // with the weights
 template <bool kFp8>
 constexpr int kBlocks = kFp8 ? 4 : 3;  // on a multiprocessor, by their registers
 
 static_assert(kPageSize == 64 && kDim == 128);
+static_assert(kMaxIndexHeads <= kMostTokens * kHeads);  // a token's groups have room, too
 
 struct ScoreShape {
   int tokens;  // query tokens of a tile, which are scored together
@@ -514,10 +516,11 @@ Status LaunchScores(const IndexTopkParams& p, int multiprocessors, cudaStream_t 
   shape.tiles = static_cast<int>((p.s + shape.tokens - 1) / shape.tokens);
   const int64_t pages = p.batch * shape.tiles * p.max_pages_per_seq;
   if (pages > INT32_MAX) return {StatusCode::kInvalidArgument, "block_table is too large"};
-  const int bytes = shape.tokens * shape.groups * (kGroupBytes + kHeads * 4);
+  const int bytes = shape.tokens * shape.groups * kGroupShared;
   const int64_t blocks = std::min(kBlocks<kFp8>, kMaxSharedBytes / (bytes + 1024 + 32));
   const dim3 grid(static_cast<unsigned>(std::min(blocks * multiprocessors, pages)));
-  return Launch(ScoreKernel<T, kFp8>, grid, kScoreThreads, bytes, 1, stream, p, shape);
+  return Launch(ScoreKernel<T, kFp8>, grid, kScoreThreads, {bytes, kMostTokens * kGroupShared}, 1,
+                stream, p, shape);
 }
 
 Status LaunchChoice(const IndexTopkParams& p, int multiprocessors, cudaStream_t stream) {
@@ -531,7 +534,8 @@ Status LaunchChoice(const IndexTopkParams& p, int multiprocessors, cudaStream_t 
   }
   const dim3 grid(static_cast<unsigned>(queries * parts));
   const int bytes = std::min(TurnsOf(scores, parts), kMostTurns) * kTurnBytes;
-  return Launch(ChooseKernel, grid, kChoiceThreads, bytes, parts, stream, p, parts);
+  return Launch(ChooseKernel, grid, kChoiceThreads, {bytes, kMostTurns * kTurnBytes}, parts, stream,
+                p, parts);
 }
 
 }  // namespace
