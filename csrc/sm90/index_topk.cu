@@ -58,7 +58,8 @@ struct ScoreShape {
   int groups;  // of 64 heads
 };
 
-// 0 and -0 are the same; what is no number is higher than all, or lower. Nothing becomes 0.
+// 0 and -0 are the same, and NaN, to which the GPU gives a positive sign, is higher than all. 0 is
+// no score: it fills the end.
 __device__ __forceinline__ uint32_t Ordered(float x) {
   const uint32_t bits = x == 0 ? 0 : __float_as_uint(x);
   return max(bits ^ (bits >> 31 != 0 ? ~0u : 1u << 31), 1u);
@@ -154,7 +155,7 @@ __device__ __forceinline__ int PagesOf(const IndexTopkParams& p, const ScoreShap
   const int end = min(first + shape.tokens, static_cast<int>(p.s));
   int most = 0;
   for (int i = first; i < end; ++i) most = max(most, p.num_visible[sequence * p.s + i]);
-  // Nothing is chosen where all is.
+  // If all visible tokens are chosen, no scores are needed.
   if (most <= p.topk) return 0;
   const int width = static_cast<int>(p.max_pages_per_seq);
   return (min(most, width * kPageSize) + kPageSize - 1) / kPageSize;
@@ -326,7 +327,7 @@ constexpr int kTurn = 128;  // scores that a warp reads with one instruction
 constexpr int kTurnBytes = kChoiceWarps * kTurn * 4;
 constexpr int kMostTurns = 12;  // so many of them are kept in shared memory
 
-// Of a warp, if there are `n` scores.
+// Turns that each warp makes for `n` scores.
 __host__ __device__ constexpr int TurnsOf(int64_t n, int parts) {
   const int64_t at_once = parts * kChoiceWarps * kTurn;
   return static_cast<int>((n + at_once - 1) / at_once);
