@@ -114,15 +114,20 @@ def top_k(scores: jax.Array, num_visible: jax.Array, topk: int) -> jax.Array:
     Args:
       scores: float32[..., t].
       num_visible: int32[...]: only the first so many can be chosen, and others may be anything.
+        More than t are all.
       topk: how many are.
 
     Returns:
       int32[..., topk], in their order; -1 at the end where there are fewer.
     """
     tokens = scores.shape[-1]
+    num_visible = jnp.minimum(num_visible, jnp.asarray(tokens, jnp.int32))
     visible = jnp.arange(tokens, dtype=jnp.int32) < num_visible[..., None]
-    # For the comparison, -0 is less than 0; and of what is -inf, what is visible comes first.
-    scores = jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    # For the comparison, -0 is less than 0, and NaN with a negative sign less than all: without, it
+    # is higher than all. Of what is -inf, what is visible comes first.
+    scores = jnp.where(scores == 0, 0.0, scores)
+    scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
+    scores = jnp.where(visible, scores, -jnp.inf)
     if is_symbolic_dim(tokens) or tokens < topk:
         added = topk if is_symbolic_dim(tokens) else topk - tokens
         widths = [(0, 0)] * (scores.ndim - 1) + [(0, added)]
@@ -200,7 +205,8 @@ def reference(
     def of_sequence(
         q: jax.Array, weights: jax.Array, table: jax.Array, num_visible: jax.Array
     ) -> jax.Array:
-        rows = index_pages.at[table].get(mode="clip")
+        # What is outside the pool is its first or last page, as for the kernels.
+        rows = index_pages[jnp.clip(table, 0, index_pages.shape[0] - 1)]
         rows = rows.reshape(table.shape[0] * PAGE_SIZE, index_pages.shape[-1])
         keys, scales = index_keys.unpack(rows, q.dtype)
         return _choose(q.astype(keys.dtype), weights, keys, num_visible, topk, precision, scales)

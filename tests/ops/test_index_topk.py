@@ -165,6 +165,48 @@ def test_more_scores_than_shared_memory_holds():
         np.testing.assert_array_equal(chosen[i, 0], best)
 
 
+@pytest.mark.parametrize("topk", [30, 64, 70, 300])
+def test_more_visible_than_the_table_has(topk):
+    rng = np.random.default_rng(9)
+    problem = Problem(rng, (64,), 1, 4, spare=0)
+    wanted = problem.wanted(topk)
+    problem.num_visible[:] = 200
+    np.testing.assert_array_equal(choose(*problem.arguments(), topk=topk), wanted)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_pages_outside_the_pool(fmt):
+    """Among what is visible they are the first or the last."""
+    rng = np.random.default_rng(10)
+    problem = Problem(rng, (320, 320), 1, 4, fmt, spare=0)
+    first, last = rng.integers(-2, 3, (2, PAGE_SIZE, DIM)).astype(np.float32)
+    pages = index_keys.pack(jnp.asarray([first, last])[:, :, None], FORMATS[fmt])
+    problem.pool = jnp.concatenate([pages[:1], problem.pool, pages[1:]])
+    problem.table += 1
+    number = len(problem.pool)
+    for i, entries in enumerate([(-1, number), (-(2**31), 2**31 - 1)]):
+        for slot, entry, keys in zip((3, 1), entries, (first, last), strict=True):
+            problem.table[i, slot] = entry
+            problem.keys[i][slot * PAGE_SIZE : (slot + 1) * PAGE_SIZE] = keys
+    np.testing.assert_array_equal(choose(*problem.arguments(), topk=99), problem.wanted(99))
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "f16"])
+def test_scores_that_are_not_finite(fmt):
+    """NaN is higher than all, and nothing that is hidden is chosen."""
+    rng = np.random.default_rng(11)
+    problem = Problem(rng, (3000,), 1, 2, fmt)
+    problem.q[:] = 0
+    problem.q[0, 0, :, 0] = 1
+    problem.weights[0, 0] = 1, -1  # inf - inf
+    at = [17, 64, 2900]
+    for t in at:
+        page = problem.table[0, t // PAGE_SIZE]
+        problem.pool = problem.pool.at[page, t % PAGE_SIZE, 0, 0].set(jnp.inf)
+    chosen = choose(*problem.arguments(), topk=5)
+    np.testing.assert_array_equal(chosen[0, 0], [0, 1, *at])
+
+
 def test_lengths_are_data():
     rng = np.random.default_rng(3)
     choose.clear_cache()
