@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
+from flashmla_jax._checks import array, fewer, positive
 from flashmla_jax.cache import index_keys
-from flashmla_jax.cache.layout import PAGE_SIZE
+from flashmla_jax.cache.layout import DTYPES, PAGE_SIZE
 from flashmla_jax.ops import _ffi, _sharding
 
 # How many products of a head and a key XLA computes at a time, 4 bytes each.
@@ -36,12 +37,51 @@ def index_topk(
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Binds the primitive; see `layers.indexer.choose_cached`. A choice has no derivative."""
+    q = array("q", q, "[batch, s, heads, head_dim]")
+    weights = array("weights", weights, "[batch, s, heads]")
+    index_pages = array("index_pages", index_pages, "[num_pages, 64, 1, n]")
+    block_table = array("block_table", block_table, "[batch, max_pages_per_seq]")
+    num_visible = array("num_visible", num_visible, "[batch, s]")
+    topk = positive("topk", topk)
+    batch, s, heads, head_dim = q.shape
+
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+    if fewer(heads, 1):
+        raise ValueError(f"q must hold a head, got shape {q.shape}")
+    if weights.shape != q.shape[:-1]:
+        raise ValueError(f"weights must be like q's {q.shape[:-1]}, got shape {weights.shape}")
+    if index_pages.dtype not in (*DTYPES, jnp.uint8):
+        raise ValueError(
+            f"index_pages must be bfloat16, float16, float32 or uint8, got {index_pages.dtype}"
+        )
+    key = index_keys.size_of(head_dim, index_pages.dtype)
+    if index_pages.shape[1:] != (PAGE_SIZE, 1, key):
+        raise ValueError(
+            f"index_pages must be [num_pages, {PAGE_SIZE}, 1, {key}] in {index_pages.dtype} with "
+            f"{head_dim=}, got shape {index_pages.shape}"
+        )
+    if fewer(index_pages.shape[0], 1):
+        raise ValueError(f"index_pages must hold a page, got shape {index_pages.shape}")
+    if block_table.shape[0] != batch:
+        raise ValueError(
+            f"block_table must be [batch, max_pages_per_seq] with {batch=}, "
+            f"got shape {block_table.shape}"
+        )
+    if num_visible.shape != (batch, s):
+        raise ValueError(
+            f"num_visible must be [batch, s] with {batch=} and {s=}, got shape {num_visible.shape}"
+        )
+    for name, value in {"block_table": block_table, "num_visible": num_visible}.items():
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {value.dtype}")
+
     weights = weights.astype(jnp.float32)
     operands = [jax.lax.stop_gradient(x) for x in (q, weights, index_pages)]
     (positions,) = index_topk_p.bind(
         *operands,
-        jnp.asarray(block_table, jnp.int32),
-        jnp.asarray(num_visible, jnp.int32),
+        block_table.astype(jnp.int32),
+        num_visible.astype(jnp.int32),
         topk=topk,
         precision=_name(precision),
         mapped=(),
@@ -51,11 +91,23 @@ def index_topk(
 
 def _name(precision: Any) -> Any:
     """A precision as a literal, which jax takes too: programs have it in writing."""
-    if isinstance(precision, tuple):
-        return tuple(_name(x) for x in precision)
+    if precision is None or isinstance(precision, str):
+        return precision
     if isinstance(precision, jax.lax.Precision):
         return precision.name.lower()
-    return getattr(precision, "name", precision)
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return precision.name
+    if isinstance(precision, jax.lax.DotAlgorithm):
+        raise NotImplementedError(
+            "precision must be a name, a jax.lax.Precision or a jax.lax.DotAlgorithmPreset, "
+            f"got {precision}"
+        )
+    if isinstance(precision, (list, tuple)) and len(precision) == 2:
+        return tuple(_name(x) for x in precision)
+    raise ValueError(
+        "precision must be a name, a jax.lax.Precision, two of them, or a "
+        f"jax.lax.DotAlgorithmPreset, got {precision!r}"
+    )
 
 
 # --- Abstract evaluation ---------------------------------------------------------------------

@@ -6,6 +6,7 @@ equal: then the choice has one right answer.
 
 from __future__ import annotations
 
+import ast
 import functools
 
 import jax
@@ -286,6 +287,93 @@ def test_what_is_a_call(dtype, heads, dim, is_call):
         jax.ShapeDtypeStruct((2, 1), jnp.int32),
     )
     assert (_ffi.INDEX_TOPK in module) == is_call
+
+
+CALL = {
+    "q": np.zeros((2, 3, 4, DIM), np.float32),
+    "weights": np.zeros((2, 3, 4), np.float32),
+    "index_pages": np.zeros((5, PAGE_SIZE, 1, DIM), np.float32),
+    "block_table": np.zeros((2, 2), np.int32),
+    "num_visible": np.zeros((2, 3), np.int32),
+    "topk": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": CALL["q"][0]}, r"q must be .*head_dim\], got shape \(3, 4, 128\)"),
+        ({"q": np.zeros((2, 3, 4, DIM), np.int32)}, "q must be .*float32, got int32"),
+        ({"q": CALL["q"][:, :, :0]}, r"q must hold a head, got shape \(2, 3, 0, 128\)"),
+        ({"weights": [1.0]}, r"weights must be an array \[batch, s, heads\], got list"),
+        ({"weights": CALL["q"]}, r"weights must be \[batch, s, heads\], got .*\(2, 3, 4, 128\)"),
+        ({"weights": CALL["weights"][:, :1]}, r"weights .* q's \(2, 3, 4\), got .*\(2, 1, 4\)"),
+        ({"index_pages": CALL["q"][0]}, r"index_pages must be \[num.*, n\], got .*\(3, 4, 128\)"),
+        ({"index_pages": CALL["q"]}, r"\[num_pages, 64, 1, 128\] in float32 .*\(2, 3, 4, 128\)"),
+        (
+            {"index_pages": CALL["index_pages"].astype(np.uint8)},
+            r"index_pages .*, 64, 1, 144\] in uint8 with head_dim=128, got .*\(5, 64, 1, 128\)",
+        ),
+        ({"index_pages": CALL["index_pages"].astype(np.int8)}, "index_pages must be .*, got int8"),
+        (
+            {"index_pages": CALL["index_pages"][:0]},
+            r"index_pages must hold a page.*\(0, 64",
+        ),
+        ({"block_table": CALL["block_table"][0]}, r"block_table must be .*, got shape \(2,\)"),
+        ({"block_table": CALL["block_table"][:1]}, r"block_table .* batch=2, got shape \(1, 2\)"),
+        ({"block_table": np.zeros((2, 2), np.float32)}, "block_table .* integers, got float32"),
+        ({"num_visible": np.zeros(2, np.int32)}, r"num_visible must be \[batch, s\], got .*\(2,\)"),
+        ({"num_visible": np.zeros((2, 2), np.int32)}, r"num_visible .* s=3, got shape \(2, 2\)"),
+        ({"num_visible": np.zeros((2, 3), np.bool_)}, "num_visible must be integers, got bool"),
+        ({"topk": 0}, "topk must be a positive integer, got 0"),
+        ({"topk": np.int32(-3)}, "topk must be a positive integer, got .*-3"),
+        ({"topk": 2.0}, r"topk must be a positive integer, got 2\.0"),
+        ({"topk": None}, "topk must be a positive integer, got None"),
+        ({"precision": 3}, "precision must be a name, .*, got 3"),
+    ],
+)
+def test_malformed_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        indexer.choose_cached(**{**CALL, **changes})
+
+
+def test_integers_of_any_kind():
+    rng = np.random.default_rng(12)
+    problem = Problem(rng, (300, 7), 1, 3)
+    *arguments, table, visible = problem.arguments()
+    table, visible = table.clip(0, 255).astype(np.uint8), visible.astype(np.int16)
+    chosen = indexer.choose_cached(*arguments, table, visible, np.int64(16))
+    np.testing.assert_array_equal(chosen, problem.wanted(16))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        None,
+        "highest",
+        jax.lax.Precision.HIGH,
+        (jax.lax.Precision.HIGH, jax.lax.Precision.DEFAULT),
+        ["high", "default"],
+        jax.lax.DotAlgorithmPreset.F32_F32_F32,
+    ],
+    ids=str,
+)
+def test_parameters_are_literals(precision):
+    """Programs for several devices have them in writing."""
+    call = CALL | {"topk": np.int64(16), "precision": precision}
+    arrays = {name: x for name, x in call.items() if isinstance(x, np.ndarray)}
+    rest = {name: x for name, x in call.items() if name not in arrays}
+    jaxpr = jax.make_jaxpr(lambda arrays: indexer.choose_cached(**arrays, **rest))(arrays)
+    (params,) = [x.params for x in jaxpr.eqns if x.primitive is index_topk.index_topk_p]
+    assert ast.literal_eval(repr(params)) == params
+    assert params["topk"] == 16
+    assert indexer.choose_cached(**call).shape == (2, 3, 16)
+
+
+def test_algorithms_have_no_name():
+    algorithm = jax.lax.DotAlgorithm(np.float32, np.float32, np.float32, 1, 1, 1, False)
+    with pytest.raises(NotImplementedError, match=r"precision must be a name, .*DotAlgorithm"):
+        indexer.choose_cached(**CALL, precision=algorithm)
 
 
 def test_sizes_agree():
