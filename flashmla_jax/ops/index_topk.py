@@ -21,6 +21,8 @@ from flashmla_jax.ops import _ffi, _sharding
 _AT_A_TIME = 2**26
 # And how many scores the kernels have room for.
 _SCORES_AT_A_TIME = 2**28
+# Of how many query tokens of a sequence, where sizes that are symbolic leave that open.
+_QUERIES_AT_A_TIME = 64
 
 # What the kernels are built for; csrc/params.h has the same numbers.
 HEAD_DIM = 128
@@ -277,20 +279,26 @@ def _call_cuda(*operands: jax.Array, topk: int, **params: Any) -> list[jax.Array
         q.dtype in (jnp.bfloat16, jnp.float16)
         and index_pages.dtype in (q.dtype, jnp.uint8)
         and head_dim == HEAD_DIM
+        and not is_symbolic_dim(heads)
         and heads <= MAX_HEADS
-        and index_pages.shape[0] != 0
         and block_table.shape[1] != 0
+        and s != 0
     )
     if not fits:
         return reference(*operands, topk=topk, **params)
     tokens = block_table.shape[1] * PAGE_SIZE
-    if any(is_symbolic_dim(n) for n in (batch, s, tokens)):
-        step = s
+    # The workspace is bounded by taking some query tokens after the others. If there are s of them,
+    # a symbol, it is not: a program has as many calls wherever it runs.
+    if is_symbolic_dim(s):
+        parts = [slice(None)]
     else:
-        step = min(max(_SCORES_AT_A_TIME // max(batch * tokens, 1), 1), max(s, 1))
+        if is_symbolic_dim(batch) or is_symbolic_dim(tokens):
+            step = _QUERIES_AT_A_TIME
+        else:
+            step = max(_SCORES_AT_A_TIME // max(batch * tokens, 1), 1)
+        parts = [slice(first, first + step) for first in range(0, s, step)]
     pieces = []
-    for first in range(0, s, step) if not is_symbolic_dim(s) else (0,):
-        part = slice(first, None if step is s else first + step)
+    for part in parts:
         shape = (batch, q[:, part].shape[1])
         call = jax.ffi.ffi_call(
             _ffi.INDEX_TOPK,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +262,20 @@ def test_no_derivative():
     np.testing.assert_array_equal(jax.grad(loss)(q), np.ones(q.shape))
 
 
+def exported(batch=2, s=1, heads=64, dim=DIM, pages=9, width=4, dtype=jnp.bfloat16, on="cuda"):
+    return jax.export.export(
+        jax.jit(lambda *x: indexer.choose_cached(*x, 16)),
+        platforms=[on],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_ffi.INDEX_TOPK)],
+    )(
+        jax.ShapeDtypeStruct((batch, s, heads, dim), dtype),
+        jax.ShapeDtypeStruct((batch, s, heads), jnp.float32),
+        jax.ShapeDtypeStruct((pages, PAGE_SIZE, 1, dim), dtype),
+        jax.ShapeDtypeStruct((batch, width), jnp.int32),
+        jax.ShapeDtypeStruct((batch, s), jnp.int32),
+    )
+
+
 @pytest.mark.parametrize(
     ("dtype", "heads", "dim", "is_call"),
     [
@@ -272,21 +287,48 @@ def test_no_derivative():
     ],
 )
 def test_what_is_a_call(dtype, heads, dim, is_call):
-    def lowered(*arguments):
-        return jax.export.export(
-            jax.jit(lambda *x: indexer.choose_cached(*x, 16)),
-            platforms=["cuda"],
-            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_ffi.INDEX_TOPK)],
-        )(*arguments).mlir_module()
-
-    module = lowered(
-        jax.ShapeDtypeStruct((2, 1, heads, dim), dtype),
-        jax.ShapeDtypeStruct((2, 1, heads), jnp.float32),
-        jax.ShapeDtypeStruct((9, PAGE_SIZE, 1, dim), dtype),
-        jax.ShapeDtypeStruct((2, 4), jnp.int32),
-        jax.ShapeDtypeStruct((2, 1), jnp.int32),
-    )
+    module = exported(heads=heads, dim=dim, dtype=dtype).mlir_module()
     assert (_ffi.INDEX_TOPK in module) == is_call
+
+
+def test_no_query_tokens():
+    program = exported(s=0)
+    assert _ffi.INDEX_TOPK not in program.mlir_module()
+    assert program.out_avals[0].shape == (2, 0, 16)
+    empty = CALL | {name: CALL[name][:, :0] for name in ("q", "weights", "num_visible")}
+    assert indexer.choose_cached(**empty).shape == (2, 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "sizes"),
+    [
+        ("batch", [64, 64, 2]),
+        ("pages", [130]),
+        ("width", [64, 64, 2]),
+        ("batch, pages, width", [64, 64, 2]),
+        ("s", ["s"]),
+        ("batch, s", ["s"]),
+        ("heads", []),
+    ],
+)
+def test_symbolic_sizes(symbols, sizes):
+    """With a number of query tokens, as many are scored at a time as there may be room for."""
+    names = [name.strip() for name in symbols.split(",")]
+    dims = {"s": 130} | dict(zip(names, jax.export.symbolic_shape(symbols), strict=True))
+    calls = re.findall(r"custom_call @flashmla.* -> .*", exported(**dims).mlir_module())
+    shapes = [re.findall(r"tensor<([\w?]+)xi32>", call)[-1].split("x") for call in calls]
+    assert [shape[1] for shape in shapes] == ["?" if s == "s" else str(s) for s in sizes]
+
+
+def test_symbolic_sizes_without_kernels():
+    symbols = jax.export.symbolic_shape("batch, s, pages, width")
+    program = exported(
+        **dict(zip(("batch", "s", "pages", "width"), symbols, strict=True)), on="cpu"
+    )
+    problem = Problem(np.random.default_rng(13), (64, 200), 3, 64, spare=0)
+    np.testing.assert_array_equal(program.call(*problem.arguments()), problem.wanted(16))
+    problem = Problem(np.random.default_rng(14), (3,), 1, 64, spare=0)
+    np.testing.assert_array_equal(program.call(*problem.arguments()), problem.wanted(16))
 
 
 CALL = {
