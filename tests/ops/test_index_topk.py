@@ -84,6 +84,27 @@ def test_is_exact(fmt, s, heads):
         np.testing.assert_array_equal(chosen, problem.wanted(topk), err_msg=f"{topk=}")
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("s", "heads"), [(5, 64), (2, 129), (2, 200), (1, 256)])
+def test_tiles_of_query_tokens(fmt, s, heads):
+    """On a GPU four query tokens of up to 64 heads are scored together, or one of more than 128."""
+    rng = np.random.default_rng(heads)
+    problem = Problem(rng, (700, 65, 0, 260), s, heads, fmt)
+    for topk in (50, 300):
+        chosen = choose(*problem.arguments(), topk=topk)
+        np.testing.assert_array_equal(chosen, problem.wanted(topk), err_msg=f"{topk=}")
+
+
+@pytest.mark.parametrize("longest", [9_000, 20_000, 40_000])
+def test_clusters(longest):
+    """On a GPU they are of 2, 4 or 8 thread blocks: some have no scores, some have all chosen."""
+    rng = np.random.default_rng(longest)
+    problem = Problem(rng, (longest, 2100, 100, 0), 1, 3)
+    for topk in (64, 2048):
+        chosen = choose(*problem.arguments(), topk=topk)
+        np.testing.assert_array_equal(chosen, problem.wanted(topk), err_msg=f"{topk=}")
+
+
 def test_equal_scores_are_chosen_from_the_front():
     """Of all keys that are the same; beside one that is better, and one that is worse."""
     rng = np.random.default_rng(1)
@@ -142,15 +163,18 @@ def test_heads_of_any_size(fmt):
     np.testing.assert_array_equal(choose(*problem.arguments(), topk=300), problem.wanted(300))
 
 
-def test_more_scores_than_shared_memory_holds():
-    """Sequences of the same pages, in different orders."""
+@pytest.mark.parametrize(
+    ("batch", "width", "least"), [(70, 810, 49_200), (40, 1560, 98_400), (3, 6200, 393_300)]
+)
+def test_more_scores_than_shared_memory_holds(batch, width, least):
+    """Sequences of the same pages, in different orders. On a GPU one, two or eight blocks each."""
     rng = np.random.default_rng(8)
-    batch, width, pages, topk = 70, 810, 90, 2048
+    pages, topk = 90, 2048
     keys = rng.integers(-2, 3, (pages, PAGE_SIZE, 1, DIM)).astype(np.float32)
     q = rng.integers(-1, 2, (batch, 1, 2, DIM)).astype(np.float32)
     weights = rng.integers(-2, 3, (batch, 1, 2)).astype(np.float32)
     table = rng.integers(0, pages, (batch, width)).astype(np.int32)
-    visible = rng.integers(49_200, width * PAGE_SIZE + 100, (batch, 1)).astype(np.int32)
+    visible = rng.integers(least, width * PAGE_SIZE + 100, (batch, 1)).astype(np.int32)
     chosen = choose(
         jnp.asarray(q, jnp.bfloat16),
         weights,
