@@ -151,6 +151,9 @@ def test_generate_stops_at_eos(capsys, tmp_path):
     write_config(tmp_path, eos_token_id=int(tokens[3]))
     _, out, _ = run(capsys, "generate", "--checkpoint", tmp_path, *argv)
     assert re.search("new: (.*)", out)[1].split(",") == tokens[: tokens.index(tokens[3]) + 1]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": int(tokens[1])}))
+    _, out, _ = run(capsys, "generate", "--checkpoint", tmp_path, *argv)
+    assert re.search("new: (.*)", out)[1].split(",") == tokens[: tokens.index(tokens[1]) + 1]
 
 
 def test_generate_from_text(capsys, tmp_path):
