@@ -79,11 +79,17 @@ def test_attributes():
         param_dtype=jnp.float16,
         precision=jax.lax.Precision.HIGHEST,
         kernel_init=nn.with_partitioning(nn.initializers.zeros_init(), (None, "heads")),
+        bias_init=nn.with_partitioning(nn.initializers.constant(0.5), ("heads",)),
+        use_bias=True,
     )
     variables = jax.jit(layer.init)(jax.random.key(0), X)
     kernel = variables["params"]["kv_b_proj"]["kernel"]
     assert kernel.names == (None, "heads")
     assert not kernel.value.any()
+    for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+        bias = variables["params"][name]["bias"]
+        assert bias.names == ("heads",)
+        assert (bias.value == 0.5).all()
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float16)}
     assert jax.eval_shape(layer.apply, variables, X).dtype == jnp.bfloat16
 
@@ -106,6 +112,13 @@ def test_partitioning_is_metadata_on_request():
     assert {type(leaf) for leaf in jax.tree.leaves(plain, is_leaf=is_boxed)} == {
         jax.ShapeDtypeStruct
     }
+    kernel_init = nn.with_partitioning(nn.initializers.ones_init(), (None, "width"))
+    both = layer.clone(kernel_init=kernel_init)
+    both = jax.eval_shape(both.init, jax.random.key(0), X)
+    specs = nn.get_partition_spec(both)["params"]
+    for name in specs.keys() - {"q_a_layernorm", "kv_a_layernorm"}:
+        assert specs[name]["kernel"] == P(*partitioning.get(name, (None, "width")))
+
     wrong = MultiHeadLatentAttention(CONFIG, kernel_partitioning={"q_proj": (None, "heads")})
     with pytest.raises(ValueError, match=r"kernel_partitioning must .* got 'q_proj'"):
         jax.eval_shape(wrong.init, jax.random.key(0), X)
