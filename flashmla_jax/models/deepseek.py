@@ -326,8 +326,9 @@ class DeepSeekConfig:
         generation = path / _GENERATION_CONFIG
         if not generation.is_file():
             return config
+        contents = read_json_object(generation)
         try:
-            more = _token_ids("eos_token_id", read_json_object(generation).get("eos_token_id"))
+            more = _token_ids("eos_token_id", contents.get("eos_token_id"))
         except ValueError as error:
             raise ValueError(f"{generation}: {error}") from None
         stops = _token_ids("eos_token_id", config.eos_token_id)

@@ -301,8 +301,8 @@ def test_stop_tokens_of_a_folder_are_those_of_both_files(tmp_path, ours, theirs,
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ("{", r"generation_config\.json is no JSON"),
-        ("[]", r"generation_config\.json holds no JSON object"),
+        ("{", r"^[^:]*/generation_config\.json is no JSON"),
+        ("[]", r"^[^:]*/generation_config\.json holds no JSON object"),
         ('{"eos_token_id": "</s>"}', r"generation_config\.json: eos_token_id must .* got '</s>'"),
         ('{"eos_token_id": [1, 2.0]}', r"generation_config\.json: .* got \[1, 2\.0\]"),
         ('{"eos_token_id": true}', r"generation_config\.json: .* got True"),
