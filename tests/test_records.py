@@ -28,6 +28,15 @@ def test_record(path: Path) -> None:
         )
 
 
+def test_all_tests_pass_on_a_gpu(platform: str) -> None:
+    if platform == "gpu":  # or a failure in the record would be one of the run that replaces it
+        pytest.skip("is about the last run on a GPU, not this one")
+    content = json.loads((record.RESULTS / "gpu_tests_nvidia_h200.json").read_text())
+    outcomes = content["results"]["outcomes"]
+    assert outcomes["passed"] > 0
+    assert not outcomes.keys() & {"failed", "error"}, outcomes
+
+
 def test_a_whole_models_targets() -> None:
     content = json.loads((record.RESULTS / "nvidia_h200_model.json").read_text())
     rows = {row["batch"]: row for row in content["results"]["decode"]}
