@@ -52,19 +52,17 @@ def check_best(
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[Sequence[int]],
     samplings: Sequence[Sampling] | None = None,
-    dtype: str | None = None,
 ) -> None:
     """All are, up to rounding, the best after those before them, for float32 without a cache.
 
     Args:
-      params: of the model.
+      params: of the model, in the dtype in which it ran.
       config: of the model.
       prompts: token ids.
       tokens: that each of them was continued with.
       samplings: how each was, with `top_p=1`; by default greedily.
-      dtype: in which the model ran; by default that of the parameters.
     """
-    dtype = dtype or params["embed_tokens"]["embedding"].dtype.name
+    dtype = params["embed_tokens"]["embedding"].dtype.name
     cpu = jax.devices("cpu")[0]
     rows = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
     ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
