@@ -3,15 +3,16 @@
     python -m benchmarks.model
 
 Part of `make bench`; a record under benchmarks/results/. A step takes a token of every sequence
-through all layers and gives the next ones, greedily. It is measured as a loop of a user's would run
-it: programs are started one after another, the host waits for the last one.
+through all layers and gives the next ones, greedily; the first ones are random, a different one for
+each sequence. It is measured as a loop of a user's would run it: programs are started one after
+another, the host waits for the last one.
 
 Where there are few tokens, all layers are one call of kernels, and the logits are another
 (`flashmla_jax.models.few_tokens`). Beside such a step stands the same model with XLA's layers and
 logits, which attend with the op; and with gather + einsum in place of that. And what the memory
 would allow: the weights that a step needs (all but the embedding, of the experts those that its
-tokens can reach) and the cached tokens, read once at the bandwidth that was measured in the same
-run.
+tokens have chosen, which are counted in the same steps) and the cached tokens, read once at the
+bandwidth that was measured in the same run.
 
 Attention's share is of a step on the device, from a profile: of the kernels that have the op's
 names, its combine included. The step of a few tokens has no combine: what merges the partial
@@ -31,16 +32,17 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 import flashmla_jax as fm
 from benchmarks import decode, report, timing
 from benchmarks.record import MODELS, RESULTS, device_name, write_record
-from flashmla_jax import reference
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
 
-CONTEXT, BATCHES, STEPS = 4096, (1, 32, 128), 40
+CONTEXT, BATCHES = 4096, (1, 32, 128)
+SAMPLES, STEPS = 3, 40  # and as many steps before them
 # https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite/blob/main/config.json, without its YaRN.
 CONFIG = DeepSeekConfig(
     model_type="deepseek_v2",
@@ -70,7 +72,7 @@ ATTENTION = r"flashmla.*(wide|narrow|CombineKernel)"
 
 def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCache:
     """A cache of sequences of `context` random tokens, with room for the steps that follow."""
-    pages = -(-(context + 4 * STEPS) // 64)
+    pages = -(-(context + (1 + SAMPLES) * STEPS) // 64)
     cache = fm.PagedKVCache.create(
         num_layers=config.num_hidden_layers,
         num_pages=batch * pages,
@@ -84,6 +86,12 @@ def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCa
     return cache
 
 
+def start(config: DeepSeekConfig, batch: int, context: int) -> tuple[jax.Array, fm.PagedKVCache]:
+    """What the first step reads: random tokens int32[batch, 1], all different, and a full cache."""
+    ids = np.random.default_rng(0).choice(config.vocab_size, (batch, 1), replace=False)
+    return jnp.asarray(ids, jnp.int32), full_cache(config, batch, context)
+
+
 def decoding(config: DeepSeekConfig, params: Any, batch: int, context: int) -> timing.Program:
     """A program that decodes the next step whenever it is called, and returns its tokens."""
 
@@ -92,7 +100,7 @@ def decoding(config: DeepSeekConfig, params: Any, batch: int, context: int) -> t
         logits, cache, _ = deepseek.decode_step(params, config, ids, cache)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    ids, cache = jnp.zeros((batch, 1), jnp.int32), full_cache(config, batch, context)
+    ids, cache = start(config, batch, context)
 
     def next_step() -> jax.Array:
         nonlocal ids, cache
@@ -102,17 +110,54 @@ def decoding(config: DeepSeekConfig, params: Any, batch: int, context: int) -> t
     return next_step
 
 
+def experts_read(config: DeepSeekConfig, params: Any, batch: int, context: int) -> float:
+    """How many experts of a layer a step's tokens choose, on average over layers and timed steps.
+
+    It takes the steps once more, with XLA's layers, and has them give what their routers chose.
+    """
+    chosen: list[jax.Array] = []
+
+    def route(*args: Any) -> Any:
+        experts, shares = router(*args)
+        chosen.append(experts)
+        return experts, shares
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(params: Any, ids: jax.Array, cache: fm.PagedKVCache) -> Any:
+        chosen.clear()
+        cache, _ = cache.allocate(jnp.ones(batch, jnp.int32))
+        hidden, cache = deepseek.decode_hidden(params, config, ids, cache)
+        logits = deepseek.head(params, config, hidden)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache, jnp.stack(chosen)
+
+    router = deepseek._route
+    params = of_xla(params)
+    ids, cache = start(config, batch, context)
+    counts = []
+    with mock.patch.object(deepseek, "_route", route):
+        for number in range((1 + SAMPLES) * STEPS):
+            ids, cache, experts = step(params, ids, cache)
+            if number >= STEPS:
+                counts += [len(np.unique(layer)) for layer in np.asarray(experts)]
+    return statistics.mean(counts)
+
+
+def of_xla(params: Any) -> Any:
+    """Parameters of which steps of a few tokens are XLA's layers and logits, too."""
+    return {name: value for name, value in params.items() if name != "one_device"}
+
+
 def step_seconds(config: DeepSeekConfig, params: Any, batch: int, context: int) -> list[float]:
     """Of a decoding step, each among many; several samples."""
     next_step = decoding(config, params, batch, context)
     samples = []
-    for sample in range(4):
-        start = time.perf_counter()
+    for sample in range(1 + SAMPLES):
+        begin = time.perf_counter()
         for _ in range(STEPS):
             ids = next_step()
         jax.block_until_ready(ids)
         if sample > 0:  # the first one compiles
-            samples.append((time.perf_counter() - start) / STEPS)
+            samples.append((time.perf_counter() - begin) / STEPS)
     return samples
 
 
@@ -126,8 +171,10 @@ def attention_share(config: DeepSeekConfig, params: Any, batch: int, context: in
     return attention / sum(timing.spans(kernels, repeats))
 
 
-def step_bytes(config: DeepSeekConfig, params: Any, batch: int, context: int) -> float:
-    """What a step has to read: weights, and cached tokens."""
+def step_bytes(
+    config: DeepSeekConfig, params: Any, batch: int, context: int, experts: float
+) -> float:
+    """What a step has to read: weights, of so many experts of a layer, and cached tokens."""
     total = batch * context * config.num_hidden_layers * 576 * 2
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
@@ -135,33 +182,53 @@ def step_bytes(config: DeepSeekConfig, params: Any, batch: int, context: int) ->
             continue
         share = 1.0
         if "experts" in name and "shared_experts" not in name:
-            # A token reaches k of them; several reach so many, if they choose independently.
-            missed = 1 - config.num_experts_per_tok / config.n_routed_experts
-            share = 1 - missed**batch
+            share = experts / config.n_routed_experts
         total += leaf.nbytes * share
     return total
 
 
 def gather_einsum(
-    *arrays: jax.Array, is_fp8_kvcache: bool, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """In place of the op, over caches of numbers."""
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    is_fp8_kvcache: bool,
+) -> tuple[jax.Array, None]:
+    """In place of the op, what one would write without it, and as short as that.
+
+    For one new token of each sequence, which sees all of them, and one KV head. Only scores are
+    masked: what is in no token must be finite. There is no lse.
+    """
+    batch, s_q, _, head_dim = q.shape
+    assert s_q == k_cache.shape[2] == 1
+    assert causal
     assert not is_fp8_kvcache
-    return reference.flash_mla_with_kvcache(*arrays, **options)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    tokens = k_cache[block_table].reshape(batch, -1, head_dim)
+    scores = einsum("bshd,btd->bsht", q, tokens) * softmax_scale
+    exists = jnp.arange(tokens.shape[1]) < cache_seqlens[:, None]
+    p = jax.nn.softmax(jnp.where(exists[:, None, None], scores, -jnp.inf), axis=-1)
+    out = einsum("bsht,btd->bshd", p.astype(q.dtype), tokens[..., :head_dim_v])
+    return out.astype(q.dtype), None
 
 
 def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -> dict[str, Any]:
     """A row of the record; times in microseconds."""
     samples = step_seconds(config, params, batch, CONTEXT)
     share = attention_share(config, params, batch, CONTEXT)
-    layers_of_xla = {name: value for name, value in params.items() if name != "one_device"}
+    layers_of_xla = of_xla(params)
     with_op = statistics.median(step_seconds(config, layers_of_xla, batch, CONTEXT))
     with mock.patch.object(mla, "flash_mla_with_kvcache", gather_einsum):
         deepseek.decode_step.clear_cache()
         rival = statistics.median(step_seconds(config, layers_of_xla, batch, CONTEXT))
     deepseek.decode_step.clear_cache()
     step = statistics.median(samples)
-    floor = step_bytes(config, params, batch, CONTEXT) / read_gbps / 1e9
+    experts = experts_read(config, params, batch, CONTEXT)
+    floor = step_bytes(config, params, batch, CONTEXT, experts) / read_gbps / 1e9
     return {
         "batch": batch,
         "context": CONTEXT,
@@ -172,6 +239,7 @@ def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -
         "xla_layers_step_us": round(with_op * 1e6, 1),
         "gather_einsum_step_us": round(rival * 1e6, 1),
         "speedup": round(rival / step, 2),
+        "experts_read": round(experts, 2),
         "floor_us": round(floor * 1e6, 1),
         "of_the_floor": round(floor / step, 3),
     }

@@ -81,6 +81,38 @@ def run(engine, late=None):
     return steps
 
 
+def run_streamed(engine, wanted, after_step=lambda: None):
+    """Submits prompts, each with a number of tokens and a sampling, and steps to the end.
+
+    Whoever is preempted keeps what it has, and `on_token` gets every token once.
+
+    Returns:
+      The requests, and for each time that one was preempted its place among them and the tokens
+      that it had before that step.
+    """
+    streams, victims = [[] for _ in wanted], []
+    requests = [
+        engine.submit(prompt, new, sampling=sampling, on_token=stream.append)
+        for (prompt, new, sampling), stream in zip(wanted, streams, strict=True)
+    ]
+    more = True
+    while more:
+        before = [(list(request.tokens), request.preemptions) for request in requests]
+        more = engine.step()
+        check_step(engine)
+        after_step()
+        for i, (tokens, preemptions) in enumerate(before):
+            assert requests[i].tokens[: len(tokens)] == tokens
+            assert requests[i].tokens == streams[i]
+            if requests[i].preemptions > preemptions:
+                victims.append((i, tokens))
+    check_end(engine)
+    assert len(victims) == engine.stats.preemptions
+    for i, tokens in victims:
+        assert streams[i][: len(tokens)] == tokens
+    return requests, victims
+
+
 @jax.jit
 def draw(seed, count, logits, temperature, top_p):
     key = jax.random.fold_in(jax.random.key(seed), count)
@@ -184,20 +216,26 @@ def test_random_loads(model, seed, draft):
 # --- Pages -----------------------------------------------------------------------------------
 
 
-def test_preempted_requests_give_the_same(model):
+@pytest.mark.parametrize("draft", [0, DRAFT])
+def test_preempted_requests_give_the_same(model, draft):
     """Three that start with one page each and need four in the end, of eight."""
-    engine = make_engine(model, prefix_cache=False)
-    requests = [
-        engine.submit(prompt_of(i, 60), 150, sampling=sampling)
-        for i, sampling in enumerate([GREEDY, Sampling(1.0, 0.9, 3), GREEDY])
-    ]
-    run(engine)
+    engine = make_engine(model, prefix_cache=False, draft=draft)
+    samplings = [GREEDY, Sampling(1.0, 0.9, 3), GREEDY]
+    wanted = [(prompt_of(i, 60), 150, sampling) for i, sampling in enumerate(samplings)]
+    requests, victims = run_streamed(engine, wanted)
     check_tokens(model, requests)
-    assert engine.stats.preemptions > 0
     assert requests[0].preemptions == 0  # the oldest goes on
     assert requests[2].preemptions > 0
     assert engine.stats.preemptions == sum(r.preemptions for r in requests)
     assert engine.pages_used == 0
+    for i, tokens in victims:
+        assert 0 < len(tokens) < len(requests[i].tokens)
+
+    for request, one in zip(requests, wanted, strict=True):
+        alone = make_engine(model, prefix_cache=False, draft=draft)
+        ((undisturbed,), _) = run_streamed(alone, [one])
+        assert alone.stats.preemptions == 0
+        assert undisturbed.tokens == request.tokens
 
 
 def test_an_fp8_cache(model):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
 import pytest
 
 from benchmarks import decode, model, record, timing
@@ -48,10 +52,69 @@ def test_bytes_of_a_step() -> None:
     assert experts == 8 * 3 * 64 * 32 * 2
     others = sum(sizes.values()) - experts - 128 * 64 * 2
     cached = 70 * 2 * 576 * 2
-    assert model.step_bytes(SMALL, params, 1, 70) == others + experts * 2 / 8 + cached
-    assert model.step_bytes(SMALL, params, 1000, 70) == pytest.approx(
-        others + experts + 1000 * cached
+    assert model.step_bytes(SMALL, params, 1, 70, 2) == others + experts * 2 / 8 + cached
+    assert model.step_bytes(SMALL, params, 5, 70, 7.5) == pytest.approx(
+        others + experts * 7.5 / 8 + 5 * cached
     )
+
+
+def test_first_tokens(monkeypatch) -> None:
+    """Each sequence begins with a token of its own, and a cache that holds its context."""
+    monkeypatch.setattr(model, "STEPS", 2)
+    ids, cache = model.start(SMALL, 100, 70)
+    assert ids.shape == (100, 1)
+    assert ids.dtype == jnp.int32
+    assert len(set(np.asarray(ids)[:, 0])) == 100
+    assert 0 <= ids.min() <= ids.max() < SMALL.vocab_size
+    np.testing.assert_array_equal(cache.cache_seqlens, 70)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_experts_that_are_read(monkeypatch, batch: int) -> None:
+    """Of layers that add nothing, so that one can tell which tokens come, and their experts."""
+    monkeypatch.setattr(model, "STEPS", 2)
+    params = init_params(SMALL, jax.random.key(2), jnp.float32)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if re.search("o_proj|down_proj", jax.tree_util.keystr(path)) else x,
+        params,
+    )
+    embedding, gate, head = (
+        np.asarray(x, np.float64)
+        for x in (
+            params["embed_tokens"]["embedding"],
+            params["layers"][1]["mlp"]["gate"]["kernel"],
+            params["lm_head"]["kernel"],
+        )
+    )
+    ids, counts = np.asarray(model.start(SMALL, batch, 70)[0])[:, 0], []
+    for _ in range(4 * 2):
+        x = embedding[ids]
+        x /= np.sqrt((x**2).mean(-1, keepdims=True))
+        counts.append(len(set(np.argsort(-(x @ gate))[:, :2].ravel())))
+        ids = (x @ head).argmax(-1)
+    assert len(set(counts)) > 1 or batch == 1
+    experts = model.experts_read(SMALL, deepseek.absorb(params, SMALL), batch, 70)
+    assert experts == pytest.approx(np.mean(counts[2:]))
+
+
+def test_the_rival_is_attention() -> None:
+    """Of bfloat16 with sums in float32. Whatever is in no token is finite, in a model's cache."""
+    problem = oracle.make_problem(np.random.default_rng(0), (1, 64, 100, 300, 513))
+    k_cache = np.where(np.isnan(problem.k_cache), 1e3, problem.k_cache)
+    problem = problem.replace(k_cache=k_cache.astype(problem.q.dtype))
+    out, lse = jax.jit(
+        functools.partial(
+            model.gather_einsum,
+            head_dim_v=512,
+            softmax_scale=0.1,
+            causal=True,
+            is_fp8_kvcache=False,
+        )
+    )(*problem)
+    assert out.dtype == jnp.bfloat16
+    assert lse is None
+    expected = oracle.attend(problem, 0.1, True)
+    oracle.assert_matches((out, expected.lse), expected)
 
 
 def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
@@ -70,6 +133,7 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
         {"one_device": True, "op": 0, "gather_einsum": 0},
         {"one_device": False, "op": 2, "gather_einsum": 0},
         {"one_device": False, "op": 0, "gather_einsum": 2},
+        {"one_device": True, "op": 2, "gather_einsum": 0},  # which counts experts
     ]
     content = json.loads((tmp_path / "some_gpu_model.json").read_text())
     assert content["sources"] == list(record.MODELS)
@@ -81,6 +145,10 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     )
     assert row["of_the_floor"] == pytest.approx(row["floor_us"] / row["step_us"], abs=1e-3)
     assert row["attention_share"] == 0.3
+    assert 2 <= row["experts_read"] <= 4
+    params = deepseek.absorb(init_params(SMALL, jax.random.key(0)), SMALL)
+    num_bytes = model.step_bytes(SMALL, params, 2, 70, row["experts_read"])
+    assert row["floor_us"] == pytest.approx(num_bytes / 100e3, abs=0.06)
     row |= {"step_us": 200.0, "xla_layers_step_us": 300.0, "gather_einsum_step_us": 500.0}
     row |= {"tokens_per_s": 5000.0, "of_the_floor": 0.25}
     assert "| 2 | 200 us | 5000 | 30% | 300 us, 1.5x | 500 us, 2.5x | 25% |\n" in model.markdown(
@@ -136,7 +204,7 @@ def test_attention_has_no_other_kernels() -> None:
 
 
 def attentions_of_programs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
-    """What the programs of `decoding` will have called for attention, a dict for each."""
+    """What the programs that decode will have called for attention, a dict for each."""
     programs: list[dict[str, int]] = []
 
     def counted(name, function):
@@ -146,13 +214,16 @@ def attentions_of_programs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, in
 
         return call
 
-    def decoding(config, params, *args):
-        counts = {"op": 0, "gather_einsum": 0}
-        programs.append({"one_device": "one_device" in params, **counts})
-        return original(config, params, *args)
+    def program(function):
+        def call(config, params, *args):
+            counts = {"op": 0, "gather_einsum": 0}
+            programs.append({"one_device": "one_device" in params, **counts})
+            return function(config, params, *args)
 
-    original = model.decoding
-    monkeypatch.setattr(model, "decoding", decoding)
+        return call
+
+    for name in ("decoding", "experts_read"):
+        monkeypatch.setattr(model, name, program(getattr(model, name)))
     monkeypatch.setattr(model, "gather_einsum", counted("gather_einsum", model.gather_einsum))
     op = counted("op", mla.flash_mla_with_kvcache)
     monkeypatch.setattr(mla, "flash_mla_with_kvcache", op)

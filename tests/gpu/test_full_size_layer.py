@@ -10,6 +10,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,17 @@ SMALL = V3 | {
     "n_routed_experts": 64,
     "vocab_size": 64,
 }
+# Tensors of 448 MiB and their scales, on a CPU of 42 MiB, which malloc gives back when freed.
+LARGE = V3 | {
+    "moe_intermediate_size": 65536,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LARGE_ON_A_CPU = LARGE | {"moe_intermediate_size": 6144, "num_attention_heads": 8}
+# What XLA may take beside tensors, to compile programs for shapes that are new to it, and to stage.
+XLA_BYTES = {"gpu": 256e6, "cpu": 64e6}
 # Of the norm. In bfloat16 a dozen values in a row, and every weight, are rounded by 2^-9 or less of
 # themselves: 0.01 in all. An expert that is left out is an error of 0.08 and more, and a model
 # without YaRN one of 0.15.
@@ -335,3 +348,43 @@ def test_at_full_size(folder: Path) -> None:
     assert experts.shape == (256, 2048, 7168)
     assert experts.dtype == jnp.bfloat16
     check(folder, params, config, jnp.bfloat16, rng)
+
+
+@pytest.mark.parametrize(
+    ("platform", "config"),
+    [("cpu", LARGE_ON_A_CPU), pytest.param("gpu", LARGE, marks=pytest.mark.gpu)],
+)
+def test_the_hosts_memory(folder: Path, tmp_path: Path, platform: str, config: dict) -> None:
+    """Whoever takes it: at the peak less than two of the largest tensor, beside what XLA may take.
+
+    On a CPU the parameters are there, too.
+    """
+    if not can_reset_peak():
+        pytest.skip("needs the peak of a process's memory, as Linux tells it")
+    sizes = [math.prod(shape) for shape in matrices(config).values()]
+    if platform == "gpu":
+        skip_unless_it_fits(folder, sum(sizes))
+    rng = np.random.default_rng(2)
+    write_checkpoint(tmp_path / "small", SMALL, rng)
+    write_checkpoint(folder, config, rng)
+    script = Path(__file__).with_name("loading_memory.py")
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if platform == "cpu":
+        environment["JAX_PLATFORMS"] = "cpu"
+    command = [sys.executable, str(script), str(tmp_path / "small"), str(folder)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    taken = json.loads(ran.stdout)
+    assert taken["platform"] == platform
+    assert taken["parameters"] > 2 * sum(sizes)  # in bfloat16
+    on_host = taken["parameters"] if platform == "cpu" else 0
+    assert max(sizes) <= taken["peak"] - on_host < 2 * max(sizes) + XLA_BYTES[platform], taken
+
+
+def can_reset_peak() -> bool:
+    """Whether this is Linux, and lets a process set the peak of its memory back."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return "VmHWM:" in Path("/proc/self/status").read_text()
