@@ -12,6 +12,7 @@
 #include "sm90/attention/combine.cuh"
 #include "sm90/attention/launch.cuh"
 #include "sm90/attention/narrow_fp8.cuh"
+#include "sm90/attention/paired.cuh"
 #include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
 
@@ -20,6 +21,11 @@ namespace {
 
 template <typename T, TokenFormat kFormat, int kDim>
 Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
+  if (p.tiles_per_head() % 2 == 0) {
+    using Problem = paired::Problem<SparseCall, kFormat, kDim>;
+    return Launch(paired::Kernel<T, Problem>, grid, Problem::kThreads,
+                  sizeof(paired::SharedMemory<Problem>), 2, stream, p);
+  }
   using Problem = wide::Problem<SparseCall, kFormat, kDim>;
   return Launch(wide::Kernel<T, 1, Problem>, grid, Problem::kThreads,
                 sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});

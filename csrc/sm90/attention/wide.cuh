@@ -911,7 +911,7 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
       walk.Begin(range);
       Stage<Problem> stage(kept);
       if constexpr (!Problem::kSparse) {
-        Fp8Pages source(p, kept.tile, walk);
+        Fp8Pages<> source(p, kept.tile, walk);
         ConvertTokens<TokenFormat::kFp8, 4, 3>(source, stage);
       } else {
         ListedTokens<Problem::kFormat, Problem::kDim> source(p, kept.tile, walk);
