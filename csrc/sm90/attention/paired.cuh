@@ -22,7 +22,7 @@
 //
 // References, sums, partial results and the schedule are those of wide.cuh.
 //
-// Shared memory: Q 72 KB, three stages of K 36 KB each, P 2 x 8 KB, scores 16 KB.
+// Shared memory: Q 72 KB, three stages of K 36 KB each, P 3 x 8 KB, scores 16 KB.
 #pragma once
 
 #include <cmath>
@@ -80,8 +80,9 @@ template <typename Problem>
 struct SharedMemory : RopeColumns<Problem::kRopeApart> {
   alignas(1024) uint8_t q[kGroups][kHalfPanels * kPanelBytes];
   alignas(1024) uint8_t k[kStages][kHalfPanels * kPanelBytes];
-  alignas(1024) uint8_t p[kGroups][kPanelBytes];
-  float4 scores[8][kGroupThreads];  // from the other block, of the owner's rows
+  alignas(1024) uint8_t p[2][kPanelBytes];    // the owner's, of a block and the next
+  alignas(1024) uint8_t p_sent[kPanelBytes];  // from the other block, of the helper's rows
+  float4 scores[8][kGroupThreads];            // from the other block, of the owner's rows
   // From the other block, of the helper's rows:
   float reference[kRowTile];
   float total[2][kRowTile];  // of one sequence and the next
@@ -476,7 +477,9 @@ class Consumer {
   // O += P V for this block's columns.
   template <Role kRole>
   __device__ __forceinline__ void BeginValues(RingPosition ring) {
-    const uint64_t p = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().p[kRole]));
+    const uint8_t* weights =
+        kRole == kOwner ? shared().p[turns_ / kWeights % 2 ^ 1] : shared().p_sent;
+    const uint64_t p = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(weights));
     const uint64_t v =
         ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared().k[ring.stage]));
     ptx::WgmmaFence();
@@ -575,8 +578,8 @@ class Consumer {
     return shared().tiles[group].limit(p_, current().length, shared().query_token(group, 0));
   }
 
-  // x_, this block's part of the scores, becomes p_pairs_, the weights. Returns what O has to be
-  // multiplied with.
+  // x_, this block's part of the scores, becomes the weights, in shared memory: there they are
+  // before the product that is under way is waited for. Returns what O has to be multiplied with.
   __device__ __forceinline__ float2 Weights(int stage, int left) {
     TakeScores();
     ScaleAndMask(stage, left);
@@ -590,32 +593,34 @@ class Consumer {
       subtrahend[h] = updated == -INFINITY ? 0.f : updated;
       sum_[h] *= alpha[h];
     }
+    const uint32_t p = ptx::SmemAddress(shared().p[turns_ / kWeights % 2]);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      // Rounded as the reference was: fused, the highest score would not be exactly 2^0.
-      const float low = ptx::Exp2(x_[2 * i] - subtrahend[i % 2]);
-      const float high = ptx::Exp2(x_[2 * i + 1] - subtrahend[i % 2]);
-      sum_[i % 2] += low + high;
-      p_pairs_[i] = Pack(T{}, low, high);
+    for (int step = 0; step < kPageSize / 16; ++step) {
+      uint32_t piece[4];  // 16 x 16, as wgmma reads its first operand
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // Rounded as the reference was: fused, the highest score would not be exactly 2^0.
+        const float* pair = x_ + 8 * step + 2 * i;
+        const float low = ptx::Exp2(pair[0] - subtrahend[i % 2]);
+        const float high = ptx::Exp2(pair[1] - subtrahend[i % 2]);
+        sum_[i % 2] += low + high;
+        piece[i] = Pack(T{}, low, high);
+      }
+      ptx::StMatrix4(p + PieceOffset(step), piece[0], piece[1], piece[2], piece[3]);
     }
     return {alpha[0], alpha[1]};
   }
 
-  // They go to shared memory, of this block and the other.
+  // They become visible to the tensor cores, and go to the other block.
   __device__ __forceinline__ void SendWeights() {
+    constexpr int kBytes = kOwnRows * 128;
+    const uint32_t p = ptx::SmemAddress(shared().p[turns_ / kWeights % 2]) + warp() * kBytes;
     ptx::MbarrierWait(&shared().p_empty, Turn(kWeights) ^ 1);
-    const uint32_t p = ptx::SmemAddress(shared().p[kOwner]);
-#pragma unroll
-    for (int step = 0; step < kPageSize / 16; ++step) {
-      const uint32_t* piece = p_pairs_ + 4 * step;
-      ptx::StMatrix4(p + PieceOffset(step), piece[0], piece[1], piece[2], piece[3]);
-    }
     ptx::FenceProxyAsync();
     __syncwarp();
-    constexpr int kBytes = kOwnRows * 128;
     if (lane() == 0) {
-      ptx::BulkCopyToCluster(ptx::SmemAddress(shared().p[kHelper]) + warp() * kBytes,
-                             p + warp() * kBytes, kBytes, &shared().p_full, other());
+      ptx::BulkCopyToCluster(ptx::SmemAddress(shared().p_sent) + warp() * kBytes, p, kBytes,
+                             &shared().p_full, other());
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -848,7 +853,6 @@ class Consumer {
   // Of the current block.
   float x_[32];
   float highest_[2];
-  uint32_t p_pairs_[16];
 };
 
 // --- The kernel -----------------------------------------------------------------------------
