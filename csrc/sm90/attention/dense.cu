@@ -8,6 +8,7 @@
 #include "sm90/attention/launch.cuh"
 #include "sm90/attention/narrow.cuh"
 #include "sm90/attention/narrow_fp8.cuh"
+#include "sm90/attention/paired.cuh"
 #include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
 
@@ -85,6 +86,11 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
 }
 
 Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  if (p.tiles_per_head() % 2 == 0) {
+    using Problem = paired::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
+    return Launch(paired::Kernel<__nv_bfloat16, Problem>, grid, Problem::kThreads,
+                  sizeof(paired::SharedMemory<Problem>), 2, stream, p);
+  }
   using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
   return Launch(wide::Kernel<__nv_bfloat16, 1, Problem>, grid, Problem::kThreads,
                 sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});

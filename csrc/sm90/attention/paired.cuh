@@ -221,7 +221,7 @@ template <TokenFormat kFormat, typename Source, typename Target>
 __device__ __forceinline__ void ConvertColumns(Source& source, Target& target) {
   using Lanes = typename Source::Lanes;
   constexpr bool kApart = kFormat == TokenFormat::kFp8Apart;
-  constexpr int kAhead = kApart ? kHalfPanels - 1 : kHalfPanels;  // panels; registers are few
+  constexpr int kAhead = kApart ? kHalfPanels - 2 : kHalfPanels;  // panels; registers are few
   static_assert(Lanes::kTokens == 1);
   struct Block {
     TokenAddress<kFormat> address[1];
