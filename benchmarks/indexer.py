@@ -39,7 +39,7 @@ class Case:
 
     def calls(self) -> int:
         """Different ones in a program."""
-        return max(2, min(8, 2**28 // self.bytes()))
+        return max(2, min(64, 2**28 // self.bytes()))
 
     def bytes(self) -> int:
         """Of the keys, read once."""

@@ -14,7 +14,8 @@ tokens can reach) and the cached tokens, read once at the bandwidth that was mea
 run.
 
 Attention's share is of a step on the device, from a profile: of the kernels that have the op's
-names, its combine included.
+names, its combine included. The step of a few tokens has no combine: what merges the partial
+results there is part of another kernel (docs/kernel.md), and does not count.
 """
 
 from __future__ import annotations

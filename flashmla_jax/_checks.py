@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
@@ -22,6 +23,17 @@ def array(name: str, value: Any, shape: str, dtype: Any = None) -> jax.Array:
     if converted.dtype != value.dtype:
         raise ValueError(f"{name} is {value.dtype}, which JAX would narrow to {converted.dtype}")
     return converted
+
+
+def positive(name: str, value: Any) -> int:
+    """`value` as a number of 1 or more."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number
 
 
 def fewer(size: int, least: int) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from flashmla_jax import reference
-from flashmla_jax._checks import array, fewer
+from flashmla_jax._checks import array, fewer, positive
 from flashmla_jax.cache.layout import (
     DTYPES,
     FP8,
@@ -58,12 +58,12 @@ def get_mla_metadata(
       ValueError: for a malformed argument.
     """
     if topk is not None:
-        _positive("topk", topk)
+        positive("topk", topk)
     cache_seqlens = array("cache_seqlens", cache_seqlens, "[batch]", dtype=jnp.int32)
-    _positive("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
-    _positive("num_heads_k", num_heads_k)
+    positive("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
+    positive("num_heads_k", num_heads_k)
     if num_heads_q is not None:
-        _positive("num_heads_q", num_heads_q)
+        positive("num_heads_q", num_heads_q)
         if num_heads_q % num_heads_k:
             raise ValueError(
                 f"num_heads_q must be a multiple of num_heads_k, got {num_heads_q=}, {num_heads_k=}"
@@ -440,11 +440,6 @@ def _number(name: str, value: Any) -> float:
     ):
         raise ValueError(f"{name} must be finite in float32, also times log2(e), got {number}")
     return number
-
-
-def _positive(name: str, value: int) -> None:
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _check_dtypes(q: jax.Array, pool: jax.Array, is_fp8: bool, name: str = "k_cache") -> None:

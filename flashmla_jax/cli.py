@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,9 @@ from flashmla_jax.models import (
 )
 from flashmla_jax.serve_bench import Load, check_plot, serve
 
+# What a terminal would obey, but for tabs and newlines.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 _DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
 # How far the logits of decoding through the cache may be from those of a forward pass without one,
@@ -43,7 +47,7 @@ _DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.floa
 # experts, which moves the logits of that token much further.
 _TOLERANCES = {"float32": (1e-3, 1e-3), "float16": (0.5, 0.05), "bfloat16": (0.5, 0.1)}
 
-# A small byte-level model, trained with `examples/train_tiny.py --size cpu`.
+# A small byte-level model, trained with `examples/train_tiny.py --size cpu --steps 3200`.
 _DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 _DEMO_PROMPTS = (
     "The ",
@@ -116,7 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("generate", _generate, "Continues prompts with a checkpoint.")
+    sub = command(
+        "generate",
+        _generate,
+        "Continues prompts with a checkpoint. On a terminal, what follows a single --prompt is "
+        "shown as it comes.",
+    )
     _add_model(sub, "the default is bfloat16 on a GPU and float32 on the CPU")
     prompts = sub.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
@@ -332,18 +341,29 @@ def _generate(args: argparse.Namespace) -> int:
         drafter=args.drafter,
         cache_dtype="fp8" if args.fp8_cache else None,
     )
+    stream = None
+    if tokenizer is not None and len(prompts) == 1 and sys.stdout.isatty():
+        stream = tokenizer.stream()
     requests = [
         engine.submit(
-            prompt, args.max_new_tokens, sampling=dataclasses.replace(sampling, seed=args.seed + i)
+            prompt,
+            args.max_new_tokens,
+            sampling=dataclasses.replace(sampling, seed=args.seed + i),
+            on_token=None if stream is None else lambda token: _type(stream.step(token)),
         )
         for i, prompt in enumerate(prompts)
     ]
     _compile(engine, params, config)
     start = time.perf_counter()
-    with _progress("generating"):
+    if stream is None:
+        with _progress("generating"):
+            engine.run()
+    else:
+        _type(f"{'sequence 0':12}")
         engine.run()
+        _type(stream.finish() + "\n")
     seconds = time.perf_counter() - start
-    for i, request in enumerate(requests):
+    for i, request in enumerate(requests if stream is None else []):
         _report_sequence(i, request.prompt, request.tokens, tokenizer)
     stats = engine.stats
     tokens = sum(len(request.tokens) for request in requests)
@@ -600,6 +620,12 @@ def _compile(run: Generation | Engine, params: Params, config: DeepSeekConfig) -
 
 def _report(name: str, value: str) -> None:
     print(f"{name:12}{value}", flush=True)
+
+
+def _type(text: str) -> None:
+    """Prints text where the last one ended, with control characters written out."""
+    text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    print(text, end="", flush=True)
 
 
 def _report_sequence(

@@ -46,7 +46,6 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
     """
     names = (
         *_ffi.TARGETS,
-        _ffi.INDEX_TOPK,
         _ffi.FEW_TOKENS,
         _ffi.FEW_LOGITS,
         *_sharding.TARGETS,

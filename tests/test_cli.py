@@ -1,5 +1,6 @@
 """The `flashmla-jax` command: what it prints, where, and with which exit code."""
 
+import ast
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import safetensors
 
 from flashmla_jax import cli
 from flashmla_jax.config import kernel_on, show_config
+from flashmla_jax.engine import Engine
 from flashmla_jax.generate import Generation
 from flashmla_jax.models import deepseek, load_checkpoint, load_tokenizer
 from flashmla_jax.ops import _ffi
@@ -151,6 +153,9 @@ def test_generate_stops_at_eos(capsys, tmp_path):
     write_config(tmp_path, eos_token_id=int(tokens[3]))
     _, out, _ = run(capsys, "generate", "--checkpoint", tmp_path, *argv)
     assert re.search("new: (.*)", out)[1].split(",") == tokens[: tokens.index(tokens[3]) + 1]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": int(tokens[1])}))
+    _, out, _ = run(capsys, "generate", "--checkpoint", tmp_path, *argv)
+    assert re.search("new: (.*)", out)[1].split(",") == tokens[: tokens.index(tokens[1]) + 1]
 
 
 def test_generate_from_text(capsys, tmp_path):
@@ -176,6 +181,58 @@ def test_generate_from_text(capsys, tmp_path):
     _, numbers, _ = run(capsys, *argv, "--prompt-ids", "9,1,2")
     (ids,) = re.findall("new: (.*)", numbers)
     assert re.findall("new: '(.*)'", text) == [" ".join(f"w{x}" for x in ids.split(","))]
+
+
+def write_tokenizer(folder, tokens):
+    """A tokenizer whose tokens are these bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # others are written after 255
+    others = [byte for byte in range(256) if byte not in letters]
+    names = {byte: chr(byte) for byte in letters}
+    names |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    vocabulary = {names[byte]: i for i, byte in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_generate_shows_text_on_a_terminal_as_it_comes(capsys, monkeypatch, tmp_path):
+    """Whole characters, of which some tokens are parts, and all of them in the end."""
+    write_tokenizer(
+        write_config(tmp_path), [*range(32, 80), *range(0x80, 0xA8), *range(0xC3, 0xCB)]
+    )
+    argv = ["generate", "--checkpoint", tmp_path, "--temperature", 2, "--max-new-tokens", 60]
+    argv += ["--prompt", "ABC"]
+    _, out, _ = run(capsys, *argv)
+    text = ast.literal_eval(re.search("new: (.*)", out)[1])
+    assert any(ord(c) in range(0xC0, 0x300) for c in text)
+
+    seen = []
+    step = Engine.step
+
+    def watched(engine):
+        seen.append(capsys.readouterr().out)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", watched)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, rest, err = run(capsys, *argv)
+    assert code == 0
+    assert seen[0].endswith("\nsequence 0  ")
+    assert "".join(seen[1:]) + rest.partition("\nprompts")[0] == text
+    assert max(map(len, seen[1:])) < 10
+    assert sum(map(bool, seen[1:])) > 20
+    assert re.search("^generated +60 tokens", rest, re.M)
+    assert "generating" not in err
+
+    _, out, _ = run(capsys, *argv, "ABC")  # of two prompts, everything in the end
+    assert out.count("60 new: ") == 2
+
+
+def test_text_on_a_terminal_does_not_command_it(capsys):
+    cli._type("a\tb\n\x1b[2J\x9b\r\u200d\u00e9")
+    assert capsys.readouterr().out == "a\tb\n\\x1b[2J\\x9b\\r\u200d\u00e9"
 
 
 def test_a_failed_check_is_exit_code_1(capsys, monkeypatch):

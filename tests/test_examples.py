@@ -79,6 +79,8 @@ def check_record(path, size, steps, losses):
     assert record["command"] == f"python examples/train_tiny.py --size {size} --steps {steps}"
     assert (results["size"], results["steps"]) == (size, steps)
     assert results["seconds"] > 0
+    sources = ["examples/train_tiny.py", "flashmla_jax/layers", "flashmla_jax/models"]
+    assert record["sources"] == sources
     assert results["loss_on_unseen_text"] == pytest.approx(losses[-1], abs=6e-4)
     assert {"device", "date", "commit", "source_hash", "versions"} <= set(record)
     return record

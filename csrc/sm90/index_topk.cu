@@ -45,10 +45,12 @@ constexpr int kGroupBytes = kDim / kPanel * kPanelBytes;  // of 64 heads of a qu
 constexpr int kScoreThreads = 128;
 constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kMostTokens = 4;  // query tokens of a thread block: a key is read once for all
+constexpr int kGroupShared = kGroupBytes + kHeads * 4;  // with the weights
 template <bool kFp8>
 constexpr int kBlocks = kFp8 ? 4 : 3;  // on a multiprocessor, by their registers
 
 static_assert(kPageSize == 64 && kDim == 128);
+static_assert(kMaxIndexHeads <= kMostTokens * kHeads);  // a token's groups have room, too
 
 struct ScoreShape {
   int tokens;  // query tokens of a tile, which are scored together
@@ -56,7 +58,8 @@ struct ScoreShape {
   int groups;  // of 64 heads
 };
 
-// 0 and -0 are the same; what is no number is higher than all, or lower. Nothing becomes 0.
+// 0 and -0 are the same, and NaN, to which the GPU gives a positive sign, is higher than all. 0 is
+// no score: it fills the end.
 __device__ __forceinline__ uint32_t Ordered(float x) {
   const uint32_t bits = x == 0 ? 0 : __float_as_uint(x);
   return max(bits ^ (bits >> 31 != 0 ? ~0u : 1u << 31), 1u);
@@ -152,7 +155,7 @@ __device__ __forceinline__ int PagesOf(const IndexTopkParams& p, const ScoreShap
   const int end = min(first + shape.tokens, static_cast<int>(p.s));
   int most = 0;
   for (int i = first; i < end; ++i) most = max(most, p.num_visible[sequence * p.s + i]);
-  // Nothing is chosen where all is.
+  // If all visible tokens are chosen, no scores are needed.
   if (most <= p.topk) return 0;
   const int width = static_cast<int>(p.max_pages_per_seq);
   return (min(most, width * kPageSize) + kPageSize - 1) / kPageSize;
@@ -324,7 +327,7 @@ constexpr int kTurn = 128;  // scores that a warp reads with one instruction
 constexpr int kTurnBytes = kChoiceWarps * kTurn * 4;
 constexpr int kMostTurns = 12;  // so many of them are kept in shared memory
 
-// Of a warp, if there are `n` scores.
+// Turns that each warp makes for `n` scores.
 __host__ __device__ constexpr int TurnsOf(int64_t n, int parts) {
   const int64_t at_once = parts * kChoiceWarps * kTurn;
   return static_cast<int>((n + at_once - 1) / at_once);
@@ -514,10 +517,11 @@ Status LaunchScores(const IndexTopkParams& p, int multiprocessors, cudaStream_t 
   shape.tiles = static_cast<int>((p.s + shape.tokens - 1) / shape.tokens);
   const int64_t pages = p.batch * shape.tiles * p.max_pages_per_seq;
   if (pages > INT32_MAX) return {StatusCode::kInvalidArgument, "block_table is too large"};
-  const int bytes = shape.tokens * shape.groups * (kGroupBytes + kHeads * 4);
+  const int bytes = shape.tokens * shape.groups * kGroupShared;
   const int64_t blocks = std::min(kBlocks<kFp8>, kMaxSharedBytes / (bytes + 1024 + 32));
   const dim3 grid(static_cast<unsigned>(std::min(blocks * multiprocessors, pages)));
-  return Launch(ScoreKernel<T, kFp8>, grid, kScoreThreads, bytes, 1, stream, p, shape);
+  return Launch(ScoreKernel<T, kFp8>, grid, kScoreThreads, {bytes, kMostTokens * kGroupShared}, 1,
+                stream, p, shape);
 }
 
 Status LaunchChoice(const IndexTopkParams& p, int multiprocessors, cudaStream_t stream) {
@@ -531,7 +535,8 @@ Status LaunchChoice(const IndexTopkParams& p, int multiprocessors, cudaStream_t 
   }
   const dim3 grid(static_cast<unsigned>(queries * parts));
   const int bytes = std::min(TurnsOf(scores, parts), kMostTurns) * kTurnBytes;
-  return Launch(ChooseKernel, grid, kChoiceThreads, bytes, parts, stream, p, parts);
+  return Launch(ChooseKernel, grid, kChoiceThreads, {bytes, kMostTurns * kTurnBytes}, parts, stream,
+                p, parts);
 }
 
 }  // namespace

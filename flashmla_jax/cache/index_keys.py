@@ -38,14 +38,18 @@ def zeros(shape: tuple[int, ...], head_dim: int, dtype: Any) -> jax.Array:
             f"index_head_dim must make a multiple of {_ALIGNMENT} bytes, got {head_dim} of "
             f"{dtype if is_fp8 else jnp.dtype(dtype)}"
         )
-    if is_fp8:
-        return jnp.zeros((*shape, head_dim + _ALIGNMENT), jnp.uint8)
-    return jnp.zeros((*shape, head_dim), dtype)
+    dtype = jnp.uint8 if is_fp8 else dtype
+    return jnp.zeros((*shape, size_of(head_dim, dtype)), dtype)
+
+
+def size_of(head_dim: int, dtype: Any) -> int:
+    """The size of a key of `head_dim` numbers in a pool of `dtype`, which is uint8 for FP8."""
+    return head_dim + (_ALIGNMENT if dtype == jnp.uint8 else 0)
 
 
 def head_dim_of(pool: jax.Array) -> int:
     """Numbers of a key of a pool [..., size]."""
-    return pool.shape[-1] - (_ALIGNMENT if pool.dtype == jnp.uint8 else 0)
+    return pool.shape[-1] - size_of(0, pool.dtype)
 
 
 def pack(keys: jax.Array, dtype: Any) -> jax.Array:

@@ -8,8 +8,8 @@ each times a weight that the querying token gives to the head:
     score[t] = sum over heads of weight[head] * max(q[head] . key[t], 0)
 
 The `topk` tokens of the highest scores are chosen. Of equal scores, the one at the lower position
-counts as higher, so that the choice is the same wherever and however it is computed. Those that are
-chosen come in the order of their positions.
+counts as higher, so that where scores are exact the choice is the same wherever and however it is
+computed. Those that are chosen come in the order of their positions.
 
 Axes: `batch`; `s` querying tokens; `t` cached ones; `heads` index heads; `head_dim` numbers of one.
 
@@ -133,8 +133,8 @@ def choose(
       q: [batch, s, heads, head_dim].
       weights: float32[batch, s, heads].
       keys: [batch, t, head_dim].
-      num_visible: int32[batch, s]: a query sees the first so many keys; the others may be anything,
-        NaN included. None if it is 0 or less.
+      num_visible: int32[batch, s]: a query sees the first so many keys, which have to be finite,
+        and no key if that is 0 or less; the others may be anything, NaN included.
       topk: how many tokens a query attends to.
       precision: of the products.
 
@@ -153,23 +153,40 @@ def choose_cached(
     topk: int,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """As `choose`, among keys in pages; work and memory grow with the width of the block table.
+    """As `choose`, among keys in pages.
 
-    On a Hopper GPU kernels do it, for up to 256 heads of 128 numbers in bfloat16 or float16.
+    On a Hopper GPU kernels do it, for up to 256 heads of 128 numbers in bfloat16 or float16, and
+    keys in q's dtype or FP8. Their work grows with `num_visible`. Their workspace is 4 bytes for
+    each score that the block table has room for: of as many query tokens at a time as fit 1 GiB, or
+    of one of each sequence. (In programs exported with a symbolic batch or table, of 64 of each
+    sequence; with symbolic `s`, of all.) Elsewhere XLA does it, and work and memory grow with the
+    width of the block table.
+
+    With FP8 keys and q in bfloat16 the kernels multiply in half precision, each head of q in a unit
+    in which its largest number is about 2^14: numbers below about 2^-31 of the largest lose digits,
+    and below about 2^-39 they vanish. Weights take the units out, so a weight times the largest
+    number of its head, times 2^-14, has to be finite in float32.
 
     Args:
       q: [batch, s, heads, head_dim].
       weights: float32[batch, s, heads].
       index_pages: [num_pages, 64, 1, head_dim], or in FP8 as `flashmla_jax.cache.index_keys` says.
-        Products with codes are computed in q's dtype, which holds them exactly.
+        Products with codes are computed in q's dtype, which holds them exactly, or as above.
       block_table: int32[batch, max_pages_per_seq]; unused entries may hold anything, and so may
-        unused pages.
-      num_visible: int32[batch, s]: a query sees the first so many tokens of its sequence.
+        unused pages. Entries in use that are outside the pool are its first or last page.
+      num_visible: int32[batch, s]: a query sees the first so many tokens of its sequence, whose
+        keys have to be finite; more than the table has room for are all of it.
       topk: how many tokens a query attends to.
-      precision: of the products.
+      precision: of the products, where no kernel computes them: a name, a `jax.lax.Precision`, two
+        of them, or a `jax.lax.DotAlgorithmPreset`.
 
     Returns:
       Their positions int32[batch, s, topk], see `choose`.
+
+    Raises:
+      ValueError: for shapes, dtypes and numbers outside the above, at trace time. Tables and
+        `num_visible` may have integers of other dtypes.
+      NotImplementedError: for a `jax.lax.DotAlgorithm`.
     """
     return index_topk.index_topk(q, weights, index_pages, block_table, num_visible, topk, precision)
 

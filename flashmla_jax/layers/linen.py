@@ -39,11 +39,14 @@ class MultiHeadLatentAttention(Methods, nn.Module):
       dtype: of the computation; by default that of the input and parameters together.
       param_dtype: of the parameters.
       precision: of the products.
-      kernel_init: initialises the kernels; may attach partitioning metadata.
+      kernel_init: initialises the kernels; may attach metadata (`nn.with_partitioning`), the same
+        to all.
+      bias_init: initialises the biases; may do so, too.
       use_bias: whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have a bias
         (`attention_bias` in a Hugging Face config).
       kernel_partitioning: axis names of kernels, by projection, for instance those of
-        `mla.head_partitioning`; such kernels are `nn.Partitioned`. By default none is.
+        `mla.head_partitioning`, in place of what `kernel_init` attaches; such kernels are
+        `nn.Partitioned`. By default none is.
       implementation: of attention without or before the cache, see `mha.attention`.
       absorbed: whether the parameters are those of `mla.absorb`.
 
@@ -56,6 +59,7 @@ class MultiHeadLatentAttention(Methods, nn.Module):
     param_dtype: jax.typing.DTypeLike = jnp.float32
     precision: jax.lax.PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
     use_bias: bool = False
     kernel_partitioning: mla.Partitioning | None = None
     implementation: mha.Implementation | None = None
@@ -66,12 +70,14 @@ class MultiHeadLatentAttention(Methods, nn.Module):
         shapes = mla.parameter_shapes(self.config, self.use_bias)
         partitioning = self.kernel_partitioning or {}
         mla.check_partitioning(partitioning, shapes)
-        initializers = {"bias": nn.initializers.zeros_init(), "scale": nn.initializers.ones_init()}
+        initializers = {"bias": self.bias_init, "scale": nn.initializers.ones_init()}
 
         def init(key: jax.Array, name: str) -> dict[str, Any]:
             kernel_init = self.kernel_init
             if name in partitioning:
-                kernel_init = nn.with_partitioning(kernel_init, partitioning[name])
+                kernel_init = nn.with_partitioning(
+                    lambda *args: nn.unbox(self.kernel_init(*args)), partitioning[name]
+                )
             params = {
                 leaf: initializers.get(leaf, kernel_init)(
                     jax.random.fold_in(key, i), shape, self.param_dtype

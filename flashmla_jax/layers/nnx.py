@@ -20,6 +20,7 @@ except ImportError as error:
     ) from error
 
 _LECUN_NORMAL = nnx.initializers.lecun_normal()
+_ZEROS = nnx.initializers.zeros_init()
 
 
 class MultiHeadLatentAttention(Methods, nnx.Module):
@@ -34,12 +35,15 @@ class MultiHeadLatentAttention(Methods, nnx.Module):
       dtype: of the computation; by default that of the input and parameters together.
       param_dtype: of the parameters.
       precision: of the products.
-      kernel_init: initialises the kernels.
+      kernel_init: initialises the kernels; may attach metadata (`nnx.with_partitioning`), the same
+        to all.
+      bias_init: initialises the biases; may do so, too.
       use_bias: whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have a bias
         (`attention_bias` in a Hugging Face config).
       kernel_partitioning: axis names of kernels, by projection, for instance those of
-        `mla.head_partitioning`. They become the `out_sharding` of the parameters, for which Flax
-        wants a mesh to be set (`jax.set_mesh`). By default parameters have no such metadata.
+        `mla.head_partitioning`, in place of what `kernel_init` attaches. They become the
+        `out_sharding` of the parameters, for which Flax wants a mesh to be set (`jax.set_mesh`). By
+        default parameters have no such metadata.
       implementation: of attention without or before the cache, see `mha.attention`.
       rngs: the source of randomness for the initialisers.
 
@@ -55,6 +59,7 @@ class MultiHeadLatentAttention(Methods, nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         kernel_init: Initializer = _LECUN_NORMAL,
+        bias_init: Initializer = _ZEROS,
         use_bias: bool = False,
         kernel_partitioning: mla.Partitioning | None = None,
         implementation: mha.Implementation | None = None,
@@ -75,12 +80,13 @@ class MultiHeadLatentAttention(Methods, nnx.Module):
             else:
                 init = kernel_init
                 if name in partitioning:
-                    init = nnx.with_partitioning(init, partitioning[name])
+                    init = nnx.with_partitioning(_without_metadata(init), partitioning[name])
                 part = nnx.Linear(
                     *shapes["kernel"],
                     use_bias="bias" in shapes,
                     param_dtype=param_dtype,
                     kernel_init=init,
+                    bias_init=bias_init,
                     rngs=rngs,
                 )
             setattr(self, name, part)
@@ -98,6 +104,14 @@ class MultiHeadLatentAttention(Methods, nnx.Module):
 
     def _parameters(self) -> Mapping[str, Any]:
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+
+def _without_metadata(init: Initializer) -> Initializer:
+    def plain(*args: Any) -> Any:
+        value = init(*args)
+        return value.raw_value if isinstance(value, nnx.VariableMetadata) else value
+
+    return plain
 
 
 class _AbsorbedKVB(nnx.Module):

@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from flashmla_jax.layers.indexer import IndexerConfig
-from flashmla_jax.models.deepseek import DeepSeekConfig
+from flashmla_jax.models.deepseek import DeepSeekConfig, read_json_object
 
 Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding] | Mapping[str, Any]
 """Where parameters go, see `load_checkpoint`."""
@@ -78,8 +78,9 @@ def load_checkpoint(
 
     Args:
       path: a folder with `config.json` and either `model.safetensors` or shards and
-        `model.safetensors.index.json`.
-      config: used in place of `config.json`.
+        `model.safetensors.index.json`. Stop tokens also come from `generation_config.json`, if it
+        has that, see `DeepSeekConfig.from_json`.
+      config: used in place of both.
       dtype: of the parameters, whatever that of the file (float32, float16, bfloat16, or DeepSeek's
         FP8 with block scales, multiplied out in float32). The routers' stay float32.
       shardings: where the parameters go, by default to the default device. A
@@ -147,7 +148,7 @@ def save_checkpoint(
 
     Args:
       path: the folder to make; it must not exist, or be empty.
-      config: goes to `config.json`.
+      config: goes to `config.json`, with all stop tokens; there is no `generation_config.json`.
       params: as `load_checkpoint` returns them, float32, float16 or bfloat16; with or without
         `mtp`, of which no copies of embedding and head are written.
       max_shard_size: bytes of tensors per file, which only a tensor larger than that exceeds; a
@@ -597,7 +598,7 @@ class _Checkpoint:
         self._buffer = np.empty(0, np.uint8)
         index = path / _INDEX
         if index.exists():
-            self._file_of: dict[str, str] = _read_json_object(index).get("weight_map", {})
+            self._file_of: dict[str, str] = read_json_object(index).get("weight_map", {})
             files = set(self._file_of.values())
             if missing := sorted(file for file in files if not (path / file).is_file()):
                 raise FileNotFoundError(f"{_INDEX} names files that {path} lacks: {_some(missing)}")
@@ -776,16 +777,6 @@ def _import_safetensors() -> ModuleType:
     except ImportError as error:
         raise ImportError("checkpoints need safetensors: pip install flashmla-jax[hf]") from error
     return safetensors
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
 
 
 def _some(names: list[str]) -> str:

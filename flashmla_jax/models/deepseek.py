@@ -66,6 +66,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -134,6 +135,7 @@ _EXPERT_FIELDS = [
 ]
 _ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc"))
 _LONGCAT_ROUTER = ("softmax", "noaux_tc")
+_GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,15 +307,35 @@ class DeepSeekConfig:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> DeepSeekConfig:
-        """Reads a Hugging Face `config.json`, or the one in folder `path`."""
-        if os.path.isdir(path):
-            path = os.path.join(path, "config.json")
-        with open(path, encoding="utf-8") as file:
-            try:
-                config = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{path} is no JSON: {error}") from error
-        return cls.from_dict(config)
+        """Reads a Hugging Face `config.json`, or the one in folder `path`.
+
+        Of a folder, `generation_config.json` is read too, if there is one: a sequence is to end at
+        any token that either file has as `eos_token_id`. Chats of some models end at one that only
+        the second has. What else is there, the defaults of sampling, is not used: how to sample is
+        said where tokens are generated.
+
+        Raises:
+          ValueError: as `from_dict`; or a file is no JSON, or has an `eos_token_id` that is neither
+            a token's id nor a list of them.
+          NotImplementedError: as `from_dict`.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            return cls.from_dict(read_json_object(path))
+        config = cls.from_dict(read_json_object(path / "config.json"))
+        generation = path / _GENERATION_CONFIG
+        if not generation.is_file():
+            return config
+        contents = read_json_object(generation)
+        try:
+            more = _token_ids("eos_token_id", contents.get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from None
+        stops = _token_ids("eos_token_id", config.eos_token_id)
+        if not set(more) - set(stops):
+            return config
+        stops = tuple(dict.fromkeys((*stops, *more)))
+        return dataclasses.replace(config, eos_token_id=stops[0] if len(stops) == 1 else stops)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> DeepSeekConfig:
@@ -357,8 +379,9 @@ class DeepSeekConfig:
             values.setdefault("scoring_func", "softmax")
             values.setdefault("topk_method", "greedy")
             values.setdefault("norm_topk_prob", False)
+        stops = _token_ids("eos_token_id", values.get("eos_token_id"))
         if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])
+            values["eos_token_id"] = stops
         rope_theta, rope_scaling = _parse_rope(config)
         return cls(**values, rope_theta=rope_theta, rope_scaling=rope_scaling)
 
@@ -385,6 +408,25 @@ class DeepSeekConfig:
             config["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
         architecture = f"{_ARCHITECTURES[self.model_type]}ForCausalLM"
         return {"architectures": [architecture], "hidden_act": "silu", **config}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The contents of a file that must be a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The ids that field `name` of a configuration has: one, several or, as null, none."""
+    ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"{name} must be a token id, a list of them or null, got {value!r}")
+    return ids
 
 
 def _check_model_type(config: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,6 +109,10 @@ class Tokenizer:
         text: str = self._model.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def stream(self) -> TextStream:
+        """For the text of token ids that come one by one, without special tokens."""
+        return TextStream(self.decode)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -178,6 +182,39 @@ class Tokenizer:
             raise ValueError(
                 f"the chat template of {self._source} does not take the messages: {error}"
             ) from error
+
+
+class TextStream:
+    """The text of a sequence, piece by piece; `Tokenizer.stream` makes it.
+
+    All pieces together are what decoding all tokens gives, and no piece ends within a character.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        """Takes what gives the text of token ids."""
+        self._decode = decode
+        self._ids: list[int] = []  # the last ones whose text was given, and those after them
+        self._given = 0  # how many the former are
+
+    def step(self, token: int) -> str:
+        """The text that this token completes; empty if it ends within a character."""
+        self._ids.append(token)
+        return self._take(whole=True)
+
+    def finish(self) -> str:
+        """What was held back, at the end of the sequence."""
+        return self._take(whole=False)
+
+    def _take(self, whole: bool) -> str:
+        text = self._decode(self._ids)
+        if whole and text.endswith("\ufffd"):
+            return ""
+        # What a token looks like may depend on those before it, as a space at the very beginning.
+        new = text[len(self._decode(self._ids[: self._given])) :]
+        if new:
+            self._ids = self._ids[self._given :]
+            self._given = len(self._ids)
+        return new
 
 
 def _default_template(template: Any) -> str | None:

@@ -43,7 +43,7 @@ _REPLICATED = xla.OpSharding.Type.REPLICATED
 TARGETS: list[str] = []
 VERSION = "v2"
 # Of what `_partition` makes of them. It is in the program, so that compilation caches know.
-_REVISION = 1
+_REVISION = 2
 
 Axes = tuple[str, ...]
 

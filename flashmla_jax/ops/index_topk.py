@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
+from flashmla_jax._checks import array, fewer, positive
 from flashmla_jax.cache import index_keys
-from flashmla_jax.cache.layout import PAGE_SIZE
+from flashmla_jax.cache.layout import DTYPES, PAGE_SIZE
 from flashmla_jax.ops import _ffi, _sharding
 
 # How many products of a head and a key XLA computes at a time, 4 bytes each.
 _AT_A_TIME = 2**26
 # And how many scores the kernels have room for.
 _SCORES_AT_A_TIME = 2**28
+# Of how many query tokens of a sequence, where sizes that are symbolic leave that open.
+_QUERIES_AT_A_TIME = 64
 
 # What the kernels are built for; csrc/params.h has the same numbers.
 HEAD_DIM = 128
@@ -36,12 +39,51 @@ def index_topk(
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Binds the primitive; see `layers.indexer.choose_cached`. A choice has no derivative."""
+    q = array("q", q, "[batch, s, heads, head_dim]")
+    weights = array("weights", weights, "[batch, s, heads]")
+    index_pages = array("index_pages", index_pages, "[num_pages, 64, 1, n]")
+    block_table = array("block_table", block_table, "[batch, max_pages_per_seq]")
+    num_visible = array("num_visible", num_visible, "[batch, s]")
+    topk = positive("topk", topk)
+    batch, s, heads, head_dim = q.shape
+
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+    if fewer(heads, 1):
+        raise ValueError(f"q must hold a head, got shape {q.shape}")
+    if weights.shape != q.shape[:-1]:
+        raise ValueError(f"weights must be like q's {q.shape[:-1]}, got shape {weights.shape}")
+    if index_pages.dtype not in (*DTYPES, jnp.uint8):
+        raise ValueError(
+            f"index_pages must be bfloat16, float16, float32 or uint8, got {index_pages.dtype}"
+        )
+    key = index_keys.size_of(head_dim, index_pages.dtype)
+    if index_pages.shape[1:] != (PAGE_SIZE, 1, key):
+        raise ValueError(
+            f"index_pages must be [num_pages, {PAGE_SIZE}, 1, {key}] in {index_pages.dtype} with "
+            f"{head_dim=}, got shape {index_pages.shape}"
+        )
+    if fewer(index_pages.shape[0], 1):
+        raise ValueError(f"index_pages must hold a page, got shape {index_pages.shape}")
+    if block_table.shape[0] != batch:
+        raise ValueError(
+            f"block_table must be [batch, max_pages_per_seq] with {batch=}, "
+            f"got shape {block_table.shape}"
+        )
+    if num_visible.shape != (batch, s):
+        raise ValueError(
+            f"num_visible must be [batch, s] with {batch=} and {s=}, got shape {num_visible.shape}"
+        )
+    for name, value in {"block_table": block_table, "num_visible": num_visible}.items():
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {value.dtype}")
+
     weights = weights.astype(jnp.float32)
     operands = [jax.lax.stop_gradient(x) for x in (q, weights, index_pages)]
     (positions,) = index_topk_p.bind(
         *operands,
-        jnp.asarray(block_table, jnp.int32),
-        jnp.asarray(num_visible, jnp.int32),
+        block_table.astype(jnp.int32),
+        num_visible.astype(jnp.int32),
         topk=topk,
         precision=_name(precision),
         mapped=(),
@@ -51,11 +93,23 @@ def index_topk(
 
 def _name(precision: Any) -> Any:
     """A precision as a literal, which jax takes too: programs have it in writing."""
-    if isinstance(precision, tuple):
-        return tuple(_name(x) for x in precision)
+    if precision is None or isinstance(precision, str):
+        return precision
     if isinstance(precision, jax.lax.Precision):
         return precision.name.lower()
-    return getattr(precision, "name", precision)
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return precision.name
+    if isinstance(precision, jax.lax.DotAlgorithm):
+        raise NotImplementedError(
+            "precision must be a name, a jax.lax.Precision or a jax.lax.DotAlgorithmPreset, "
+            f"got {precision}"
+        )
+    if isinstance(precision, (list, tuple)) and len(precision) == 2:
+        return tuple(_name(x) for x in precision)
+    raise ValueError(
+        "precision must be a name, a jax.lax.Precision, two of them, or a "
+        f"jax.lax.DotAlgorithmPreset, got {precision!r}"
+    )
 
 
 # --- Abstract evaluation ---------------------------------------------------------------------
@@ -114,15 +168,20 @@ def top_k(scores: jax.Array, num_visible: jax.Array, topk: int) -> jax.Array:
     Args:
       scores: float32[..., t].
       num_visible: int32[...]: only the first so many can be chosen, and others may be anything.
+        More than t are all.
       topk: how many are.
 
     Returns:
       int32[..., topk], in their order; -1 at the end where there are fewer.
     """
     tokens = scores.shape[-1]
+    num_visible = jnp.minimum(num_visible, jnp.asarray(tokens, jnp.int32))
     visible = jnp.arange(tokens, dtype=jnp.int32) < num_visible[..., None]
-    # For the comparison, -0 is less than 0; and of what is -inf, what is visible comes first.
-    scores = jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    # For the comparison, -0 is less than 0, and NaN with a negative sign less than all: without, it
+    # is higher than all. Of what is -inf, what is visible comes first.
+    scores = jnp.where(scores == 0, 0.0, scores)
+    scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
+    scores = jnp.where(visible, scores, -jnp.inf)
     if is_symbolic_dim(tokens) or tokens < topk:
         added = topk if is_symbolic_dim(tokens) else topk - tokens
         widths = [(0, 0)] * (scores.ndim - 1) + [(0, added)]
@@ -200,7 +259,8 @@ def reference(
     def of_sequence(
         q: jax.Array, weights: jax.Array, table: jax.Array, num_visible: jax.Array
     ) -> jax.Array:
-        rows = index_pages.at[table].get(mode="clip")
+        # What is outside the pool is its first or last page, as for the kernels.
+        rows = index_pages[jnp.clip(table, 0, index_pages.shape[0] - 1)]
         rows = rows.reshape(table.shape[0] * PAGE_SIZE, index_pages.shape[-1])
         keys, scales = index_keys.unpack(rows, q.dtype)
         return _choose(q.astype(keys.dtype), weights, keys, num_visible, topk, precision, scales)
@@ -219,20 +279,26 @@ def _call_cuda(*operands: jax.Array, topk: int, **params: Any) -> list[jax.Array
         q.dtype in (jnp.bfloat16, jnp.float16)
         and index_pages.dtype in (q.dtype, jnp.uint8)
         and head_dim == HEAD_DIM
+        and not is_symbolic_dim(heads)
         and heads <= MAX_HEADS
-        and index_pages.shape[0] != 0
         and block_table.shape[1] != 0
+        and s != 0
     )
     if not fits:
         return reference(*operands, topk=topk, **params)
     tokens = block_table.shape[1] * PAGE_SIZE
-    if any(is_symbolic_dim(n) for n in (batch, s, tokens)):
-        step = s
+    # The workspace is bounded by taking some query tokens after the others. If there are s of them,
+    # a symbol, it is not: a program has as many calls wherever it runs.
+    if is_symbolic_dim(s):
+        parts = [slice(None)]
     else:
-        step = min(max(_SCORES_AT_A_TIME // max(batch * tokens, 1), 1), max(s, 1))
+        if is_symbolic_dim(batch) or is_symbolic_dim(tokens):
+            step = _QUERIES_AT_A_TIME
+        else:
+            step = max(_SCORES_AT_A_TIME // max(batch * tokens, 1), 1)
+        parts = [slice(first, first + step) for first in range(0, s, step)]
     pieces = []
-    for first in range(0, s, step) if not is_symbolic_dim(s) else (0,):
-        part = slice(first, None if step is s else first + step)
+    for part in parts:
         shape = (batch, q[:, part].shape[1])
         call = jax.ffi.ffi_call(
             _ffi.INDEX_TOPK,

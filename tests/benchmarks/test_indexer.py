@@ -36,5 +36,11 @@ def test_what_is_measured_is_the_choice(fp8: bool, monkeypatch: pytest.MonkeyPat
                 assert len(set(positions.tolist())) == 50
 
 
+def test_calls_read_from_memory() -> None:
+    """Their keys are more than an L2 cache of 50 MiB holds, and no more than 5 GB."""
+    for case in indexer.CASES:
+        assert 60 * 2**20 < case.calls() * case.bytes() < 5e9
+
+
 def test_names_are_different() -> None:
     assert len({str(case) for case in indexer.CASES}) == len(indexer.CASES)

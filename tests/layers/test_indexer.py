@@ -152,6 +152,38 @@ def test_top_k_is_exact_and_ties_are_broken_by_position(tokens):
     np.testing.assert_array_equal(positions, wanted_positions(scores, num_visible))
 
 
+def test_nan_is_higher_than_all():
+    """Whatever its sign, so that what is hidden is never chosen instead."""
+    bits = np.zeros((1, 40), np.float32).view(np.uint32)
+    bits[0, [5, 30]], bits[0, [9, 31]] = 0xFFC00000, 0x7FC00000
+    scores = bits.view(np.float32)
+    scores[0, 7], scores[0, 8] = np.inf, -np.inf
+    chosen = jax.jit(index_topk.top_k, static_argnums=2)
+    for topk, wanted in ((1, [5]), (3, [5, 7, 9]), (10, [*range(8), 9, 10]), (20, range(20))):
+        np.testing.assert_array_equal(chosen(scores, np.array([20]), topk), [list(wanted)])
+
+
+def test_keys_whose_scores_are_not_finite():
+    """Of two heads, one gives inf and one -inf: that is NaN, of which x86 makes one with a sign."""
+    q = np.zeros((1, 1, 2, DIM), np.float32)
+    q[..., 0] = 1
+    keys = np.zeros((1, 60, DIM), np.float32)
+    keys[0, [3, 20], 0] = np.inf
+    weights = np.array([[[1, -1]]], np.float32)
+    visible = np.array([[24]])
+    chosen = jax.jit(indexer.choose, static_argnums=4)(q, weights, keys, visible, 2)
+    np.testing.assert_array_equal(chosen[0, 0], [3, 20])
+    chosen = jax.jit(indexer.choose, static_argnums=4)(q, weights, keys, visible, 24)
+    np.testing.assert_array_equal(chosen[0, 0], np.arange(24))
+
+
+def test_more_visible_than_there_are():
+    scores = np.zeros((1, 64), np.float32)
+    for topk in (64, 70, 300):
+        positions = index_topk.top_k(scores, np.array([200]), topk)
+        np.testing.assert_array_equal(positions, [[*range(64), *[-1] * (topk - 64)]])
+
+
 @pytest.mark.parametrize("at_a_time", [None, 1, HEADS * 100, 3 * HEADS * 100, 100 * HEADS * 100])
 def test_choose_is_exact(monkeypatch, at_a_time):
     """Whether all queries are looked at together, or some, or one, or some sequences."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import sys
 
 import jax
@@ -79,11 +80,17 @@ def test_attributes():
         param_dtype=jnp.float16,
         precision=jax.lax.Precision.HIGHEST,
         kernel_init=nn.with_partitioning(nn.initializers.zeros_init(), (None, "heads")),
+        bias_init=nn.with_partitioning(nn.initializers.constant(0.5), ("heads",)),
+        use_bias=True,
     )
     variables = jax.jit(layer.init)(jax.random.key(0), X)
     kernel = variables["params"]["kv_b_proj"]["kernel"]
     assert kernel.names == (None, "heads")
     assert not kernel.value.any()
+    for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+        bias = variables["params"][name]["bias"]
+        assert bias.names == ("heads",)
+        assert (bias.value == 0.5).all()
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float16)}
     assert jax.eval_shape(layer.apply, variables, X).dtype == jnp.bfloat16
 
@@ -106,6 +113,13 @@ def test_partitioning_is_metadata_on_request():
     assert {type(leaf) for leaf in jax.tree.leaves(plain, is_leaf=is_boxed)} == {
         jax.ShapeDtypeStruct
     }
+    kernel_init = nn.with_partitioning(nn.initializers.ones_init(), (None, "width"))
+    both = layer.clone(kernel_init=kernel_init)
+    both = jax.eval_shape(both.init, jax.random.key(0), X)
+    specs = nn.get_partition_spec(both)["params"]
+    for name in specs.keys() - {"q_a_layernorm", "kv_a_layernorm"}:
+        assert specs[name]["kernel"] == P(*partitioning.get(name, (None, "width")))
+
     wrong = MultiHeadLatentAttention(CONFIG, kernel_partitioning={"q_proj": (None, "heads")})
     with pytest.raises(ValueError, match=r"kernel_partitioning must .* got 'q_proj'"):
         jax.eval_shape(wrong.init, jax.random.key(0), X)
@@ -178,6 +192,71 @@ def test_whole_sequences_are_differentiable(trained):
     layer, variables, _ = trained
     grads = jax.jit(jax.grad(lambda v: jnp.sum(layer.apply(v, X[:1, :5]) ** 2)))(variables)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+def test_gradients_are_those_of_the_nnx_module(trained):
+    layer, variables, _ = trained
+    graphdef, state = flax_nnx.split(
+        flax_nnx.eval_shape(
+            lambda: nnx.MultiHeadLatentAttention(CONFIG, use_bias=True, rngs=flax_nnx.Rngs(0))
+        )
+    )
+    flax_nnx.replace_by_pure_dict(state, variables["params"])
+    other = flax_nnx.merge(graphdef, state)
+    x = X[:, :9]
+
+    def loss(out):
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+    grads = jax.jit(jax.grad(lambda v: loss(layer.apply(v, x))))(variables)["params"]
+    want = flax_nnx.jit(flax_nnx.grad(lambda module: loss(module(x))))(other)
+    want = flax_nnx.to_pure_dict(want)
+    assert jax.tree.structure(grads) == jax.tree.structure(want)
+    for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        assert jnp.abs(got).max() > 0
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- Layers in a scan --------------------------------------------------------------------------
+
+LAYERS = 2
+
+
+class Block(nn.Module):
+    """The body of a scan over layers, which carries what they add to."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + MultiHeadLatentAttention(CONFIG, name="attention")(x), None
+
+
+def test_scan_over_layers_without_a_cache():
+    """Values and gradients are those of the layers one by one."""
+    x = X[:1, :9]
+    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+    params = jax.jit(stack().init)(jax.random.key(0), x, None)["params"]["attention"]
+    kernel = params["kv_b_proj"]["kernel"]
+    assert kernel.shape == (LAYERS, 512, 2 * 24)
+    assert len({float(first) for first in kernel[:, 0, 0]}) == LAYERS
+    layer = MultiHeadLatentAttention(CONFIG)
+
+    def scanned(params):
+        out, _ = stack().apply({"params": {"attention": params}}, x, None)
+        return jnp.sum(out**2)
+
+    def unrolled(params):
+        out = x
+        for i in range(LAYERS):
+            one = jax.tree.map(operator.itemgetter(i), params)
+            out = out + layer.apply({"params": one}, out)
+        return jnp.sum(out**2)
+
+    value, grads = jax.jit(jax.value_and_grad(scanned))(params)
+    want, want_grads = jax.jit(jax.value_and_grad(unrolled))(params)
+    assert value == pytest.approx(float(want), rel=1e-5)
+    for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        assert jnp.abs(got).max() > 0
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_says_what_to_install_without_flax(monkeypatch):

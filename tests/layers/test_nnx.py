@@ -65,11 +65,14 @@ def test_constructor_keywords():
         param_dtype=jnp.float16,
         precision=jax.lax.Precision.HIGHEST,
         kernel_init=nnx.initializers.zeros_init(),
-        use_bias=False,
+        bias_init=nnx.initializers.constant(0.5),
+        use_bias=True,
         rngs=nnx.Rngs(0),
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.float16)}
     assert not layer.kv_b_proj.kernel[...].any()
+    for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+        assert (getattr(layer, name).bias[...] == 0.5).all()
     assert jax.eval_shape(layer, jnp.ones((1, 3, 20))).dtype == jnp.bfloat16
 
 
@@ -187,6 +190,38 @@ def test_partitioning_is_metadata_on_request():
         MultiHeadLatentAttention(
             CONFIG, kernel_partitioning={"q_proj": (None, "heads")}, rngs=nnx.Rngs(0)
         )
+
+
+def test_initialisers_may_attach_partitioning():
+    """To all kernels or biases the same; `kernel_partitioning` is in its place, by projection."""
+    kernels = nnx.with_partitioning(nnx.initializers.ones_init(), (None, "heads"))
+    biases = nnx.with_partitioning(nnx.initializers.ones_init(), ("heads",))
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def specs(**partitioning):
+        layer = MultiHeadLatentAttention(
+            CONFIG,
+            kernel_init=kernels,
+            bias_init=biases,
+            use_bias=True,
+            rngs=nnx.Rngs(0),
+            **partitioning,
+        )
+        kernel = layer.kv_b_proj.kernel[...]
+        assert (kernel == 1).all()
+        assert kernel.sharding.spec == P(None, "heads")
+        state = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(layer)))
+        absorbed = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(layer.absorb())))
+        assert absorbed["kv_b_proj"] == dict.fromkeys(["w_uk", "w_uv"], P("heads", None, None))
+        return state
+
+    with jax.set_mesh(mesh):
+        plain = specs()
+        named = specs(kernel_partitioning={"o_proj": ("heads", None)})
+    for leaves in plain.values():
+        expected = {"kernel": P(None, "heads"), "bias": P("heads"), "scale": P()}
+        assert leaves == {leaf: expected[leaf] for leaf in leaves}
+    assert named == {**plain, "o_proj": {"kernel": P("heads", None), "bias": P("heads")}}
 
 
 def test_implementation_is_handed_on(trained):

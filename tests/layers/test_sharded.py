@@ -21,6 +21,9 @@ from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import MLAConfig, mla
 
 nnx = pytest.importorskip("flax.nnx")
+from flax import linen as nn  # noqa: E402
+
+from flashmla_jax.layers import linen  # noqa: E402
 from flashmla_jax.layers.nnx import MultiHeadLatentAttention  # noqa: E402
 
 CONFIG = MLAConfig(
@@ -112,5 +115,70 @@ def test_gradients_are_sharded_as_the_parameters(layer, mesh, on_one_device):
     for name, axes in PARTITIONING.items():
         want_sharding = NamedSharding(mesh, P(*axes))
         assert grads[name]["kernel"].sharding.is_equivalent_to(want_sharding, ndim=2)
+    for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- The Linen module -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_linen(mesh):
+    """The layer, and its variables where their names say, which they are initialised to."""
+    layer = linen.MultiHeadLatentAttention(CONFIG, kernel_partitioning=PARTITIONING)
+    init = functools.partial(layer.init, jax.random.key(0))
+    shardings = nn.get_sharding(jax.eval_shape(init, X), mesh)
+    return layer, nn.unbox(jax.jit(init, out_shardings=shardings)(X))
+
+
+@meshes
+def test_linen_decodes(of_linen, mesh):
+    """A prompt and then a token: the only word between devices is the sum after `o_proj`."""
+    layer, variables = of_linen
+    on_one = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), variables["params"])
+    want = jax.jit(mla.prefill, static_argnums=1)(on_one, CONFIG, X)[0]
+    serving = layer.clone(absorbed=True)
+    absorb = jax.jit(functools.partial(mla.absorb, config=CONFIG))
+    absorbed = {"params": absorb(variables["params"])}
+    assert absorbed["params"]["kv_b_proj"]["w_uk"].addressable_shards[3].data.shape == (1, 512, 8)
+    cache = PagedKVCache.create(
+        num_layers=1, num_pages=4, batch=2, max_pages_per_seq=2, dtype=jnp.float32
+    )
+    cache, x = jax.device_put((cache, X), NamedSharding(mesh, P()))
+    begin = 0
+    for module, weights, method, count in (
+        (layer, variables, "prefill_into_cache", 70),
+        (serving, absorbed, "decode", 1),
+    ):
+        end = begin + count
+        cache, ok = jax.jit(PagedKVCache.allocate)(cache, np.full(2, count))
+        assert ok.all()
+        step = jax.jit(functools.partial(module.apply, method=method))
+        compiled = step.lower(weights, x[:, begin:end], cache).compile()
+        assert collectives(compiled) == ["all-reduce"]
+        out, cache = compiled(weights, x[:, begin:end], cache)
+        np.testing.assert_allclose(out, want[:, begin:end], atol=3e-6)
+        begin = end
+
+
+@meshes
+def test_linen_gradients_are_sharded_as_the_parameters(of_linen, mesh):
+    layer, variables = of_linen
+    x = X[:, :10]
+
+    def loss(variables, x):
+        return jnp.sum(layer.apply(variables, x) ** 2)
+
+    def loss_on_one(params):
+        return jnp.sum(mla.prefill(params, CONFIG, x)[0] ** 2)
+
+    grads = jax.jit(jax.grad(loss))(variables, jax.device_put(x, NamedSharding(mesh, P())))
+    grads = grads["params"]
+    for name, axes in PARTITIONING.items():
+        wanted = NamedSharding(mesh, P(*axes))
+        assert variables["params"][name]["kernel"].sharding.is_equivalent_to(wanted, ndim=2)
+        assert grads[name]["kernel"].sharding.is_equivalent_to(wanted, ndim=2)
+    on_one = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), variables["params"])
+    want = jax.jit(jax.grad(loss_on_one))(on_one)
     for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)

@@ -510,6 +510,22 @@ def weight_map(folder: Path) -> dict[str, str]:
     return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
+def test_stop_tokens_are_those_of_both_files_and_are_written(single, tmp_path, params):
+    """Chats of Kimi-K2 end at a token that `config.json` has not."""
+    file = single / "generation_config.json"
+    (single / "config.json").write_text(json.dumps({**CONFIG.to_dict(), "eos_token_id": 8}))
+    assert load_checkpoint(single)[0].eos_token_id == 8
+    file.write_text(json.dumps({"eos_token_id": 9, "temperature": 0.6}))
+    config, _ = load_checkpoint(single)
+    assert config == dataclasses.replace(CONFIG, eos_token_id=(8, 9))
+    assert load_checkpoint(single, CONFIG)[0] == CONFIG
+    save_checkpoint(tmp_path / "again", config, params)
+    assert load_checkpoint(tmp_path / "again")[0] == config
+    file.write_text(json.dumps({"eos_token_id": ["9"]}))
+    with pytest.raises(ValueError, match=rf"{file}: eos_token_id must be .* got \['9'\]"):
+        load_checkpoint(single)
+
+
 # --- What is refused -----------------------------------------------------------------------------
 
 

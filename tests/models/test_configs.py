@@ -1,4 +1,9 @@
-"""The `config.json` of published models: configs/ has their fields, extra ones included."""
+"""The configurations of published models.
+
+configs/ has the fields of their `config.json` that the library reads, and some beside them that it
+does not. Of which revision or date they are is not recorded, and they need not be the files as they
+were published.
+"""
 
 from __future__ import annotations
 

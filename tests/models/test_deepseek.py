@@ -274,6 +274,50 @@ def test_config_file_that_is_no_json(tmp_path):
         DeepSeekConfig.from_json(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        (1, {}, 1),
+        (1, {"eos_token_id": None, "temperature": 0.3}, 1),
+        (1, {"eos_token_id": 1}, 1),
+        (1, {"eos_token_id": []}, 1),
+        (1, {"eos_token_id": 2}, (1, 2)),
+        (1, {"eos_token_id": [2, 1]}, (1, 2)),
+        (None, {"eos_token_id": 2}, 2),
+        (None, {"eos_token_id": [2, 3]}, (2, 3)),
+        ([4, 5], {"eos_token_id": [5, 6, 0]}, (4, 5, 6, 0)),
+    ],
+)
+def test_stop_tokens_of_a_folder_are_those_of_both_files(tmp_path, ours, theirs, expected):
+    contents = {**V3_JSON, "eos_token_id": ours}
+    config = DeepSeekConfig.from_dict(contents)
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    assert DeepSeekConfig.from_json(tmp_path) == config
+    (tmp_path / "generation_config.json").write_text(json.dumps(theirs))
+    assert DeepSeekConfig.from_json(tmp_path) == dataclasses.replace(config, eos_token_id=expected)
+    assert DeepSeekConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("{", r"^[^:]*/generation_config\.json is no JSON"),
+        ("[]", r"^[^:]*/generation_config\.json holds no JSON object"),
+        ('{"eos_token_id": "</s>"}', r"generation_config\.json: eos_token_id must .* got '</s>'"),
+        ('{"eos_token_id": [1, 2.0]}', r"generation_config\.json: .* got \[1, 2\.0\]"),
+        ('{"eos_token_id": true}', r"generation_config\.json: .* got True"),
+        ('{"eos_token_id": -1}', r"generation_config\.json: .* got -1"),
+    ],
+)
+def test_stop_tokens_that_are_none(tmp_path, contents, message):
+    (tmp_path / "config.json").write_text(json.dumps(V3_JSON))
+    (tmp_path / "generation_config.json").write_text(contents)
+    with pytest.raises(ValueError, match=message):
+        DeepSeekConfig.from_json(tmp_path)
+    with pytest.raises(ValueError, match=r"eos_token_id must be a token id.* got 'x'"):
+        DeepSeekConfig.from_dict({**V3_JSON, "eos_token_id": "x"})
+
+
 def test_config_of_v2_without_router_fields():
     contents = {**V2_JSON, "n_group": None, "topk_group": None}
     for name in ("scoring_func", "topk_method", "norm_topk_prob"):

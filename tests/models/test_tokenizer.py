@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -184,3 +186,38 @@ def test_packages_that_are_missing(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"needs the tokenizers package: pip install"):
         load_tokenizer(folder)
+
+
+# --- Text that comes in pieces -------------------------------------------------------------------
+
+
+def test_stream_gives_whole_characters(folder):
+    """When Python's own decoder of UTF-8 gives them."""
+    tokenizer = load_tokenizer(folder)
+    text = "a \u00e9 \u20ac\U0001d11e\n" + "".join(map(chr, range(0x7F0, 0x810)))
+    stream, utf8 = tokenizer.stream(), codecs.getincrementaldecoder("utf-8")()
+    for token, byte in zip(tokenizer.encode(text)[1:], text.encode(), strict=True):
+        assert stream.step(token) == utf8.decode(bytes([byte]))
+    assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stream_gives_all_that_decoding_gives(folder, seed):
+    """Of any tokens, which need not be text: special ones, and halves of characters."""
+    tokenizer = load_tokenizer(folder)
+    ids = random.Random(seed).choices(range(tokenizer.vocab_size), k=300)
+    stream = tokenizer.stream()
+    pieces = [stream.step(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+    assert sum(map(bool, pieces)) > 100
+
+
+def test_stream_of_words(folder):
+    """The first of them has no space before it."""
+    vocabulary = {"\u2581two": 0, "\u2581words": 1, "!": 2}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="!"))
+    model.decoder = tokenizers.decoders.Metaspace()
+    model.save(str(folder / "tokenizer.json"))
+    stream = load_tokenizer(folder).stream()
+    assert [stream.step(token) for token in (0, 1, 2, 0)] == ["two", " words", "!", " two"]
+    assert stream.finish() == ""

@@ -36,12 +36,21 @@ inline Status FindDevice(int* multiprocessors) {
   return {};
 }
 
+// Dynamic shared memory of a launch, and the most that any launch of the kernel has. Threads that
+// launch it at the same time all ask for the most, so that none lowers what another one needs.
+struct SharedBytes {
+  SharedBytes(int bytes) : SharedBytes(bytes, bytes) {}
+  SharedBytes(int bytes, int most) : bytes(bytes), most(most) {}
+
+  int bytes, most;
+};
+
 // The kernel may start while the one before it in the stream ends: it waits where it has to.
 template <typename... Parameters, typename... Arguments>
-Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
-              cudaStream_t stream, const Arguments&... arguments) {
+Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, SharedBytes shared,
+              int cluster, cudaStream_t stream, const Arguments&... arguments) {
   cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared.most);
   if (error != cudaSuccess) return Failed("shared memory", error);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -51,7 +60,7 @@ Status Launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = shared.bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = cluster > 1 ? 2 : 1;
