@@ -313,7 +313,10 @@ class Consumer {
 
   __device__ __forceinline__ void Run(const Range& range) {
     segments().Begin(range);
-    if (segments().done()) Leave();
+    if (segments().done()) {
+      Leave();
+      ptx::ClusterArrive();
+    }
     RingPosition ring;
     while (segments().Next(p_, tile())) {
       Begin();
@@ -324,16 +327,16 @@ class Consumer {
       } else {
         Help(ring);
       }
-      if (segments().done()) Leave();
-      Finish();
+      const bool last = segments().done();
+      if (last) Leave();
+      Finish(last);
     }
   }
 
  private:
   static constexpr bool kSparse = Problem::kSparse;
 
-  // Nothing more goes from this block to the other of the cluster but sums, for which that waits;
-  // and the next kernel's blocks may come when this one's have ended.
+  // All tokens are read: the next kernel's blocks may come when this one's have ended.
   __device__ __forceinline__ void Leave() { ptx::LetNextKernelStart(); }
 
   // Takes in the query rows of a sequence; rows that do not exist become zero.
@@ -386,9 +389,10 @@ class Consumer {
 #pragma unroll 1
     for (; left > 1; --left) {
       const RingPosition next = Next(ring);
-      SendWeights();
+      ptx::MbarrierWait(&shared().full[next.stage], next.parity);
+      SendWeights();  // its fence is for the next tokens, too
       Clean(ring.stage, left);
-      BeginScores<kOwner>(next);
+      MultiplyKeys<kOwner>(next);
       BeginValues<kOwner>(ring);
       ptx::WgmmaWait<1>();  // the next scores are there
       const float2 alpha = Weights(next.stage, left - 1);
@@ -445,8 +449,13 @@ class Consumer {
   __device__ __forceinline__ void BeginScores(RingPosition ring) {
     ptx::MbarrierWait(&shared().full[ring.stage], ring.parity);
     ptx::FenceProxyAsync();  // what threads have written, or copied, becomes visible
+    MultiplyKeys<kRole>(ring);
+  }
+  template <Role kRole>
+  __device__ __forceinline__ void MultiplyKeys(RingPosition ring) {
+    const uint32_t stage = ptx::Uniform(ring.stage);
     const uint64_t q = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().q[kRole]));
-    const uint64_t k = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().k[ring.stage]));
+    const uint64_t k = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(shared().k[stage]));
     ptx::WgmmaFence();
 #pragma unroll
     for (int panel = 0; panel < kHalfPanels; ++panel) {
@@ -464,7 +473,7 @@ class Consumer {
       const uint64_t q_rope =
           ptx::Descriptor<ptx::KMajor64>(ptx::SmemAddress(shared().q_rope[kRole]));
       const uint64_t k_rope =
-          ptx::Descriptor<ptx::KMajor64>(ptx::SmemAddress(shared().k_rope[ring.stage]));
+          ptx::Descriptor<ptx::KMajor64>(ptx::SmemAddress(shared().k_rope[stage]));
 #pragma unroll
       for (int step = 0; step < kRopeColumns / 16; ++step) {
         ptx::WgmmaM64N64<T>(x_, ptx::Advance(q_rope, step * 32), ptx::Advance(k_rope, step * 32),
@@ -477,11 +486,11 @@ class Consumer {
   // O += P V for this block's columns.
   template <Role kRole>
   __device__ __forceinline__ void BeginValues(RingPosition ring) {
-    const uint8_t* weights =
-        kRole == kOwner ? shared().p[turns_ / kWeights % 2 ^ 1] : shared().p_sent;
+    const uint32_t stage = ptx::Uniform(ring.stage), turn = ptx::Uniform(turns_ / kWeights % 2);
+    const uint8_t* weights = kRole == kOwner ? shared().p[turn ^ 1] : shared().p_sent;
     const uint64_t p = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(weights));
     const uint64_t v =
-        ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared().k[ring.stage]));
+        ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared().k[stage]));
     ptx::WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
@@ -673,7 +682,7 @@ class Consumer {
 
   // Writes this block's columns of the result of a sequence, or of the part of it that this range
   // holds. Each warp takes its rows through their place in Q, so that they leave as whole lines.
-  __device__ __forceinline__ void Finish() {
+  __device__ __forceinline__ void Finish(bool last) {
     const Segment s = current();
     const bool owner = group() == kOwner, any = s.visible > 0;
     const int rank = ptx::ClusterRank(), turn = turns_ / kSums % 2;
@@ -701,6 +710,8 @@ class Consumer {
       }
     }
     if (any) turns_ += kSums;
+    // Nothing more goes from this block to the other, or comes from it.
+    if (last) ptx::ClusterArrive();
     GroupSync();  // all have done with Q
     const bool complete = s.complete();
     const int partial_row = tile().partial_row(p_, s, ptx::GridY(), blockIdx.y);
@@ -922,11 +933,12 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
       RecordMerges(p, shared.tiles[kOwner], shared.range, blockIdx.y, partitions);
     }
     __syncwarp();
+    ptx::ClusterArrive();
   } else {
     ptx::IncreaseRegisters<Problem::kConsumerRegisters>();
     Consumer<T, Problem>(p, kept).Run(range);
   }
-  ptx::ClusterSync();  // the other no longer sends to this block, or reads from it
+  ptx::ClusterWait();  // the other no longer sends to this block, or reads from it
 }
 
 }  // namespace flashmla::sm90::paired
