@@ -21,6 +21,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <string>
@@ -1090,11 +1091,17 @@ struct Grid {
   int cluster = 1;
 };
 
+// Threads that launch a kernel at the same time, for models of different sizes, all ask for so
+// much, so that none lowers what another one needs. It leaves room for what kernels have of their
+// own.
+constexpr int64_t kAskedShared = 200 * 1024;
+
 template <typename... Params, typename... Arguments>
 Status Launch(Start start, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
               const Arguments&... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(grid.shared_bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(std::max(grid.shared_bytes, kAskedShared)));
   if (error != cudaSuccess) return Failed("shared memory", error);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
