@@ -31,7 +31,7 @@ def batch(
     mapped: Mapped,
     **params: Any,
 ) -> list[jax.Array]:
-    """The batching rule of both ops, for `_ffi.register_batching`.
+    """The batching rule of dense decode and append, for `_ffi.register_batching`.
 
     Args:
       primitive: the op.
@@ -53,6 +53,41 @@ def batch(
             in_front.append(jnp.broadcast_to(x, (size, *x.shape)))
     own = dims[pool] is not None or not shares_pool
     return list(primitive.bind(*in_front, mapped=(own, *mapped), **params))
+
+
+def batch_by_folding(
+    primitive: Primitive,
+    size: int,
+    operands: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    shared: Sequence[int],
+    **params: Any,
+) -> list[jax.Array]:
+    """The rule of ops that fold the mapped axis into the batch at once.
+
+    If one of the operands that are not per sequence, `shared`, has it, elements come one after
+    another. The parameter `mapped` of such a primitive is always empty.
+    """
+    in_front = [
+        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
+    ]
+    if any(dims[i] is not None for i in shared):
+        mapped = [i for i, dim in enumerate(dims) if dim is not None]
+
+        def one(elements: list[jax.Array]) -> list[jax.Array]:
+            own = list(in_front)
+            for i, x in zip(mapped, elements, strict=True):
+                own[i] = x
+            return list(primitive.bind(*own, **params))
+
+        return jax.lax.map(one, [in_front[i] for i in mapped])
+    folded = []
+    for i, (x, dim) in enumerate(zip(in_front, dims, strict=True)):
+        if i not in shared:
+            x = fold(jnp.broadcast_to(x, (size, *x.shape)) if dim is None else x, 1)
+        folded.append(x)
+    return [unfold(x, (size,)) for x in primitive.bind(*folded, **params)]
 
 
 def fold(x: jax.Array, axes: int) -> jax.Array:

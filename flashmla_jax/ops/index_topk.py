@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.export import is_symbolic_dim
 from flashmla_jax._checks import array, fewer, positive
 from flashmla_jax.cache import index_keys
 from flashmla_jax.cache.layout import DTYPES, PAGE_SIZE
-from flashmla_jax.ops import _ffi, _sharding
+from flashmla_jax.ops import _ffi, _mapped, _sharding
 
 # How many products of a head and a key XLA computes at a time, 4 bytes each.
 _AT_A_TIME = 2**26
@@ -323,37 +324,8 @@ _ffi.register_lowerings(
 
 # --- Batching --------------------------------------------------------------------------------
 
-_POOL = 2  # the operand that is not per sequence
+_SHARED = (2,)  # the operand that is not per sequence: the pool
 
-
-def _batch(
-    size: int, operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
-) -> list[jax.Array]:
-    """Folds the mapped axis into the batch; or, if pools have it, one after another.
-
-    `mapped`, which the other ops have for it, is always empty.
-    """
-    in_front = [
-        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
-    ]
-    if dims[_POOL] is not None:
-        mapped = [i for i, dim in enumerate(dims) if dim is not None]
-
-        def one(elements: list[jax.Array]) -> list[jax.Array]:
-            own = list(in_front)
-            for i, x in zip(mapped, elements, strict=True):
-                own[i] = x
-            return list(index_topk_p.bind(*own, **params))
-
-        return jax.lax.map(one, [in_front[i] for i in mapped])
-    folded = []
-    for i, (x, dim) in enumerate(zip(in_front, dims, strict=True)):
-        if i != _POOL:
-            x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else x
-            x = x.reshape(size * x.shape[1], *x.shape[2:])
-        folded.append(x)
-    (positions,) = index_topk_p.bind(*folded, **params)
-    return [positions.reshape(size, positions.shape[0] // size, *positions.shape[1:])]
-
-
-_ffi.register_batching(index_topk_p, _batch)
+_ffi.register_batching(
+    index_topk_p, functools.partial(_mapped.batch_by_folding, index_topk_p, shared=_SHARED)
+)

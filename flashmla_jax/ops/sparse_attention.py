@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from flashmla_jax import reference
 from flashmla_jax.cache.layout import FP8, FP8_512, HEAD_DIM, HEAD_DIM_V, FP8Format, take_tokens
-from flashmla_jax.ops import _ffi, _sharding
+from flashmla_jax.ops import _ffi, _mapped, _sharding
 from flashmla_jax.ops.dense_decode import sparse_workspace
 
 # Where there is no kernel: query tokens whose own tokens are gathered at a time.
@@ -174,38 +175,10 @@ _ffi.register_lowerings(
 
 _SHARED = (1, 4, 7)  # the operands that are not per sequence: both pools, and the sink
 
-
-def _batch(
-    size: int, operands: tuple[jax.Array, ...], dims: tuple[int | None, ...], **params: Any
-) -> list[jax.Array]:
-    """Folds the mapped axis into the batch; or, if pools or sinks have it, one after another.
-
-    `mapped`, which the other ops have for it, is always empty.
-    """
-    in_front = [
-        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
-    ]
-    if any(dims[i] is not None for i in _SHARED):
-        mapped = [i for i, dim in enumerate(dims) if dim is not None]
-
-        def one(elements: list[jax.Array]) -> list[jax.Array]:
-            own = list(in_front)
-            for i, x in zip(mapped, elements, strict=True):
-                own[i] = x
-            return list(sparse_attention_p.bind(*own, **params))
-
-        return jax.lax.map(one, [in_front[i] for i in mapped])
-    folded = []
-    for i, (x, dim) in enumerate(zip(in_front, dims, strict=True)):
-        if i not in _SHARED:
-            x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else x
-            x = x.reshape(size * x.shape[1], *x.shape[2:])
-        folded.append(x)
-    results = sparse_attention_p.bind(*folded, **params)
-    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
-
-
-_ffi.register_batching(sparse_attention_p, _batch)
+_ffi.register_batching(
+    sparse_attention_p,
+    functools.partial(_mapped.batch_by_folding, sparse_attention_p, shared=_SHARED),
+)
 
 
 # --- Differentiation -------------------------------------------------------------------------

@@ -14,17 +14,18 @@ from flashmla_jax.cache.layout import PAGE_SIZE
 def test_what_is_measured_is_the_choice(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexer, "TOPK", 50)
     case = indexer.Case(2, 320, fp8)
-    q, weights, pool, tables, num_visible = indexer.inputs(case)
+    operands = indexer.inputs(case)
+    tables, num_visible = operands[3:]
     assert len(tables) == case.calls()
-    assert sorted(np.unique(tables)) == list(range(len(pool)))
+    assert sorted(np.unique(tables)) == list(range(len(operands[2])))
     np.testing.assert_array_equal(num_visible, [[320], [320]])
-    q, weights = np.asarray(q, np.float64)[:, 0], np.asarray(weights, np.float64)[:, 0]
-    keys = np.asarray(pool)[..., :128].reshape(-1, PAGE_SIZE, 128)
+    q, weights = (np.asarray(x, np.float64)[:, 0] for x in operands[:2])
+    keys = np.asarray(operands[2])[..., :128].reshape(-1, PAGE_SIZE, 128)
     if fp8:
         keys = np.asarray(jax.lax.bitcast_convert_type(keys, "float8_e4m3fn"), np.float64)
     for table in np.asarray(tables)[:2]:
-        chosen = jax.jit(indexer.choose)(*indexer.inputs(case)[:3], table, num_visible)
-        composed = jax.jit(indexer.choose_composed)(*indexer.inputs(case)[:3], table, num_visible)
+        chosen = jax.jit(indexer.choose)(*operands[:3], table, num_visible)
+        composed = jax.jit(indexer.choose_composed)(*operands[:3], table, num_visible)
         for i in range(case.batch):
             of_sequence = np.float64(keys[table[i]]).reshape(-1, 128)
             scores = weights[i] @ np.maximum(q[i] @ of_sequence.T, 0)
