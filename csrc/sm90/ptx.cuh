@@ -92,6 +92,18 @@ __device__ __forceinline__ void MbarrierArriveAt(uint64_t* barrier, uint32_t ran
       : "memory");
 }
 
+// The same in threads of which the condition holds, without a branch.
+__device__ __forceinline__ void MbarrierArriveAtIf(bool condition, uint64_t* barrier,
+                                                   uint32_t rank) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 remote;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "@p mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(SmemAddress(barrier)),
+      "r"(rank), "r"(static_cast<int>(condition))
+      : "memory");
+}
+
 // Returns once the phase of this parity has completed. What was written before is visible to this
 // thread: by other threads of the block and, into its shared memory, by other blocks of the cluster
 // (for which the letter of the model wants .cluster as a scope; that would throw away the L1
@@ -190,15 +202,18 @@ __device__ __forceinline__ void StoreClusterAsync16(float4* address, uint32_t ra
 
 // The copy engine takes bytes to `target` in block `rank` of the cluster, and counts them on a
 // barrier there.
-__device__ __forceinline__ void BulkCopyToCluster(uint32_t target, uint32_t source, uint32_t bytes,
-                                                  uint64_t* barrier, uint32_t rank) {
+__device__ __forceinline__ void BulkCopyToClusterIf(bool condition, uint32_t target,
+                                                    uint32_t source, uint32_t bytes,
+                                                    uint64_t* barrier, uint32_t rank) {
   asm volatile(
-      "{\n.reg .b32 remote, there;\n"
+      "{\n.reg .pred p;\n.reg .b32 remote, there;\n"
+      "setp.ne.b32 p, %5, 0;\n"
       "mapa.shared::cluster.u32 remote, %0, %4;\n"
       "mapa.shared::cluster.u32 there, %3, %4;\n"
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], %2, "
-      "[there];\n}\n" ::"r"(target),
-      "r"(source), "r"(bytes), "r"(SmemAddress(barrier)), "r"(rank)
+      "@p cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], "
+      "%2, [there];\n}\n" ::"r"(target),
+      "r"(source), "r"(bytes), "r"(SmemAddress(barrier)), "r"(rank),
+      "r"(static_cast<int>(condition))
       : "memory");
 }
 

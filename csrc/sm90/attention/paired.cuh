@@ -83,8 +83,9 @@ struct SharedMemory : RopeColumns<Problem::kRopeApart> {
   alignas(1024) uint8_t p[2][kPanelBytes];    // the owner's, of a block and the next
   alignas(1024) uint8_t p_sent[kPanelBytes];  // from the other block, of the helper's rows
   float4 scores[8][kGroupThreads];            // from the other block, of the owner's rows
+  float references[2][kRowTile];  // the owner's, of a block and the next
   // From the other block, of the helper's rows:
-  float reference[kRowTile];
+  alignas(16) float reference[kRowTile];
   float total[2][kRowTile];  // of one sequence and the next
   alignas(16) uint32_t present[kStages][Problem::kConverted ? 8 : 4];
   uint64_t full[kStages];
@@ -389,11 +390,11 @@ class Consumer {
 #pragma unroll 1
     for (; left > 1; --left) {
       const RingPosition next = Next(ring);
-      ptx::MbarrierWait(&shared().full[next.stage], next.parity);
-      SendWeights();  // its fence is for the next tokens, too
+      const uint32_t turn = ptx::Uniform(turns_ / kWeights % 2);
+      BeginScores<kOwner>(next);  // its fence is for the weights, too
+      SendWeights(turn);
       Clean(ring.stage, left);
-      MultiplyKeys<kOwner>(next);
-      BeginValues<kOwner>(ring);
+      BeginValues<kOwner>(ring, turn);
       ptx::WgmmaWait<1>();  // the next scores are there
       const float2 alpha = Weights(next.stage, left - 1);
       ptx::WgmmaWait<0>();
@@ -401,9 +402,11 @@ class Consumer {
       Rescale(alpha);
       ring = next;
     }
-    SendWeights();
+    const uint32_t turn = ptx::Uniform(turns_ / kWeights % 2);
+    ptx::FenceProxyAsync();
+    SendWeights(turn);
     Clean(ring.stage, left);
-    BeginValues<kOwner>(ring);
+    BeginValues<kOwner>(ring, turn);
     ptx::WgmmaWait<0>();
     Release(ring.stage);
     ring = Next(ring);
@@ -421,15 +424,18 @@ class Consumer {
       const RingPosition next = Next(ring);
       if (left > 1) {
         BeginScores<kHelper>(next);
+        // Weights may come. (Said earlier, the fence would wait until the other block knows it.)
+        ptx::MbarrierArriveAtIf(lane() == 0, &shared().p_empty, other());
         ptx::WgmmaWait<0>();
         SendScores();
+      } else {
+        ptx::MbarrierArriveAtIf(lane() == 0, &shared().p_empty, other());
       }
       Rescale(TakeWeights());
       Clean(ring.stage, left);
-      BeginValues<kHelper>(ring);
+      BeginValues<kHelper>(ring, 0);
       ptx::WgmmaWait<0>();
       Release(ring.stage);
-      if (lane() == 0) ptx::MbarrierArriveAt(&shared().p_empty, other());
       ring = next;
     }
   }
@@ -485,9 +491,9 @@ class Consumer {
 
   // O += P V for this block's columns.
   template <Role kRole>
-  __device__ __forceinline__ void BeginValues(RingPosition ring) {
-    const uint32_t stage = ptx::Uniform(ring.stage), turn = ptx::Uniform(turns_ / kWeights % 2);
-    const uint8_t* weights = kRole == kOwner ? shared().p[turn ^ 1] : shared().p_sent;
+  __device__ __forceinline__ void BeginValues(RingPosition ring, uint32_t turn) {
+    const uint32_t stage = ptx::Uniform(ring.stage);
+    const uint8_t* weights = kRole == kOwner ? shared().p[turn] : shared().p_sent;
     const uint64_t p = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(weights));
     const uint64_t v =
         ptx::Descriptor<ptx::MnMajor<kPanelBytes>>(ptx::SmemAddress(shared().k[stage]));
@@ -601,6 +607,7 @@ class Consumer {
       reference_[h] = updated;
       subtrahend[h] = updated == -INFINITY ? 0.f : updated;
       sum_[h] *= alpha[h];
+      if (lane() % 4 == 0) shared().references[turns_ / kWeights % 2][row() + 8 * h] = updated;
     }
     const uint32_t p = ptx::SmemAddress(shared().p[turns_ / kWeights % 2]);
 #pragma unroll
@@ -620,24 +627,21 @@ class Consumer {
     return {alpha[0], alpha[1]};
   }
 
-  // They become visible to the tensor cores, and go to the other block.
-  __device__ __forceinline__ void SendWeights() {
+  // They go to the other block. A fence is before this: what was written is visible to the copy
+  // engine and the tensor cores.
+  __device__ __forceinline__ void SendWeights(uint32_t turn) {
     constexpr int kBytes = kOwnRows * 128;
-    const uint32_t p = ptx::SmemAddress(shared().p[turns_ / kWeights % 2]) + warp() * kBytes;
-    ptx::MbarrierWait(&shared().p_empty, Turn(kWeights) ^ 1);
-    ptx::FenceProxyAsync();
+    const uint32_t warp = ptx::Uniform(this->warp());
+    turns_ ^= kWeights;
+    ptx::MbarrierWait(&shared().p_empty, turn);
     __syncwarp();
-    if (lane() == 0) {
-      ptx::BulkCopyToCluster(ptx::SmemAddress(shared().p_sent) + warp() * kBytes, p, kBytes,
+    const bool first = lane() == 0;
+    ptx::BulkCopyToClusterIf(first, ptx::SmemAddress(shared().p_sent) + warp * kBytes,
+                             ptx::SmemAddress(shared().p[turn]) + warp * kBytes, kBytes,
                              &shared().p_full, other());
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (lane() % 4 == 0) {
-        ptx::StoreClusterAsync4(&shared().reference[row() + 8 * h], other(), reference_[h],
-                                &shared().p_full);
-      }
-    }
+    ptx::BulkCopyToClusterIf(first, ptx::SmemAddress(shared().reference) + warp * kOwnRows * 4,
+                             ptx::SmemAddress(shared().references[turn]) + warp * kOwnRows * 4,
+                             kOwnRows * 4, &shared().p_full, other());
     GroupSync();
   }
   __device__ __forceinline__ float2 TakeWeights() {
