@@ -1,5 +1,4 @@
-// Attention for an even number of row tiles, over tokens that thread blocks bring on their own: FP8
-// pages, and tokens that are listed.
+// Attention over FP8 tokens, in pages or listed, for an even number of row tiles.
 //
 // Two row tiles that read the same tokens are worked on by a cluster of two thread blocks. Either
 // has all 128 rows, but half of the columns: of Q, K and V, and so of O. Nobody brings, or
@@ -13,12 +12,16 @@
 // tile: it gets the other block's part of their scores, and makes P of them for both. The other one
 // helps: it sends its part of the scores of its rows there, and gets their P.
 //
-//   owner    | S n+1 | O += P V n ...         | + the other's | softmax n+1, P to the other | S n+2
-//   helper   | S n+1, to the other | P n comes | O += P V n ...                     | S n+2
+//   owner    | S n+1 | P n to the other | O += P V n ...       | + the other's | softmax n+1 | S
+//   n+2 helper   | S n+1, to the other | P n comes | O += P V n ...                | S n+2
 //
 // So while an owner finds weights its last product is computed, and a helper's scores are there
 // before they are needed. Scores and P travel by distributed shared memory, 24 KB a block each way
 // where the tokens themselves would be 36.
+//
+//   warps 0-3   owner
+//   warps 4-7   helper     200 registers a thread, of which O takes 128
+//   warps 8-15  producers  convert tokens (ConvertColumns), eight each; 56 registers a thread
 //
 // References, sums, partial results and the schedule are those of wide.cuh.
 //
@@ -39,6 +42,13 @@ inline constexpr int kGroups = 2;
 inline constexpr int kWarpsEach = 4;
 inline constexpr int kGroupThreads = kWarpsEach * 32;
 inline constexpr int kConsumerThreads = kGroups * kGroupThreads;
+inline constexpr int kProducerWarps = 8;
+inline constexpr int kThreads = kConsumerThreads + kProducerWarps * 32;
+inline constexpr int kConsumerRegisters = 200;
+inline constexpr int kProducerRegisters = 56;
+// How often a stage is handed over: by each producer warp and, as something is copied, by each of
+// its threads.
+inline constexpr int kHandOvers = kProducerWarps * (1 + 32);
 inline constexpr int kColumns = kHeadDimV / 2;          // of V and O, of a thread block
 inline constexpr int kOwnRows = kRowTile / kWarpsEach;  // of a consumer warp
 inline constexpr int kRopeColumns = kPanel / 2;         // of a thread block
@@ -53,19 +63,11 @@ enum Role : int { kOwner, kHelper };
 template <typename CallType, TokenFormat kTokenFormat, int kTokenDim>
 struct Problem {
   using Call = CallType;
+  static_assert(kTokenFormat != TokenFormat::kNumbers);
   static constexpr TokenFormat kFormat = kTokenFormat;
   static constexpr int kDim = kTokenDim;
   static constexpr bool kSparse = std::is_same_v<Call, SparseCall>;
   static constexpr bool kRopeApart = kDim > kHeadDimV;
-  static constexpr bool kConverted = kFormat != TokenFormat::kNumbers;
-  using Lanes = std::conditional_t<kConverted, SplitLanes, FormatLanes<kFormat>>;
-  static constexpr int kProducerWarps = kConverted ? 8 : 4;
-  static constexpr int kThreads = kConsumerThreads + kProducerWarps * 32;
-  static constexpr int kConsumerRegisters = kConverted ? 200 : 208;
-  static constexpr int kProducerRegisters = kConverted ? 56 : 88;
-  // How often a stage is handed over: by each producer warp and, as something is copied, by each of
-  // its threads.
-  static constexpr int kHandOvers = kProducerWarps * (1 + 32);
 };
 
 template <bool kExists>
@@ -83,11 +85,11 @@ struct SharedMemory : RopeColumns<Problem::kRopeApart> {
   alignas(1024) uint8_t p[2][kPanelBytes];    // the owner's, of a block and the next
   alignas(1024) uint8_t p_sent[kPanelBytes];  // from the other block, of the helper's rows
   float4 scores[8][kGroupThreads];            // from the other block, of the owner's rows
-  float references[2][kRowTile];  // the owner's, of a block and the next
+  float references[2][kRowTile];              // the owner's, of a block and the next
   // From the other block, of the helper's rows:
   alignas(16) float reference[kRowTile];
   float total[2][kRowTile];  // of one sequence and the next
-  alignas(16) uint32_t present[kStages][Problem::kConverted ? 8 : 4];
+  alignas(16) uint32_t present[kStages][kProducerWarps];
   uint64_t full[kStages];
   uint64_t empty[kStages];
   uint64_t scores_full;   // the other block's helper has sent them,
@@ -97,7 +99,7 @@ struct SharedMemory : RopeColumns<Problem::kRopeApart> {
   uint64_t totals_full[2];
   SharedSegments segments[kGroups * kWarpsEach];
   RowTile tiles[kGroups];
-  Walk walks[Problem::kProducerWarps];
+  Walk walks[kProducerWarps];
   Range range;
   // Per row, its place among a sequence's query rows, and its token: divisions are slow. But of
   // sparse attention they are the heads of one token.
@@ -174,44 +176,6 @@ class Stage {
   RingPosition ring_;
 };
 
-// Copies this block's columns of listed tokens.
-template <int kDim, typename Source, typename Target>
-__device__ __forceinline__ void CopyColumns(Source& source, Target& target) {
-  using Lanes = typename Source::Lanes;
-  static_assert(kPanel * 2 == Lanes::kPerToken * 16);
-  TokenAddress<TokenFormat::kNumbers> address[Lanes::kTokens];
-  uint32_t present;
-  while (source.Next(address, present, target.Half(), 2)) {
-    const int row = Lanes::Token(0), part = Lanes::Part(), half = target.Half();
-    target.Wait();
-    target.Describe(Lanes::Word(), present);
-#pragma unroll 1
-    for (int panel = 0; panel < kHalfPanels; ++panel) {
-#pragma unroll
-      for (int i = 0; i < Lanes::kTokens; ++i) {
-        const int r = row + i * Lanes::kStep;
-        ptx::CpAsync16(target.Panel(panel) + r * 128 + ((part ^ r % 8) << 4),
-                       address[i].token + (half * kColumns + panel * kPanel) * 2 + part * 16, true);
-      }
-    }
-    if constexpr (kDim > kHeadDimV) {
-      constexpr int kChunks = kRopeColumns / 8;
-      // Eight lanes for two tokens.
-#pragma unroll
-      for (int i = 0; i < Lanes::kTokens; i += 2) {
-        const bool second = part >= kChunks;
-        const int r = row + (i + second) * Lanes::kStep, chunk = part % kChunks;
-        const uint8_t* token = second ? address[i + 1].token : address[i].token;
-        ptx::CpAsync16(target.Rope() + RopePlace(r, chunk),
-                       token + (kHeadDimV + half * kRopeColumns) * 2 + chunk * 16, true);
-      }
-    }
-    target.TrackCopies();
-    target.HandOver();
-    target.Advance();
-  }
-}
-
 // Converts this block's columns of FP8 tokens, of which a warp has eight: four lanes for each, 16
 // codes of a panel for a lane. When a panel's codes are converted, the next block's are sent for,
 // from the L2 cache.
@@ -220,10 +184,9 @@ __device__ __forceinline__ void CopyColumns(Source& source, Target& target) {
 // that its thread has begun to load. There is always something here: consumers do it.
 template <TokenFormat kFormat, typename Source, typename Target>
 __device__ __forceinline__ void ConvertColumns(Source& source, Target& target) {
-  using Lanes = typename Source::Lanes;
+  using Lanes = SplitLanes;
   constexpr bool kApart = kFormat == TokenFormat::kFp8Apart;
   constexpr int kAhead = kApart ? kHalfPanels - 2 : kHalfPanels;  // panels; registers are few
-  static_assert(Lanes::kTokens == 1);
   struct Block {
     TokenAddress<kFormat> address[1];
     uint32_t present;
@@ -305,9 +268,10 @@ __device__ __forceinline__ void ConvertColumns(Source& source, Target& target) {
 
 // A warpgroup. Its four warps hold 16 rows each: a thread's accumulator elements are those of the
 // rows row and row + 8, in the columns 8 j + column + {0, 1}.
-template <typename T, typename Problem>
+template <typename Problem>
 class Consumer {
  public:
+  using T = __nv_bfloat16;
   using Call = typename Problem::Call;
   using Shared = SharedMemory<Problem>;
   __device__ Consumer(const Call& p, Shared& shared) : p_(p), shared_(shared) {}
@@ -501,12 +465,10 @@ class Consumer {
 #pragma unroll
     for (int step = 0; step < kPageSize / 16; ++step) {
       const uint64_t a = ptx::Advance(p, step * 32), b = ptx::Advance(v, step * 2048);
-      if constexpr (Problem::kConverted) {  // threads start with too few registers for one
-        ptx::WgmmaM64N128(o_, a, b);
-        ptx::WgmmaM64N128(o_ + 64, a, ptx::Advance(b, 2 * kPanelBytes));
-      } else {
-        ptx::WgmmaM64N256<T>(o_, a, b);
-      }
+      // Not one of 256 columns: the compiler has no registers for it where 512 threads start with
+      // 128 each.
+      ptx::WgmmaM64N128(o_, a, b);
+      ptx::WgmmaM64N128(o_ + 64, a, ptx::Advance(b, 2 * kPanelBytes));
     }
     ptx::WgmmaCommit();
   }
@@ -540,15 +502,12 @@ class Consumer {
 #pragma unroll
     for (float& x : x_) x *= scale;
     if constexpr (kSparse) {
-      using Lanes = typename Problem::Lanes;
+      using Lanes = SplitLanes;
       uint4 words{};  // of one lane, the one that arrives for its warp when it has done
       if (lane() == 0) {
         const uint4* present = reinterpret_cast<const uint4*>(shared().present[stage]);
-        words = present[0];
-        if constexpr (Problem::kConverted) {
-          const uint4 v = present[1];
-          words = {words.x & v.x, words.y & v.y, words.z & v.z, words.w & v.w};
-        }
+        const uint4 a = present[0], b = present[1];
+        words = {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w};
       }
       if (__shfl_sync(~0u, words.x & words.y & words.z & words.w, 0) != ~0u) {
 #pragma unroll
@@ -785,7 +744,7 @@ class Consumer {
         }
       }
     };
-    if (!complete || std::is_same_v<T, __half>) {
+    if (!complete) {
       store(__half{});
     } else {
       store(T{});
@@ -873,8 +832,8 @@ class Consumer {
 // --- The kernel -----------------------------------------------------------------------------
 
 // Grid: (row tiles, partitions), in clusters of two row tiles of the same KV head.
-template <typename T, typename Problem>
-__global__ void __launch_bounds__(Problem::kThreads, 1)
+template <typename Problem>
+__global__ void __launch_bounds__(kThreads, 1)
     Kernel(const __grid_constant__ typename Problem::Call p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   using Shared = SharedMemory<Problem>;
@@ -883,7 +842,7 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
   if (threadIdx.x == 0) {
     if (ptx::SmemAddress(raw) % alignof(Shared) != 0) __trap();  // swizzled tiles need it
     for (int i = 0; i < kStages; ++i) {
-      ptx::MbarrierInit(&shared.full[i], Problem::kHandOvers);
+      ptx::MbarrierInit(&shared.full[i], kHandOvers);
       ptx::MbarrierInit(&shared.empty[i], kGroups * kWarpsEach);
     }
     ptx::MbarrierInit(&shared.scores_full, 1);
@@ -913,23 +872,18 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
   const int role = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   Shared& kept = ptx::KeepAddress(shared);
   if (role >= kGroups) {
-    ptx::DecreaseRegisters<Problem::kProducerRegisters>();
+    ptx::DecreaseRegisters<kProducerRegisters>();
     const int warp = threadIdx.x / 32 - kConsumerThreads / 32;
     if (threadIdx.x == kConsumerThreads + 32) shared.range = range;
     auto& walk = kept.walks[warp];
     walk.Begin(range);
     Stage<Problem> stage(kept);
-    using Lanes = typename Problem::Lanes;
-    if constexpr (!Problem::kSparse) {
-      Fp8Pages<Lanes> source(p, kept.tiles[kOwner], walk);
+    if constexpr (Problem::kSparse) {
+      ListedTokens<Problem::kFormat, Problem::kDim, SplitLanes> source(p, kept.tiles[kOwner], walk);
       ConvertColumns<Problem::kFormat>(source, stage);
     } else {
-      ListedTokens<Problem::kFormat, Problem::kDim, Lanes> source(p, kept.tiles[kOwner], walk);
-      if constexpr (Problem::kConverted) {
-        ConvertColumns<Problem::kFormat>(source, stage);
-      } else {
-        CopyColumns<Problem::kDim>(source, stage);
-      }
+      Fp8Pages<SplitLanes> source(p, kept.tiles[kOwner], walk);
+      ConvertColumns<Problem::kFormat>(source, stage);
     }
     const int partitions = ptx::GridY();
     if (ptx::ThreadId() == kConsumerThreads + 32 && blockIdx.x == 0 && partitions > 1 &&
@@ -939,8 +893,8 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
     __syncwarp();
     ptx::ClusterArrive();
   } else {
-    ptx::IncreaseRegisters<Problem::kConsumerRegisters>();
-    Consumer<T, Problem>(p, kept).Run(range);
+    ptx::IncreaseRegisters<kConsumerRegisters>();
+    Consumer<Problem>(p, kept).Run(range);
   }
   ptx::ClusterWait();  // the other no longer sends to this block, or reads from it
 }

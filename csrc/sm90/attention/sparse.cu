@@ -2,6 +2,7 @@
 // serves which call:
 //
 //   up to 16, up to 32 heads, FP8 tokens of 576 numbers   narrow_fp8
+//   an even number of tiles of 64 heads, FP8 tokens       paired
 //   others                                                wide: tiles of 64 heads
 #include <cuda_runtime.h>
 
@@ -21,10 +22,11 @@ namespace {
 
 template <typename T, TokenFormat kFormat, int kDim>
 Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
-  if (p.tiles_per_head() % 2 == 0) {
+  if constexpr (kFormat != TokenFormat::kNumbers) {
     using Problem = paired::Problem<SparseCall, kFormat, kDim>;
-    return Launch(paired::Kernel<T, Problem>, grid, Problem::kThreads,
-                  sizeof(paired::SharedMemory<Problem>), 2, stream, p);
+    if (p.tiles_per_head() % 2 == 0)
+      return Launch(paired::Kernel<Problem>, grid, paired::kThreads,
+                    sizeof(paired::SharedMemory<Problem>), 2, stream, p);
   }
   using Problem = wide::Problem<SparseCall, kFormat, kDim>;
   return Launch(wide::Kernel<T, 1, Problem>, grid, Problem::kThreads,

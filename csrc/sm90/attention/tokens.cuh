@@ -37,8 +37,8 @@ struct Lanes {
   // i-th token; others are set.
   static __device__ __forceinline__ int Word() { return Warp(); }
   static __device__ __forceinline__ int Place(int i) { return i; }
-  // This moves it so that of the columns column + {0, 1} of eight
-  // tokens, where column is twice a lane's place among four, the first's bit is the lowest one,
+  // This moves it so that of the columns column + {0, 1} of eight tokens, where column is twice a
+  // lane's place among four, the first's bit is the lowest one,
   static __device__ __forceinline__ uint32_t FromColumn(uint32_t word) {
     const int lane = threadIdx.x % 4;
     return word >> (kPerToken == 4 ? lane * 8 : lane % 2 * 16 + lane / 2);
