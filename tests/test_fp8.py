@@ -56,6 +56,10 @@ def run(problem: oracle.Problem, **options: Any) -> tuple[jax.Array, jax.Array]:
         ((4100, 0, 129, 2500), {"h_q": 16}),
         ((3000, 64), {"s_q": 2, "h_q": 16}),
         ((2500, 700), {"h_q": 128}),
+        # Pairs of 64 rows: several of them, rows that do not fill them, and KV heads.
+        ((2500, 0, 1, 700), {"s_q": 2, "h_q": 128}),
+        ((130, 1, 0, 200, 320) * 20, {"s_q": 2, "h_q": 63}),
+        ((70, 129, 600, 0), {"s_q": 3, "h_q": 84, "h_kv": 2}),
         ((70,) * 150, {"h_q": 8}),
         # More sequences than a GPU has multiprocessors, and odd numbers of pages.
         ((130, 1, 0, 200, 320) * 50, {"h_q": 8}),

@@ -158,7 +158,7 @@ def test_decode_matches_float64(
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "fp8"])
-@pytest.mark.parametrize("h_q", [4, 16, 30, 64])
+@pytest.mark.parametrize("h_q", [4, 16, 30, 64, 126])
 def test_more_query_tokens_than_multiprocessors(
     rng: np.random.Generator, fmt: str, h_q: int
 ) -> None:

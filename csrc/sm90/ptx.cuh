@@ -92,6 +92,18 @@ __device__ __forceinline__ void MbarrierArriveAt(uint64_t* barrier, uint32_t ran
       : "memory");
 }
 
+// The same in threads of which the condition holds, without a branch.
+__device__ __forceinline__ void MbarrierArriveAtIf(bool condition, uint64_t* barrier,
+                                                   uint32_t rank) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 remote;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "@p mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(SmemAddress(barrier)),
+      "r"(rank), "r"(static_cast<int>(condition))
+      : "memory");
+}
+
 // Returns once the phase of this parity has completed. What was written before is visible to this
 // thread: by other threads of the block and, into its shared memory, by other blocks of the cluster
 // (for which the letter of the model wants .cluster as a scope; that would throw away the L1
@@ -160,6 +172,49 @@ __device__ __forceinline__ int LoadCluster(const int* address, uint32_t rank) {
       : "r"(SmemAddress(address)), "r"(rank)
       : "memory");
   return value;
+}
+
+// The same without waiting: the number, or four of them, come when they come, and are counted on a
+// barrier of that block.
+__device__ __forceinline__ void StoreClusterAsync4(float* address, uint32_t rank, float value,
+                                                   uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b32 remote, there;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mapa.shared::cluster.u32 there, %3, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [remote], %2, [there];\n}\n" ::"r"(
+          SmemAddress(address)),
+      "r"(rank), "r"(__float_as_uint(value)), "r"(SmemAddress(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void StoreClusterAsync16(float4* address, uint32_t rank,
+                                                    const float* values, uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b32 remote, there;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mapa.shared::cluster.u32 there, %6, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%2, %3, %4, %5}, "
+      "[there];\n}\n" ::"r"(SmemAddress(address)),
+      "r"(rank), "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])),
+      "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3])), "r"(SmemAddress(barrier))
+      : "memory");
+}
+
+// The copy engine takes bytes to `target` in block `rank` of the cluster, and counts them on a
+// barrier there.
+__device__ __forceinline__ void BulkCopyToClusterIf(bool condition, uint32_t target,
+                                                    uint32_t source, uint32_t bytes,
+                                                    uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 remote, there;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "mapa.shared::cluster.u32 remote, %0, %4;\n"
+      "mapa.shared::cluster.u32 there, %3, %4;\n"
+      "@p cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], "
+      "%2, [there];\n}\n" ::"r"(target),
+      "r"(source), "r"(bytes), "r"(SmemAddress(barrier)), "r"(rank),
+      "r"(static_cast<int>(condition))
+      : "memory");
 }
 
 // Orders ordinary shared-memory accesses of this thread before those of wgmma and TMA.
@@ -441,6 +496,11 @@ struct KMajor {
   static constexpr uint64_t kBits =
       (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
 };
+// With rows of 32 elements (64 bytes), 64-byte swizzled; eight rows are 512 bytes.
+struct KMajor64 {
+  static constexpr uint64_t kBits =
+      (uint64_t{2} << 62) | (uint64_t{512 >> 4} << 32) | (uint64_t{1} << 16);
+};
 template <uint32_t PanelBytes>
 struct MnMajor {
   static constexpr uint64_t kBits =
@@ -519,6 +579,26 @@ __device__ __forceinline__ void WgmmaM64N64(float (&d)[32], uint64_t a, uint64_t
       "%32, %33, p, 1, 1, 0, 0;\n}\n"                                          \
       : FLASHMLA_D32(d, 0)                                                     \
       : "l"(a), "l"(b), "r"(accumulate))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+
+// d = a b^T, whatever it was: where other numbers were in its place while another wgmma was under
+// way.
+#define FLASHMLA_NEW4(d, i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
+#define FLASHMLA_NEW16(d, i) \
+  FLASHMLA_NEW4(d, i), FLASHMLA_NEW4(d, i + 4), FLASHMLA_NEW4(d, i + 8), FLASHMLA_NEW4(d, i + 12)
+template <typename T>
+__device__ __forceinline__ void WgmmaM64N64New(float (&d)[32], uint64_t a, uint64_t b) {
+#define FLASHMLA_WGMMA(TYPE)                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE " " FLASHMLA_D32_TEXT \
+               "%32, %33, 0, 1, 1, 0, 0;\n"                                             \
+               : FLASHMLA_NEW16(d, 0), FLASHMLA_NEW16(d, 16)                            \
+               : "l"(a), "l"(b))
   if constexpr (std::is_same_v<T, __half>) {
     FLASHMLA_WGMMA("f16.f16");
   } else {

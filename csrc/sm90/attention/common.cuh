@@ -184,7 +184,7 @@ __device__ __forceinline__ uint32_t FiniteOnly(uint32_t pair) {
 // scores. Every row sees the tokens before `seen_by_all`; those from `existing` on do not exist.
 // `panel(i)` is where panel i of the block lies, and `token(i)` is what its row i has: of each
 // eight tokens, eight rows in some order. Called by all threads of a warpgroup.
-template <typename T, typename Panel, typename Token>
+template <typename T, int kCount = kPanelsV, typename Panel, typename Token>
 __device__ __forceinline__ void CleanValues(Panel panel, Token token, int seen_by_all,
                                             int existing) {
   const int first = max(seen_by_all, 0) / 8 * 8;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void CleanValues(Panel panel, Token token, int seen_b
   for (int i = first * 8 + threadIdx.x % 128; i < kPageSize * 8; i += 128) {
     if (token(i / 8) < seen_by_all) continue;
     const bool exists = token(i / 8) < existing;
-    for (int j = 0; j < kPanelsV; ++j) {
+    for (int j = 0; j < kCount; ++j) {
       uint4& eight = *reinterpret_cast<uint4*>(panel(j) + i * 16);
       uint4 v{0, 0, 0, 0};
       if (exists) {
@@ -205,9 +205,9 @@ __device__ __forceinline__ void CleanValues(Panel panel, Token token, int seen_b
 }
 
 // The same where rows are in the order of tokens.
-template <typename T, typename Panel>
+template <typename T, int kCount = kPanelsV, typename Panel>
 __device__ __forceinline__ void CleanValues(Panel panel, int seen_by_all, int existing) {
-  CleanValues<T>(panel, [](int row) { return row; }, seen_by_all, existing);
+  CleanValues<T, kCount>(panel, [](int row) { return row; }, seen_by_all, existing);
 }
 
 }  // namespace flashmla::sm90

@@ -8,6 +8,7 @@
 #include "sm90/attention/launch.cuh"
 #include "sm90/attention/narrow.cuh"
 #include "sm90/attention/narrow_fp8.cuh"
+#include "sm90/attention/paired.cuh"
 #include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
 
@@ -85,6 +86,11 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
 }
 
 Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+  if (p.tiles_per_head() % 2 == 0) {
+    using Problem = paired::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
+    return Launch(paired::Kernel<Problem>, grid, paired::kThreads,
+                  sizeof(paired::SharedMemory<Problem>), 2, stream, p);
+  }
   using Problem = wide::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
   return Launch(wide::Kernel<__nv_bfloat16, 1, Problem>, grid, Problem::kThreads,
                 sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});
@@ -94,7 +100,7 @@ Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream)
 //
 //   up to 16, up to 32   narrow: the query rows are the short side of every product
 //   more                 wide: tiles of 64 rows; an even number of tiles forms pairs that load
-//                        each page once
+//                        each page once. Of FP8 pages: paired if it is even
 Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   if (p.rows() <= kNarrowRows) return narrow_fp8::Launch(p, grid, stream);
   return LaunchWideFp8(p, grid, stream);

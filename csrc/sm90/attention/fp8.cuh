@@ -116,7 +116,7 @@ __device__ __forceinline__ void ConvertTokens(Source& source, Target& target) {
       return (row + token * Lanes::kStep) * 128 + ((chunk ^ row % 8) << 4);
     };
     target.Wait(unit);
-    if (half == 0) target.Describe(row / Lanes::kTokensEach, block.present);
+    if (half == 0) target.Describe(Lanes::Word(), block.present);
     uint4 codes[kSteps];
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) {

@@ -2,6 +2,7 @@
 // serves which call:
 //
 //   up to 16, up to 32 heads, FP8 tokens of 576 numbers   narrow_fp8
+//   an even number of tiles of 64 heads, FP8 tokens       paired
 //   others                                                wide: tiles of 64 heads
 #include <cuda_runtime.h>
 
@@ -12,6 +13,7 @@
 #include "sm90/attention/combine.cuh"
 #include "sm90/attention/launch.cuh"
 #include "sm90/attention/narrow_fp8.cuh"
+#include "sm90/attention/paired.cuh"
 #include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
 
@@ -20,6 +22,12 @@ namespace {
 
 template <typename T, TokenFormat kFormat, int kDim>
 Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
+  if constexpr (kFormat != TokenFormat::kNumbers) {
+    using Problem = paired::Problem<SparseCall, kFormat, kDim>;
+    if (p.tiles_per_head() % 2 == 0)
+      return Launch(paired::Kernel<Problem>, grid, paired::kThreads,
+                    sizeof(paired::SharedMemory<Problem>), 2, stream, p);
+  }
   using Problem = wide::Problem<SparseCall, kFormat, kDim>;
   return Launch(wide::Kernel<T, 1, Problem>, grid, Problem::kThreads,
                 sizeof(wide::SharedMemory<Problem>), 1, stream, p, wide::PageMaps{});

@@ -34,8 +34,11 @@ struct Lanes {
   static __device__ __forceinline__ int Part() { return ptx::LaneId() % kPerToken; }
 
   // Which of a warp's tokens exist is one word: of a token's lanes, the i-th says it of the lane's
-  // i-th token; others are set. This moves it so that of the columns column + {0, 1} of eight
-  // tokens, where column is twice a lane's place among four, the first's bit is the lowest one,
+  // i-th token; others are set.
+  static __device__ __forceinline__ int Word() { return Warp(); }
+  static __device__ __forceinline__ int Place(int i) { return i; }
+  // This moves it so that of the columns column + {0, 1} of eight tokens, where column is twice a
+  // lane's place among four, the first's bit is the lowest one,
   static __device__ __forceinline__ uint32_t FromColumn(uint32_t word) {
     const int lane = threadIdx.x % 4;
     return word >> (kPerToken == 4 ? lane * 8 : lane % 2 * 16 + lane / 2);
@@ -48,6 +51,20 @@ struct Lanes {
 
 template <TokenFormat kFormat>
 using FormatLanes = Lanes<kFormat == TokenFormat::kNumbers ? 8 : 4>;
+
+// The same where eight warps share a block: a lane has one token. The words of two warps, one after
+// the other, are to be combined.
+struct SplitLanes : Lanes<4> {
+  static constexpr int kTokensEach = kPageSize / 8;
+  static constexpr int kTokens = 1;
+
+  static __device__ __forceinline__ int Warp() { return ptx::ThreadId() / 32 % 8; }
+  static __device__ __forceinline__ int Token(int) {
+    return Warp() * kTokensEach + ptx::LaneId() / kPerToken;
+  }
+  static __device__ __forceinline__ int Word() { return Warp() / 2 + Warp() % 2 * 4; }
+  static __device__ __forceinline__ int Place(int) { return Warp() % 2; }
+};
 
 // Where a token is, and its scales if they are elsewhere.
 template <TokenFormat kFormat>
@@ -116,10 +133,11 @@ static __device__ const Placeholder<0, kHeadDim * 2> kNoToken;
 static __device__ const Placeholder<0x7F7F7F7F, 16> kUnscaled;  // 1, in ue8m0
 
 // FP8 pages of a range, whose table is read a block ahead. A page that does not exist is NaN.
+template <typename Lanes_ = FormatLanes<TokenFormat::kFp8>>
 class Fp8Pages {
  public:
   static constexpr TokenFormat kFormat = TokenFormat::kFp8;
-  using Lanes = FormatLanes<kFormat>;
+  using Lanes = Lanes_;
   __device__ Fp8Pages(const DenseDecodeParams& p, const RowTile& tile, Walk& walk)
       : p_(p), tile_(tile), walk_(walk) {
     Read();
@@ -205,7 +223,7 @@ class ListedTokens {
     for (int i = 0; i < Lanes::kTokens; ++i) {
       const bool exists = any && static_cast<uint32_t>(indices_[i]) < pool.count;
       addresses[i] = Find(pool, indices_[i], exists);
-      if (lane == i) own = exists;
+      if (lane == Lanes::Place(i)) own = exists;
       // No condition: a branch would take longer.
       if constexpr (kPrefetched) {
         const int first = part * (kLines / parts) + lane;

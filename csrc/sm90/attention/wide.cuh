@@ -48,7 +48,8 @@
 //
 // Q's RoPE columns are then in shared memory, and K's have one place there instead of one in each
 // stage. These form no clusters: what one of two blocks would save by converting half of the
-// tokens, it would lose by waiting for the network between them to take its stores.
+// tokens, it would lose by waiting for the network between them to take its stores. (An even number
+// of row tiles over FP8 tokens is for paired.cuh.)
 #pragma once
 
 #include <cmath>
@@ -911,7 +912,7 @@ __global__ void __launch_bounds__(Problem::kThreads, 1)
       walk.Begin(range);
       Stage<Problem> stage(kept);
       if constexpr (!Problem::kSparse) {
-        Fp8Pages source(p, kept.tile, walk);
+        Fp8Pages<> source(p, kept.tile, walk);
         ConvertTokens<TokenFormat::kFp8, 4, 3>(source, stage);
       } else {
         ListedTokens<Problem::kFormat, Problem::kDim> source(p, kept.tile, walk);
