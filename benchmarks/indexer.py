@@ -1,7 +1,7 @@
 """The indexer's choice of cached tokens on a Hopper GPU, beside the same composed from XLA.
 
 Part of `make bench`. A time is that of one call of a compiled program of several, on keys of their
-own: together they are beyond what the L2 cache holds, but for batch 1 with 8 K tokens.
+own: together they are beyond what the L2 cache holds.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ FOOTNOTE = f"""\
 A step of up to {few_tokens.MAX_TOKENS} tokens is one call of kernels for all layers, and one for
 the logits; with more, layers and logits are XLA's anyway."""
 # Kernels of csrc/sm90/attention, by the names that a profile has, mangled or not.
-ATTENTION = r"flashmla.*(wide|narrow|CombineKernel)"
+ATTENTION = r"flashmla.*(wide|paired|narrow|CombineKernel)"
 
 
 def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCache:

@@ -182,6 +182,7 @@ def test_a_profile_without_the_op(monkeypatch) -> None:
             True,
         ),
         ("_ZN8flashmla4sm9010narrow_fp86KernelINS0_9DenseCallELi16EEEvT_", True),
+        ("void flashmla::sm90::paired::Kernel<flashmla::sm90::paired::Problem<>>(int)", True),
         ("void flashmla::sm90::(anonymous namespace)::CombineKernel<float>(int)", True),
         ("void flashmla::sm90::(anonymous namespace)::LinearKernel<float>(int)", False),
         ("_ZN8flashmla4sm9012_GLOBAL__N_117CacheAppendKernelENS0_17CacheAppendParamsE", False),
@@ -197,7 +198,7 @@ def test_attention_has_no_other_kernels() -> None:
     folder = record.ROOT / "csrc" / "sm90" / "attention"
     sources = {path.stem: path.read_text() for path in folder.iterdir()}
     with_kernels = {name for name, text in sources.items() if "__global__" in text}
-    assert with_kernels == {"wide", "narrow", "narrow_fp8", "combine"}
+    assert with_kernels == {"wide", "paired", "narrow", "narrow_fp8", "combine"}
     for name in with_kernels - {"combine"}:
         assert f"namespace flashmla::sm90::{name} {{" in sources[name]
     assert "    CombineKernel(" in sources["combine"]
