@@ -28,15 +28,22 @@ def test_record(path: Path) -> None:
         )
 
 
-def test_all_tests_pass_on_a_gpu(platform: str) -> None:
-    if platform == "gpu":  # or a failure in the record would be one of the run that replaces it
+@pytest.fixture
+def last_run(platform: str) -> None:
+    """For tests of a GPU's records: where they are made anew, a last failure would be one again."""
+    if platform == "gpu":
         pytest.skip("is about the last run on a GPU, not this one")
+
+
+@pytest.mark.usefixtures("last_run")
+def test_all_tests_pass_on_a_gpu() -> None:
     content = json.loads((record.RESULTS / "gpu_tests_nvidia_h200.json").read_text())
     outcomes = content["results"]["outcomes"]
     assert outcomes["passed"] > 0
     assert not outcomes.keys() & {"failed", "error"}, outcomes
 
 
+@pytest.mark.usefixtures("last_run")
 def test_a_whole_models_targets() -> None:
     content = json.loads((record.RESULTS / "nvidia_h200_model.json").read_text())
     rows = {row["batch"]: row for row in content["results"]["decode"]}
@@ -47,6 +54,7 @@ def test_a_whole_models_targets() -> None:
     assert rows[1]["of_the_floor"] >= 0.6
 
 
+@pytest.mark.usefixtures("last_run")
 def test_targets_of_appending() -> None:
     results = json.loads((record.RESULTS / "nvidia_h200.json").read_text())["results"]
     rows = {row["case"]: row for row in results["cache_append"]}
@@ -66,6 +74,7 @@ def test_training_takes_minutes(device: str, size: str) -> None:
     assert results["loss_on_unseen_text"] < 1.4
 
 
+@pytest.mark.usefixtures("last_run")
 def test_targets_of_the_indexer() -> None:
     """With kernels, no case is slower than what XLA makes of it."""
     results = json.loads((record.RESULTS / "nvidia_h200.json").read_text())["results"]
