@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import heapq
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 
 from benchmarks.record import MODELS, RESULTS, device_name, write_record
+
+SLOWEST = 20  # tests that are named with the seconds that they took
 
 
 def outcome(case: ET.Element) -> str:
@@ -27,18 +30,24 @@ def outcome(case: ET.Element) -> str:
 
 
 def summarize(junit: Path) -> dict[str, Any]:
-    """Outcomes in all and by module, and the names of the tests that did not pass."""
+    """Outcomes in all and by module, the tests that did not pass, and those that took longest."""
     cases = list(ET.parse(junit).getroot().iter("testcase"))
     modules: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     not_passed: dict[str, list[str]] = collections.defaultdict(list)
+    seconds: dict[str, float] = collections.defaultdict(float)
     for case in cases:
         module, name = case.get("classname", ""), case.get("name", "")
         modules[module][outcome(case)] += 1
+        seconds[f"{module}::{name}"] += float(case.get("time", 0))
         if outcome(case) != "passed":
             not_passed[outcome(case)].append(f"{module}::{name}")
     return {
         "outcomes": dict(sum(modules.values(), collections.Counter())),
-        "seconds": round(sum(float(case.get("time", 0)) for case in cases), 1),
+        "seconds": round(sum(seconds.values()), 1),
+        "slowest": {
+            name: round(seconds[name], 1)
+            for name in heapq.nlargest(SLOWEST, seconds, key=seconds.__getitem__)
+        },
         "modules": {module: dict(counts) for module, counts in sorted(modules.items())},
         "not_passed": dict(not_passed),
     }

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import record_tests
 
 
@@ -37,3 +39,15 @@ def test_with_broken_setup(no_such_fixture):
         "skipped": ["test_x::test_skipped"],
         "error": ["test_x::test_with_broken_setup"],
     }
+
+
+def test_the_slowest_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cases = "".join(
+        f'<testcase classname="test_x" name="test_{name}" time="{seconds}"/>'
+        for name, seconds in {"a": 0.25, "b": 30.04, "c": 7, "d": 0}.items()
+    )
+    (tmp_path / "junit.xml").write_text(f"<testsuite>{cases}</testsuite>")
+    monkeypatch.setattr(record_tests, "SLOWEST", 2)
+    summary = record_tests.summarize(tmp_path / "junit.xml")
+    assert list(summary["slowest"].items()) == [("test_x::test_b", 30.0), ("test_x::test_c", 7.0)]
+    assert summary["seconds"] == 37.3
