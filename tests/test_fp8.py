@@ -56,10 +56,6 @@ def run(problem: oracle.Problem, **options: Any) -> tuple[jax.Array, jax.Array]:
         ((4100, 0, 129, 2500), {"h_q": 16}),
         ((3000, 64), {"s_q": 2, "h_q": 16}),
         ((2500, 700), {"h_q": 128}),
-        # Pairs of 64 rows: several of them, rows that do not fill them, and KV heads.
-        ((2500, 0, 1, 700), {"s_q": 2, "h_q": 128}),
-        ((130, 1, 0, 200, 320) * 20, {"s_q": 2, "h_q": 63}),
-        ((70, 129, 600, 0), {"s_q": 3, "h_q": 84, "h_kv": 2}),
         ((70,) * 150, {"h_q": 8}),
         # More sequences than a GPU has multiprocessors, and odd numbers of pages.
         ((130, 1, 0, 200, 320) * 50, {"h_q": 8}),
@@ -78,6 +74,23 @@ def test_matches_float64(
     as_codes = fp8.replace(k_cache=fp8.k_cache.view(ml_dtypes.float8_e4m3fn))
     again = run(as_codes, softmax_scale=0.1, causal=causal)
     np.testing.assert_array_equal(again[0], run(fp8, softmax_scale=0.1, causal=causal)[0])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ((2500, 0, 1, 700), {"s_q": 2, "h_q": 128}),
+        ((130, 1, 0, 200, 320) * 20, {"s_q": 2, "h_q": 63}),
+        ((70, 129, 600, 0), {"s_q": 3, "h_q": 84, "h_kv": 2}),
+    ],
+    ids=["several pairs", "many sequences", "kv heads"],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_of_64_rows(rng: np.random.Generator, lengths: Any, sizes: Any, causal: bool) -> None:
+    """Which have a kernel of their own; and rows that do not fill them."""
+    fp8, exact = make_problem(rng, lengths, ml_dtypes.bfloat16, **sizes)
+    expected = oracle.attend(exact, 0.1, causal)
+    oracle.assert_matches(run(fp8, softmax_scale=0.1, causal=causal), expected)
 
 
 def test_lengths_and_tables_are_data(rng: np.random.Generator) -> None:

@@ -28,14 +28,6 @@ def test_record(path: Path) -> None:
         )
 
 
-@pytest.fixture
-def last_run(platform: str) -> None:
-    """For tests of a GPU's records: where they are made anew, a last failure would be one again."""
-    if platform == "gpu":
-        pytest.skip("is about the last run on a GPU, not this one")
-
-
-@pytest.mark.usefixtures("last_run")
 def test_a_whole_models_targets() -> None:
     content = json.loads((record.RESULTS / "nvidia_h200_model.json").read_text())
     rows = {row["batch"]: row for row in content["results"]["decode"]}
@@ -46,7 +38,6 @@ def test_a_whole_models_targets() -> None:
     assert rows[1]["of_the_floor"] >= 0.6
 
 
-@pytest.mark.usefixtures("last_run")
 def test_targets_of_appending() -> None:
     results = json.loads((record.RESULTS / "nvidia_h200.json").read_text())["results"]
     rows = {row["case"]: row for row in results["cache_append"]}
@@ -66,7 +57,6 @@ def test_training_takes_minutes(device: str, size: str) -> None:
     assert results["loss_on_unseen_text"] < 1.4
 
 
-@pytest.mark.usefixtures("last_run")
 def test_targets_of_the_indexer() -> None:
     """With kernels, no case is slower than what XLA makes of it."""
     results = json.loads((record.RESULTS / "nvidia_h200.json").read_text())["results"]

@@ -53,9 +53,8 @@ LARGE = V3 | {
     "topk_group": 1,
 }
 LARGE_ON_A_CPU = LARGE | {"moe_intermediate_size": 6144, "num_attention_heads": 8}
-# What XLA may take beside tensors, to compile programs for shapes that are new to it, and to stage:
-# on a GPU, a pool of pinned memory that it keeps, for a few of the largest tensors.
-XLA_BYTES = {"gpu": 1.2e9, "cpu": 64e6}
+# What XLA may take beside tensors, to compile programs for shapes that are new to it, and to stage.
+XLA_BYTES = {"gpu": 256e6, "cpu": 64e6}
 # Of the norm. In bfloat16 a dozen values in a row, and every weight, are rounded by 2^-9 or less of
 # themselves: 0.01 in all. An expert that is left out is an error of 0.08 and more, and a model
 # without YaRN one of 0.15.
