@@ -1,9 +1,9 @@
 """Hugging Face checkpoints of DeepSeek models: safetensors to parameters and back.
 
-A checkpoint may be far larger than the host's memory. Loading holds one tensor of a file there at a
-time: its parts go to the devices that are to have them, and are transposed and converted there. The
-experts of a layer, which are tensors of their own in a file, are stacked on the devices. Saving
-gathers the tensors of one file at a time.
+A checkpoint may be far larger than the host's memory. Loading holds a piece of a tensor there at a
+time, some of its rows: their parts go to the devices that are to have them, and are transposed and
+converted there, to their place in the parameter. The experts of a layer, which are tensors of their
+own in a file, are parts of one parameter. Saving gathers the tensors of one file at a time.
 
 DeepSeek's FP8 checkpoints have e4m3 tensors `X`, and beside each a float32 `X_scale_inv` with one
 number for each block of 128 x 128 (fewer at the ends), by which the block is multiplied.
@@ -50,6 +50,9 @@ _FP8 = "F8_E4M3"
 _READABLE = _DTYPES | {_FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
 _SCALE = "_scale_inv"
 _BLOCK = 128
+# Rows of a tensor that are read at a time. XLA sends them to a GPU by way of a pool of pinned
+# memory, which grows with the largest array that has been sent, and is never given back.
+_PIECE_BYTES = 1 << 22
 _MAX_NAMED = 20  # tensors in a message
 
 
@@ -62,7 +65,7 @@ def load_checkpoint(
     mtp: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DeepSeekConfig, dict[str, Any]]:
-    """Reads a checkpoint, one tensor at a time.
+    """Reads a checkpoint, of which the host holds 4 MB at a time, or a row of a tensor.
 
     All names, shapes and dtypes are checked before the first number is read. To show a bar:
 
@@ -124,7 +127,8 @@ def load_checkpoint(
         place = places.pop(parameter.path)
         place.allocate(parameter.dtype(dtype))
         for expert, name in place.needed:
-            place.put(expert, *checkpoint.read(name))
+            for piece in checkpoint.read(name):
+                place.put(expert, piece)
             done += checkpoint.nbytes(name)
             if progress is not None:
                 progress(done, total)
@@ -447,7 +451,6 @@ class _Placement:
         self._sharding = sharding
         self._index_of = index_of  # None is the default device
         self._parts: dict[jax.Device | None, jax.Array] = {}
-        self._dtype = np.dtype(np.float32)
 
     @classmethod
     def of(cls, parameter: _Parameter, shardings: Shardings | None) -> _Placement:
@@ -484,39 +487,41 @@ class _Placement:
         return names if self._index_of else []
 
     def allocate(self, dtype: np.dtype[Any]) -> None:
-        """Makes room for the experts' tensors, which come one by one."""
-        self._dtype = dtype
-        if self._parameter.num_experts:
-            for device, index in self._index_of.items():
-                shape = tuple(part.stop - part.start for part in index)
-                self._parts[device] = jnp.zeros(shape, dtype, device=device)
-
-    def put(self, expert: int, x: np.ndarray, scales: np.ndarray | None) -> None:
-        """Gives each device its part of a tensor in the checkpoint's layout, and waits for it."""
-        parts = []
+        """Makes room for the tensors, which come piece by piece."""
         for device, index in self._index_of.items():
-            if not self._parameter.num_experts:
-                part = self._parts[device] = self._convert(device, index, x, scales)
-                parts.append(part)
-            elif index[0].start <= expert < index[0].stop:
-                part = self._convert(device, index[1:], x, scales)
-                self._parts[device] = _store(self._parts[device], part, expert - index[0].start)
-                parts.append(part)
-        jax.block_until_ready(parts)
+            shape = tuple(part.stop - part.start for part in index)
+            self._parts[device] = jnp.zeros(shape, dtype, device=device)
 
-    def _convert(
-        self, device: jax.Device | None, index: _Index, x: np.ndarray, scales: np.ndarray | None
-    ) -> jax.Array:
-        """The part `index`, in the model's layout, of a tensor, on `device`."""
-        transposed = self._parameter.transposed
-        index = index[::-1] if transposed else index
-        part = jax.device_put(x[index], device)  # on a CPU this may be `x` itself
-        if scales is None:
-            return _convert(part, None, (0, 0), transposed, self._dtype)
-        blocks = tuple(slice(i.start // _BLOCK, -(-i.stop // _BLOCK)) for i in index)
-        its_scales = jax.device_put(scales[blocks], device)
-        first = index[0].start % _BLOCK, index[1].start % _BLOCK
-        return _convert(part, its_scales, first, transposed, self._dtype)
+    def put(self, expert: int, piece: _Piece) -> None:
+        """Gives each device its part of a piece of a tensor, and waits for it."""
+        for device, index in self._index_of.items():
+            at = []  # in the part that is the device's
+            if self._parameter.num_experts:
+                if not index[0].start <= expert < index[0].stop:
+                    continue
+                at = [expert - index[0].start]
+                index = index[1:]
+            transposed = self._parameter.transposed
+            rows, *columns = index[::-1] if transposed else index
+            own = _overlap(rows, piece.rows)
+            if own.start >= own.stop:
+                continue
+            place = [own.start - rows.start, *(0 for _ in columns)]
+            at += place[::-1] if transposed else place
+            start = own.start - piece.rows.start
+            x = piece.x[(slice(start, start + own.stop - own.start), *columns)]
+            scales, first = None, [0, 0]
+            if piece.scales is not None:
+                box = (own, *columns)
+                blocks = tuple(slice(i.start // _BLOCK, -(-i.stop // _BLOCK)) for i in box)
+                scales = jax.device_put(piece.scales[blocks], device)
+                first = [i.start % _BLOCK for i in box]
+            x = jax.device_put(x, device)  # on a CPU this may be `piece.x` itself
+            part = self._parts[device]
+            self._parts[device] = _store(
+                part, x, scales, np.array(first, np.int32), np.array(at, np.int32), transposed
+            )
+        jax.block_until_ready(list(self._parts.values()))
 
     def assemble(self) -> jax.Array:
         """The parameter, once all tensors are there."""
@@ -548,28 +553,30 @@ def _sharding_of(parameter: _Parameter, shardings: Shardings) -> Sharding:
     return node
 
 
-@functools.partial(jax.jit, static_argnames=("first", "transposed", "dtype"))
-def _convert(
+def _overlap(a: slice, b: slice) -> slice:
+    return slice(max(a.start, b.start), min(a.stop, b.stop))
+
+
+@functools.partial(jax.jit, static_argnames="transposed", donate_argnames="part")
+def _store(
+    part: jax.Array,
     x: jax.Array,
     scales: jax.Array | None,
-    first: tuple[int, int],
+    first: jax.Array,
+    at: jax.Array,
     transposed: bool,
-    dtype: np.dtype[Any],
 ) -> jax.Array:
-    """`x`, as the checkpoint has it, times its blocks' scales, in the model's layout.
+    """`part` with `x`, as the checkpoint has it, times its blocks' scales, from `at` on.
 
-    `first` is the place of `x[0, 0]` within its block. The result is never `x` itself.
+    `first` is the place of `x[0, 0]` within its block.
     """
     if scales is not None:
         scales = jnp.repeat(jnp.repeat(scales, _BLOCK, axis=0), _BLOCK, axis=1)
-        x = x.astype(jnp.float32) * jax.lax.dynamic_slice(scales, first, x.shape)
-    x = jnp.copy(x.astype(dtype))
-    return x.T if transposed else x
-
-
-@functools.partial(jax.jit, donate_argnames="stack")
-def _store(stack: jax.Array, x: jax.Array, at: int) -> jax.Array:
-    return stack.at[at].set(x)
+        x = x.astype(jnp.float32) * jax.lax.dynamic_slice(scales, tuple(first), x.shape)
+    x = x.astype(part.dtype)
+    x = x.T if transposed else x
+    x = x.reshape((1,) * (part.ndim - x.ndim) + x.shape)
+    return jax.lax.dynamic_update_slice(part, x, tuple(at))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -586,6 +593,24 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+
+def _row_bytes(entry: _Entry) -> int:
+    return entry.nbytes // entry.shape[0]
+
+
+def _rows_of_piece(entry: _Entry) -> int:
+    """At least one, and whole blocks if it is more than a block's: pieces are of one shape then."""
+    rows = min(max(_PIECE_BYTES // _row_bytes(entry), 1), entry.shape[0])
+    return rows if rows < _BLOCK or rows == entry.shape[0] else rows - rows % _BLOCK
+
+
+class _Piece(NamedTuple):
+    """Rows of a tensor."""
+
+    rows: slice
+    x: np.ndarray  # these rows
+    scales: np.ndarray | None  # of the whole tensor
 
 
 class _Checkpoint:
@@ -680,29 +705,34 @@ class _Checkpoint:
         return sum(self._entry(name).nbytes for name in names if name in self._file_of)
 
     def make_room_for(self, names: Iterable[str]) -> None:
-        """Allocates what each of these tensors is read into.
+        """Allocates what the pieces of these tensors are read into.
 
         One buffer for all: JAX may keep an array for a while after it has copied it.
         """
-        largest = max((self._entry(name).nbytes for name in names), default=0)
+        entries = map(self._entry, names)
+        largest = max((_rows_of_piece(e) * _row_bytes(e) for e in entries), default=0)
         self._buffer = np.empty(largest, np.uint8)
 
-    def read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """The tensor `name`, until the next one is read, and its scales if it has any."""
-        scales = name + _SCALE
-        x = self._get(name, self._buffer)
-        if scales not in self._file_of:
-            return x, None
-        return x, self._get(scales, np.empty(self._entry(scales).nbytes, np.uint8))
+    def read(self, name: str) -> Iterator[_Piece]:
+        """The tensor `name`, in pieces, each of which is there until the next one is read."""
+        entry, scales = self._entry(name), None
+        if name + _SCALE in self._file_of:
+            its = self._entry(name + _SCALE)
+            all_rows, room = slice(0, its.shape[0]), np.empty(its.nbytes, np.uint8)
+            scales = self._get(name + _SCALE, all_rows, room)
+        count = _rows_of_piece(entry)
+        for start in range(0, entry.shape[0], count):
+            rows = slice(start, min(start + count, entry.shape[0]))
+            yield _Piece(rows, self._get(name, rows, self._buffer), scales)
 
-    def _get(self, name: str, buffer: np.ndarray) -> np.ndarray:
+    def _get(self, name: str, rows: slice, buffer: np.ndarray) -> np.ndarray:
         entry, path = self._entry(name), self._path / self._file_of[name]
-        data = buffer[: entry.nbytes]
+        data = buffer[: (rows.stop - rows.start) * _row_bytes(entry)]
         with open(path, "rb") as stream:
-            stream.seek(entry.start)
-            if stream.readinto(data.data) != entry.nbytes:
+            stream.seek(entry.start + rows.start * _row_bytes(entry))
+            if stream.readinto(data.data) != len(data):
                 raise ValueError(f"{path} ends within {name}")
-        return data.view(_READABLE[entry.dtype]).reshape(entry.shape)
+        return data.view(_READABLE[entry.dtype]).reshape(-1, *entry.shape[1:])
 
     def _entry(self, name: str) -> _Entry:
         file = self._file_of[name]

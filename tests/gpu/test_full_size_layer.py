@@ -25,7 +25,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flashmla_jax.cache.paged import PagedKVCache
-from flashmla_jax.models import DeepSeekConfig, deepseek, load_checkpoint
+from flashmla_jax.models import DeepSeekConfig, checkpoint, deepseek, load_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 # Its sizes, experts and YaRN; one layer, with experts, and few words.
@@ -53,8 +53,6 @@ LARGE = V3 | {
     "topk_group": 1,
 }
 LARGE_ON_A_CPU = LARGE | {"moe_intermediate_size": 6144, "num_attention_heads": 8}
-# What XLA may take beside tensors, to compile programs for shapes that are new to it, and to stage.
-XLA_BYTES = {"gpu": 256e6, "cpu": 64e6}
 # Of the norm. In bfloat16 a dozen values in a row, and every weight, are rounded by 2^-9 or less of
 # themselves: 0.01 in all. An expert that is left out is an error of 0.08 and more, and a model
 # without YaRN one of 0.15.
@@ -331,7 +329,7 @@ def test_in_small(folder: Path, dtype) -> None:
 
 @pytest.mark.gpu
 def test_at_full_size(folder: Path) -> None:
-    """The host never holds two of the largest tensor, let alone a layer's experts."""
+    """The host never holds the largest tensor, let alone a layer's experts."""
     sizes = [math.prod(shape) for shape in matrices(V3).values()]
     skip_unless_it_fits(folder, sum(sizes))
     rng = np.random.default_rng(1)
@@ -342,7 +340,7 @@ def test_at_full_size(folder: Path) -> None:
     config, params = load_checkpoint(folder, progress=lambda *_: after.append(resident()))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(sizes) <= peak < 2 * max(sizes)
+    assert checkpoint._PIECE_BYTES <= peak < max(sizes) / 4
     assert max(after) - before < sum(sizes) / 4  # nor does anything outside Python
     experts = params["layers"][0]["mlp"]["experts"]["up_proj"]["weight"]
     assert experts.shape == (256, 2048, 7168)
@@ -355,7 +353,7 @@ def test_at_full_size(folder: Path) -> None:
     [("cpu", LARGE_ON_A_CPU), pytest.param("gpu", LARGE, marks=pytest.mark.gpu)],
 )
 def test_the_hosts_memory(folder: Path, tmp_path: Path, platform: str, config: dict) -> None:
-    """Whoever takes it: at the peak less than two of the largest tensor, beside what XLA may take.
+    """Whoever takes it, for whatever: at the peak less than two of the largest tensor.
 
     On a CPU the parameters are there, too.
     """
@@ -378,7 +376,7 @@ def test_the_hosts_memory(folder: Path, tmp_path: Path, platform: str, config: d
     assert taken["platform"] == platform
     assert taken["parameters"] > 2 * sum(sizes)  # in bfloat16
     on_host = taken["parameters"] if platform == "cpu" else 0
-    assert max(sizes) <= taken["peak"] - on_host < 2 * max(sizes) + XLA_BYTES[platform], taken
+    assert checkpoint._PIECE_BYTES <= taken["peak"] - on_host < 2 * max(sizes), taken
 
 
 def can_reset_peak() -> bool:

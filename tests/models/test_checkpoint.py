@@ -348,6 +348,14 @@ def fp8(tmp_path, random_params) -> Path:
     return tmp_path / "model"
 
 
+@pytest.fixture
+def fp8_expected(tmp_path, random_params) -> tuple[Path, dict]:
+    """An FP8 checkpoint, and its parameters, read at once."""
+    folder = tmp_path / "fp8"
+    write_fp8(folder, FP8_CONFIG, random_params(FP8_CONFIG))
+    return folder, load_checkpoint(folder)[1]
+
+
 def change_fp8(folder: Path, change) -> None:
     """Passes the tensors of an FP8 checkpoint through `change`."""
     data = (folder / "model.safetensors").read_bytes()
@@ -447,6 +455,32 @@ def test_fp8_errors(fp8, change, error, message):
 LARGE = dataclasses.replace(
     CONFIG, vocab_size=4096, hidden_size=256, moe_intermediate_size=256, n_routed_experts=32
 )
+
+
+# Bytes of a piece: a few rows or one, a block of rows.
+@pytest.mark.parametrize("piece_bytes", [3000, 30_000])
+def test_in_pieces(sharded, params, fp8_expected, monkeypatch, piece_bytes):
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", piece_bytes)
+    pieces = []
+    get = checkpoint._Checkpoint._get
+
+    def count(self, name, rows, buffer):
+        pieces.append(name)
+        return get(self, name, rows, buffer)
+
+    monkeypatch.setattr(checkpoint._Checkpoint, "_get", count)
+    for folder, expected in ((sharded, params), fp8_expected):
+        _, loaded = load_checkpoint(folder, dtype=jnp.bfloat16)
+        jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    rows = -(-piece_bytes // 150)  # at most, of UP_PROJ
+    assert pieces.count(UP_PROJ) >= 260 / rows > 1
+
+
+def test_the_host_holds_a_piece_at_a_time(tmp_path, random_params, loading_peak, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 1 << 19)
+    save_checkpoint(tmp_path / "model", LARGE, random_params(LARGE))
+    largest = 4096 * 256 * 2
+    assert 1 << 19 <= loading_peak(tmp_path / "model") < largest / 2
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path, random_params, loading_peak):

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from flashmla_jax.models import (
     DeepSeekConfig,
+    checkpoint,
     deepseek,
     load_checkpoint,
     save_checkpoint,
@@ -116,6 +117,21 @@ def make_fp8(folder: Path) -> None:
         "weight_block_size": [128, 128],
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@meshes
+@pytest.mark.parametrize("fp8", [False, True])
+def test_pieces_of_tensors_on_several_devices(saved, mesh, monkeypatch, fp8):
+    """Some pieces are one device's, some are several ones', some begin within a block."""
+    if fp8:
+        make_fp8(saved)
+    _, expected = load_checkpoint(saved)
+    for piece_bytes in (3000, 25_000):  # of rows of up to 544 bytes
+        monkeypatch.setattr(checkpoint, "_PIECE_BYTES", piece_bytes)
+        _, params = load_checkpoint(
+            saved, shardings=lambda name, shape: NamedSharding(mesh, spec_of(name, shape))
+        )
+        assert_placed_as(params, expected, mesh)
 
 
 @meshes
