@@ -200,8 +200,8 @@ __device__ __forceinline__ void StoreClusterAsync16(float4* address, uint32_t ra
       : "memory");
 }
 
-// The copy engine takes bytes to `target` in block `rank` of the cluster, and counts them on a
-// barrier there.
+// Under `condition`, without a branch: the copy engine takes bytes to `target` in block `rank` of
+// the cluster, and counts them on a barrier there.
 __device__ __forceinline__ void BulkCopyToClusterIf(bool condition, uint32_t target,
                                                     uint32_t source, uint32_t bytes,
                                                     uint64_t* barrier, uint32_t rank) {

@@ -85,7 +85,7 @@ Status LaunchWide(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
                 sizeof(wide::SharedMemory<Problem>), kCluster, stream, p, maps);
 }
 
-Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
+Status LaunchFp8Tiles(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   if (p.tiles_per_head() % 2 == 0) {
     using Problem = paired::Problem<DenseDecodeParams, TokenFormat::kFp8, kHeadDim>;
     return Launch(paired::Kernel<Problem>, grid, paired::kThreads,
@@ -103,7 +103,7 @@ Status LaunchWideFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream)
 //                        each page once. Of FP8 pages: paired if it is even
 Status LaunchFp8(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {
   if (p.rows() <= kNarrowRows) return narrow_fp8::Launch(p, grid, stream);
-  return LaunchWideFp8(p, grid, stream);
+  return LaunchFp8Tiles(p, grid, stream);
 }
 template <typename T>
 Status LaunchShape(const DenseDecodeParams& p, dim3 grid, cudaStream_t stream) {

@@ -12,8 +12,8 @@
 // tile: it gets the other block's part of their scores, and makes P of them for both. The other one
 // helps: it sends its part of the scores of its rows there, and gets their P.
 //
-//   owner    | S n+1 | P n to the other | O += P V n ...       | + the other's | softmax n+1 | S
-//   n+2 helper   | S n+1, to the other | P n comes | O += P V n ...                | S n+2
+//   owner   | S n+1 | P n sent | O += P V n | the other's S | softmax n+1 | S n+2
+//   helper  | S n+1, sent | P n comes | O += P V n | S n+2, sent
 //
 // So while an owner finds weights its last product is computed, and a helper's scores are there
 // before they are needed. Scores and P travel by distributed shared memory, 24 KB a block each way
@@ -54,7 +54,7 @@ inline constexpr int kOwnRows = kRowTile / kWarpsEach;  // of a consumer warp
 inline constexpr int kRopeColumns = kPanel / 2;         // of a thread block
 inline constexpr int kRopeBytes = kRowTile * kRopeColumns * 2;
 inline constexpr int kScoreBytes = kRowTile * kPageSize * 4;
-inline constexpr int kLeastBlocks = 2;
+inline constexpr int kLeastBlocks = 1;
 inline constexpr int kSequenceCost = 3;  // blocks: the time to finish a sequence and begin another
 static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
 

@@ -21,7 +21,7 @@ namespace flashmla::sm90 {
 namespace {
 
 template <typename T, TokenFormat kFormat, int kDim>
-Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
+Status LaunchTiles(const SparseCall& p, dim3 grid, cudaStream_t stream) {
   if constexpr (kFormat != TokenFormat::kNumbers) {
     using Problem = paired::Problem<SparseCall, kFormat, kDim>;
     if (p.tiles_per_head() % 2 == 0)
@@ -36,8 +36,8 @@ Status LaunchWide(const SparseCall& p, dim3 grid, cudaStream_t stream) {
 template <typename T>
 Status LaunchNumbers(const SparseCall& p, dim3 grid, cudaStream_t stream) {
   if (p.head_dim == kHeadDim)
-    return LaunchWide<T, TokenFormat::kNumbers, kHeadDim>(p, grid, stream);
-  return LaunchWide<T, TokenFormat::kNumbers, kHeadDimV>(p, grid, stream);
+    return LaunchTiles<T, TokenFormat::kNumbers, kHeadDim>(p, grid, stream);
+  return LaunchTiles<T, TokenFormat::kNumbers, kHeadDimV>(p, grid, stream);
 }
 
 Status LaunchFormat(const SparseCall& p, TokenFormat format, dim3 grid, cudaStream_t stream) {
@@ -47,11 +47,11 @@ Status LaunchFormat(const SparseCall& p, TokenFormat format, dim3 grid, cudaStre
                                      : LaunchNumbers<__half>(p, grid, stream);
     case TokenFormat::kFp8:
       if (p.rows() <= kNarrowRows) return narrow_fp8::Launch(p, grid, stream);
-      return LaunchWide<__nv_bfloat16, TokenFormat::kFp8, kHeadDim>(p, grid, stream);
+      return LaunchTiles<__nv_bfloat16, TokenFormat::kFp8, kHeadDim>(p, grid, stream);
     case TokenFormat::kFp8Apart:
       break;
   }
-  return LaunchWide<__nv_bfloat16, TokenFormat::kFp8Apart, kFp8ApartDim>(p, grid, stream);
+  return LaunchTiles<__nv_bfloat16, TokenFormat::kFp8Apart, kFp8ApartDim>(p, grid, stream);
 }
 
 }  // namespace
