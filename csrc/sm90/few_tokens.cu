@@ -123,6 +123,7 @@ __device__ __forceinline__ void Mma(__half, float (&c)[4], uint32_t a0, uint32_t
 
 // A lane's place.
 struct Lane {
+  int number = threadIdx.x % kWarp;
   // It loads this piece of each step, of weights in this row of a tile and of the one kHalfTile
   // later.
   int weight_row = threadIdx.x % kWarp / kStepPieces;
@@ -274,13 +275,17 @@ __device__ __forceinline__ void MultiplyAndLoad(const Batch& batch, const uint4*
   }
 }
 
-// Copies vectors to shared memory, with the streaming threads of a block.
-__device__ __forceinline__ void CopyVectors(uint4* target, const uint4* source, int pieces) {
-  for (int i = threadIdx.x; i < pieces; i += kThreads) {
-    ptx::CpAsync16(ptx::SmemAddress(target + i), source + i, true);
+// Begins to copy some steps of each token's vector of so many pieces to shared memory. A warp
+// copies what it multiplies, and so has no other to wait for.
+template <int kTokens>
+__device__ __forceinline__ void CopySteps(uint4* target, const uint4* source, int pieces, int begin,
+                                          int end) {
+  for (int token = 0; token < kTokens; ++token) {
+    for (int i = begin * kStepPieces + threadIdx.x % kWarp; i < end * kStepPieces; i += kWarp) {
+      const int place = token * pieces + i;
+      ptx::CpAsync16(ptx::SmemAddress(target + place), source + place, true);
+    }
   }
-  ptx::CpAsyncWaitAll();
-  Meet();
 }
 
 // Brings the factors of an RMS norm to where its result will be, of the last token: each thread its
@@ -397,7 +402,9 @@ __global__ void __launch_bounds__(kThreads, Linear::kBlocks) LinearKernel(const 
   if (p.norm != nullptr) {
     Normalize<T, kTokens>(p.x, p.size, p.eps, x);
   } else {
-    CopyVectors(x, Pieces<T>(p.x, 0), kTokens * pieces);
+    CopySteps<kTokens>(x, Pieces<T>(p.x, 0), pieces, share.begin, share.end);
+    ptx::CpAsyncWaitAll();
+    __syncwarp();
   }
 
   const uint4* own = x + min(lane.token, kTokens - 1) * pieces + lane.piece;
@@ -1001,7 +1008,8 @@ template <typename T, int kTokens>
 __global__ void __launch_bounds__(kThreads, Down::kBlocks) DownKernel(const MlpParams p) {
   extern __shared__ uint4 act[];
   __shared__ Partial<kTokens> partials[2];
-  __shared__ int32_t chosen[kTokens * kMaxExpertsPerToken];
+  __shared__ int32_t choices[kWarps][kTokens * kMaxExpertsPerToken];
+  int32_t* const chosen = choices[threadIdx.x / kWarp];
   const Lane lane;
   const int pieces = p.act_size() / kPiece, tiles = p.hidden_size / kTileRows;
   const int expert_steps = p.expert_size / kStep;
@@ -1042,16 +1050,20 @@ __global__ void __launch_bounds__(kThreads, Down::kBlocks) DownKernel(const MlpP
   Load(batch, weights);
   ptx::WaitForPreviousKernel();
   ptx::LetNextKernelStart();
-  if (threadIdx.x < kTokens * p.experts_per_token) chosen[threadIdx.x] = p.chosen[threadIdx.x];
-  CopyVectors(act, Pieces<T>(p.act, 0), kTokens * pieces);
+  const uint4* from = Pieces<T>(p.act, 0);
+  CopySteps<kTokens>(act, from, pieces, routed.begin, routed.end);
+  CopySteps<kTokens>(act, from, pieces, routed_steps + shared.begin, routed_steps + shared.end);
+  for (int i = lane.number; i < kTokens * p.experts_per_token; i += kWarp) chosen[i] = p.chosen[i];
+  ptx::CpAsyncWaitAll();
+  __syncwarp();
 
   Sums sums;
   int turn = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
     Partial<kTokens>& partial = partials[turn];
     for (int token = -1; token <= last_token; ++token) {
-      const int from = token < 0 ? min(lane.token, kTokens - 1) : token;
-      const uint4* own = act + from * pieces + lane.piece;
+      const int vector = token < 0 ? min(lane.token, kTokens - 1) : token;
+      const uint4* own = act + vector * pieces + lane.piece;
       for (bool ends_row = false; !ends_row;) {
         const Batch next = following();
         MultiplyAndLoad<T>(batch, own, next, weights, sums);
@@ -1096,12 +1108,21 @@ struct Grid {
 // own.
 constexpr int64_t kAskedShared = 200 * 1024;
 
+// Shared memory of a multiprocessor, in percent of the most, the rest being L1: 100 KB, for two
+// blocks of any kernel. All kernels ask for the same, and say so: left to the driver, a kernel that
+// starts while attention ends keeps what that had, and with so little L1 fewer loads are on their
+// way.
+constexpr int kCarveout = 43;
+
 template <typename... Params, typename... Arguments>
 Status Launch(Start start, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
               const Arguments&... arguments) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(std::max(grid.shared_bytes, kAskedShared)));
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kCarveout);
+  }
   if (error != cudaSuccess) return Failed("shared memory", error);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -1196,12 +1217,10 @@ Status FewOutput(const OutputParams& p, cudaStream_t stream) {
     using T = decltype(element);
     constexpr int kTokens = decltype(tokens)::value;
     const int values = p.heads * p.v_dim;
-    // An unbroken chain makes the experts' kernel slower: presumably, multiprocessors can take back
-    // the L1 that attention uses as shared memory only when they are idle. See docs/kernel.md.
     const auto kernel = p.attention.half_partials() ? ValuesKernel<T, __half, kTokens>
                                                     : ValuesKernel<T, float, kTokens>;
     const Status status =
-        Launch(Start::kAfterAll, kernel,
+        Launch(Start::kEarly, kernel,
                {.blocks = int64_t{p.heads} * kHeadBlocks, .cluster = kHeadBlocks}, stream, p);
     if (!status.ok()) return status;
     const LinearParams linear{.x = p.values,

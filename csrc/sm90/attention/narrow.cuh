@@ -41,7 +41,7 @@ inline constexpr int kLeastBlocks = 1;
 template <int kRows>
 struct SharedMemory {
   static constexpr int kQueries = kRows == 16 ? 2 : 1;  // buffers for Q
-  static constexpr int kSlots = kRows == 16 ? 23 : 22;  // panels in the ring
+  static constexpr int kSlots = kRows == 16 ? 18 : 22;  // panels in the ring
   static constexpr int kPanelBytesQ = kRows * kPanel * 2;
 
   alignas(1024) uint8_t k[kSlots][kPanelBytes];
