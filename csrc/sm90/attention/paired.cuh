@@ -33,6 +33,7 @@
 
 #include "sm90/attention/common.cuh"
 #include "sm90/attention/fp8.cuh"
+#include "sm90/attention/many_rows.cuh"
 #include "sm90/attention/tokens.cuh"
 
 namespace flashmla::sm90::paired {
@@ -266,10 +267,10 @@ __device__ __forceinline__ void ConvertColumns(Source& source, Target& target) {
 
 // --- Consumers ------------------------------------------------------------------------------
 
-// A warpgroup. Its four warps hold 16 rows each: a thread's accumulator elements are those of the
-// rows row and row + 8, in the columns 8 j + column + {0, 1}.
+// A warpgroup, whose accumulators are as ManyRows has it. Registers are scarce: neither addresses
+// are kept nor what follows from a thread's number.
 template <typename Problem>
-class Consumer {
+class Consumer : ManyRows</*kAnew=*/true> {
  public:
   using T = __nv_bfloat16;
   using Call = typename Problem::Call;
@@ -299,6 +300,10 @@ class Consumer {
   }
 
  private:
+  using Rows = ManyRows</*kAnew=*/true>;
+  using Rows::column, Rows::lane, Rows::line, Rows::line_column, Rows::row, Rows::thread,
+      Rows::warp, Rows::LineOffset, Rows::PieceOffset;
+
   static constexpr bool kSparse = Problem::kSparse;
 
   // All tokens are read: the next kernel's blocks may come when this one's have ended.
@@ -311,9 +316,9 @@ class Consumer {
     const int rank = ptx::ClusterRank(), count = tile().count;
     // A warp writes where it had its part of the last result: nobody else may have to wait.
 #pragma unroll
-    for (int i = 0; i < kOwnRows / 4; ++i) {
+    for (int i = 0; i < Rows::kLines; ++i) {
       const int r = line(i);
-      const T* source = q + int64_t{query_row(r)} * Problem::kDim + line_column(rank);
+      const T* source = q + int64_t{query_row(r)} * Problem::kDim + rank * kColumns + line_column();
 #pragma unroll
       for (int panel = 0; panel < kHalfPanels; ++panel) {
         ptx::CpAsync16(own_panels() + panel * kPanelBytes + LineOffset(r), source + panel * kPanel,
@@ -618,12 +623,7 @@ class Consumer {
     return {alpha[0], alpha[1]};
   }
 
-  __device__ __forceinline__ void Rescale(float2 alpha) {
-    if (__any_sync(~0u, alpha.x != 1.f || alpha.y != 1.f)) {
-#pragma unroll
-      for (int j = 0; j < 128; ++j) o_[j] *= j / 2 % 2 ? alpha.y : alpha.x;
-    }
-  }
+  __device__ __forceinline__ void Rescale(float2 alpha) { Rows::Rescale(o_, alpha); }
 
   // Of pages, the last ones of a sequence. Both warpgroups have their scores of the block, and its
   // values are read by both.
@@ -688,7 +688,7 @@ class Consumer {
     }
     float scale[2] = {1, 1};
     if (!complete) {
-      const float2 largest = Largest();
+      const float2 largest = Rows::Largest(o_);
       scale[0] = PartialScale(largest.x * inverse[0]);
       scale[1] = PartialScale(largest.y * inverse[1]);
     }
@@ -716,33 +716,13 @@ class Consumer {
     inverse[1] *= scale[1];
     uint16_t* target = static_cast<uint16_t*>(complete ? p_.out : p_.partial_out);
     const int first = complete ? static_cast<int>(s.batch * p_.s_q * p_.h_q) : partial_row;
-    int rows[kOwnRows / 4];  // of a kilobyte: their numbers are small
+    int rows[Rows::kLines];  // of a kilobyte: their numbers are small
 #pragma unroll
-    for (int i = 0; i < kOwnRows / 4; ++i) {
+    for (int i = 0; i < Rows::kLines; ++i) {
       rows[i] = first + (complete ? query_row(line(i)) : line(i));
     }
     const auto store = [&](auto type) {
-#pragma unroll
-      for (int panel = 0; panel < kHalfPanels; ++panel) {
-        const uint32_t buffer = own_panels() + panel * kPanelBytes;
-#pragma unroll
-        for (int step = 0; step < kPanel / 16; ++step) {
-          const float* o = o_ + 32 * panel + 8 * step;
-          ptx::StMatrix4(buffer + PieceOffset(step),
-                         Pack(type, o[0] * inverse[0], o[1] * inverse[0]),
-                         Pack(type, o[2] * inverse[1], o[3] * inverse[1]),
-                         Pack(type, o[4] * inverse[0], o[5] * inverse[0]),
-                         Pack(type, o[6] * inverse[1], o[7] * inverse[1]));
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kOwnRows / 4; ++i) {
-          if (line(i) >= tile().count) continue;
-          *reinterpret_cast<uint4*>(target + int64_t{rows[i]} * kHeadDimV + line_column(rank) +
-                                    panel * kPanel) =
-              ptx::LoadShared16(buffer + LineOffset(line(i)));
-        }
-      }
+      Rows::Store(type, o_, inverse, own_panels(), target, rows, rank * kColumns, tile().count);
     };
     if (!complete) {
       store(__half{});
@@ -752,37 +732,14 @@ class Consumer {
     __syncwarp();
   }
 
-  // The largest numbers of this block's columns in each row, without their signs.
-  __device__ __forceinline__ float2 Largest() const {
-    float largest[8] = {};  // several for a row: no long chain
-#pragma unroll
-    for (int j = 0; j < 128; ++j) largest[j % 8] = fmaxf(largest[j % 8], fabsf(o_[j]));
-    float rows[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float* own = largest + 2 * h;
-      rows[h] = fmaxf(fmaxf(own[0], own[1]), fmaxf(own[4], own[5]));
-      rows[h] = fmaxf(rows[h], __shfl_xor_sync(~0u, rows[h], 1));
-      rows[h] = fmaxf(rows[h], __shfl_xor_sync(~0u, rows[h], 2));
-    }
-    return {rows[0], rows[1]};
-  }
-
   __device__ __forceinline__ void GroupSync() const {
     ptx::NamedBarrierSync(1 + group(), kGroupThreads);
   }
-  // Registers are scarce: addresses are not kept, and what follows from a thread's number is found
-  // out anew.
   __device__ __forceinline__ Shared& shared() const {
     return *static_cast<Shared*>(__cvta_shared_to_generic(ptx::Opaque(ptx::SmemAddress(&shared_))));
   }
-  __device__ static uint32_t thread() { return ptx::ThreadId(); }
-  __device__ static int lane() { return ptx::LaneId(); }
-  __device__ static int warp() { return ptx::ThreadId() / 32 % kWarpsEach; }
   __device__ static int group() { return ptx::ThreadId() / kGroupThreads; }
   __device__ static uint32_t other() { return ptx::ClusterRank() ^ 1; }
-  __device__ static int row() { return warp() * 16 + lane() / 4; }
-  __device__ static int column() { return lane() % 4 * 2; }
   __device__ __forceinline__ const RowTile& tile() const { return shared().tiles[group()]; }
   __device__ __forceinline__ SharedSegments& segments() const {
     return shared().segments[ptx::ThreadId() / 32];
@@ -796,14 +753,6 @@ class Consumer {
   }
   __device__ __forceinline__ uint32_t own_panels() const {
     return ptx::SmemAddress(shared().q[group()]);
-  }
-  // Eight lanes read or write 128 bytes of a row together, and a warp four rows: the i-th.
-  __device__ static int line(int i) { return warp() * kOwnRows + 4 * i + lane() / 8; }
-  __device__ static int line_column(int rank) { return rank * kColumns + thread() % 8 * 8; }
-  __device__ static uint32_t LineOffset(int r) { return r * 128 + ((thread() ^ r) % 8 << 4); }
-  // Where a lane's part of a 16 x 16 piece of the warp's rows lies in a panel, for StMatrix4.
-  __device__ static uint32_t PieceOffset(int step) {
-    return (warp() * 16 + lane() % 16) * 128 + ((step * 2 + lane() / 16 ^ lane() % 8) << 4);
   }
 
   const Call& p_;

@@ -57,6 +57,7 @@
 
 #include "sm90/attention/common.cuh"
 #include "sm90/attention/fp8.cuh"
+#include "sm90/attention/many_rows.cuh"
 #include "sm90/attention/tokens.cuh"
 
 namespace flashmla::sm90::wide {
@@ -65,9 +66,8 @@ inline constexpr int kStages = 2;
 inline constexpr int kSides = 2;
 inline constexpr int kWarpsPerSide = 4;
 inline constexpr int kConsumerThreads = kSides * kWarpsPerSide * 32;
-inline constexpr int kColumnsEach = kHeadDimV / kSides;    // of O, per side
-inline constexpr int kOwnRows = kRowTile / kWarpsPerSide;  // of a consumer warp
-inline constexpr int kLeastBlocks = 2;                     // one for each side
+inline constexpr int kColumnsEach = kHeadDimV / kSides;  // of O, per side
+inline constexpr int kLeastBlocks = 2;                   // one for each side
 inline constexpr int kSequenceCost = 3;  // blocks: the time to finish a sequence and begin another
 static_assert(kRowTile == 64 && kPageSize == 64, "S is one accumulator of m64n64k16");
 static_assert(kStages == kSides, "Softmax relies on a side's blocks having a stage to themselves");
@@ -288,10 +288,9 @@ __device__ __forceinline__ void CopyTokens(ListedTokens<TokenFormat::kNumbers, k
 
 // --- Consumers ------------------------------------------------------------------------------
 
-// One side. Its four warps hold 16 rows each: a thread's accumulator elements are those of the rows
-// row and row + 8, in the columns 8 j + column + {0, 1}.
+// One side, whose accumulators are as ManyRows has it.
 template <typename T, int kCluster, typename Problem>
-class Consumer {
+class Consumer : ManyRows<Problem::kConverted> {
  public:
   using Call = typename Problem::Call;
   using Shared = SharedMemory<Problem>;
@@ -324,6 +323,10 @@ class Consumer {
   }
 
  private:
+  using Rows = ManyRows<Problem::kConverted>;
+  using Rows::column, Rows::lane, Rows::line, Rows::line_column, Rows::row, Rows::thread,
+      Rows::warp, Rows::LineOffset, Rows::PieceOffset;
+
   // Whether there are registers for where it is: or it is found out anew, from shared memory.
   static constexpr bool kKeeps = !Problem::kConverted;
 
@@ -341,9 +344,10 @@ class Consumer {
     const T* q = static_cast<const T*>(p_.q) + s.batch * p_.s_q * p_.h_q * Problem::kDim;
     // A warp writes where it had its part of the last result: nobody else may have to wait.
 #pragma unroll
-    for (int i = 0; i < kOwnRows / 4; ++i) {
+    for (int i = 0; i < Rows::kLines; ++i) {
       const int r = line(i);
-      const T* source = q + int64_t{shared().query_row(r)} * Problem::kDim + line_column();
+      const T* source = q + int64_t{shared().query_row(r)} * Problem::kDim + side() * kColumnsEach +
+                        line_column();
 #pragma unroll
       for (int panel = 0; panel < kHalfPanels; ++panel) {
         ptx::CpAsync16(own_panels() + panel * kPanelBytes + LineOffset(r), source + panel * kPanel,
@@ -613,12 +617,7 @@ class Consumer {
     return {alpha[0], alpha[1]};
   }
 
-  __device__ __forceinline__ void Rescale(float2 alpha) {
-    if (__any_sync(~0u, alpha.x != 1.f || alpha.y != 1.f)) {
-#pragma unroll
-      for (int j = 0; j < 128; ++j) o_[j] *= j / 2 % 2 ? alpha.y : alpha.x;
-    }
-  }
+  __device__ __forceinline__ void Rescale(float2 alpha) { Rows::Rescale(o_, alpha); }
 
   // In two steps where threads start with too few registers for one.
   template <typename A>
@@ -712,7 +711,7 @@ class Consumer {
     }
     float scale[2] = {1, 1};
     if (!complete) {
-      const float2 largest = Largest();
+      const float2 largest = Rows::Largest(o_);
       scale[0] = PartialScale(largest.x * inverse[0]);
       scale[1] = PartialScale(largest.y * inverse[1]);
     }
@@ -741,33 +740,14 @@ class Consumer {
     inverse[1] *= scale[1];
     uint16_t* target = static_cast<uint16_t*>(complete ? p_.out : p_.partial_out);
     const int first = complete ? static_cast<int>(s.batch * p_.s_q * p_.h_q) : partial_row;
-    int rows[kOwnRows / 4];  // of a kilobyte: their numbers are small
+    int rows[Rows::kLines];  // of a kilobyte: their numbers are small
 #pragma unroll
-    for (int i = 0; i < kOwnRows / 4; ++i) {
+    for (int i = 0; i < Rows::kLines; ++i) {
       rows[i] = first + (complete ? shared().query_row(line(i)) : line(i));
     }
     const auto store = [&](auto type) {
-#pragma unroll
-      for (int panel = 0; panel < kHalfPanels; ++panel) {
-        const uint32_t buffer = own_panels() + panel * kPanelBytes;
-#pragma unroll
-        for (int step = 0; step < kPanel / 16; ++step) {
-          const float* o = o_ + 32 * panel + 8 * step;
-          ptx::StMatrix4(buffer + PieceOffset(step),
-                         Pack(type, o[0] * inverse[0], o[1] * inverse[0]),
-                         Pack(type, o[2] * inverse[1], o[3] * inverse[1]),
-                         Pack(type, o[4] * inverse[0], o[5] * inverse[0]),
-                         Pack(type, o[6] * inverse[1], o[7] * inverse[1]));
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kOwnRows / 4; ++i) {
-          if (line(i) >= tile().count) continue;
-          *reinterpret_cast<uint4*>(target + int64_t{rows[i]} * kHeadDimV + line_column() +
-                                    panel * kPanel) =
-              ptx::LoadShared16(buffer + LineOffset(line(i)));
-        }
-      }
+      Rows::Store(type, o_, inverse, own_panels(), target, rows, side() * kColumnsEach,
+                  tile().count);
     };
     if (!complete || std::is_same_v<T, __half>) {
       store(__half{});
@@ -775,22 +755,6 @@ class Consumer {
       store(T{});
     }
     __syncwarp();
-  }
-
-  // The largest numbers of this side's columns in each row, without their signs.
-  __device__ __forceinline__ float2 Largest() const {
-    float largest[8] = {};  // several for a row: no long chain
-#pragma unroll
-    for (int j = 0; j < 128; ++j) largest[j % 8] = fmaxf(largest[j % 8], fabsf(o_[j]));
-    float rows[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float* own = largest + 2 * h;
-      rows[h] = fmaxf(fmaxf(own[0], own[1]), fmaxf(own[4], own[5]));
-      rows[h] = fmaxf(rows[h], __shfl_xor_sync(~0u, rows[h], 1));
-      rows[h] = fmaxf(rows[h], __shfl_xor_sync(~0u, rows[h], 2));
-    }
-    return {rows[0], rows[1]};
   }
 
   __device__ __forceinline__ Shared& shared() const {
@@ -808,27 +772,9 @@ class Consumer {
     return kKeeps ? shared().segments[side_].current : segments().current;
   }
   __device__ int side() const { return kKeeps ? side_ : ptx::ThreadId() / 128; }
-  __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static int warp() { return threadIdx.x / 32 % 4; }
-  __device__ static int row() { return warp() * 16 + lane() / 4; }
-  __device__ static int column() { return lane() % 4 * 2; }
   // Where Q's panels lie that have this side's columns of O.
   __device__ __forceinline__ uint32_t own_panels() const {
     return ptx::SmemAddress(shared().q) + side() * (kHalfPanels * kPanelBytes);
-  }
-  // Eight lanes read or write 128 bytes of a row together, and a warp four rows: the i-th.
-  __device__ static int line(int i) {
-    return thread() / 32 % 4 * kOwnRows + 4 * i + thread() % 32 / 8;
-  }
-  __device__ int line_column() const { return side() * kColumnsEach + thread() % 8 * 8; }
-  __device__ static uint32_t LineOffset(int r) { return r * 128 + ((thread() ^ r) % 8 << 4); }
-  // Where registers are scarce, what follows from it is found out anew.
-  __device__ static uint32_t thread() {
-    return Problem::kConverted ? ptx::ThreadId() : threadIdx.x;
-  }
-  // Where a lane's part of a 16 x 16 piece of the warp's rows lies in a panel, for StMatrix4.
-  __device__ static uint32_t PieceOffset(int step) {
-    return (warp() * 16 + lane() % 16) * 128 + ((step * 2 + lane() / 16 ^ lane() % 8) << 4);
   }
 
   const Call& p_;
