@@ -98,6 +98,8 @@ struct SharedMemory : RopeColumns<Problem::kRopeApart> {
   uint64_t p_full;        // the other block's owner has sent P and references,
   uint64_t p_empty;       // and its helper has done with those of this block's owner
   uint64_t totals_full[2];
+  uint64_t scored;   // of a block with values to be cleaned: both warpgroups have its scores,
+  uint64_t cleaned;  // and its values are as they may be read
   SharedSegments segments[kGroups * kWarpsEach];
   RowTile tiles[kGroups];
   Walk walks[kProducerWarps];
@@ -632,14 +634,17 @@ class Consumer : ManyRows</*kAnew=*/true> {
       const int first_token = FirstToken(left);
       const int seen_by_all = lowest_limit() - first_token;
       if (seen_by_all >= kPageSize) return;
-      ptx::NamedBarrierSync(1 + kGroups, kConsumerThreads);
+      const uint32_t turn = Turn(kCleanings);
+      ptx::MbarrierArrive(&shared().scored);
       if (group() == kOwner) {
+        ptx::MbarrierWait(&shared().scored, turn);
         CleanValues<T, kHalfPanels>(
             [&](int panel) { return shared().k[stage] + panel * kPanelBytes; }, seen_by_all,
             current().length - first_token);
         ptx::FenceProxyAsync();
+        ptx::MbarrierArrive(&shared().cleaned);
       }
-      ptx::NamedBarrierSync(1 + kGroups, kConsumerThreads);
+      ptx::MbarrierWait(&shared().cleaned, turn);
     }
   }
 
@@ -760,7 +765,7 @@ class Consumer : ManyRows</*kAnew=*/true> {
 
   // Whose turn it is of what is exchanged: the parity of an mbarrier, and then it is the next
   // one's. Of scores and weights it changes with every block; sums of sequences are counted.
-  enum Exchange : uint32_t { kScores = 1, kWeights = 2, kSums = 4 };
+  enum Exchange : uint32_t { kScores = 1, kWeights = 2, kCleanings = 4, kSums = 8 };
   __device__ __forceinline__ uint32_t Turn(Exchange exchange) {
     const uint32_t turn = turns_ / exchange % 2;
     turns_ ^= exchange;
@@ -799,6 +804,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::MbarrierInit(&shared.p_full, 1);
     ptx::MbarrierInit(&shared.p_empty, kWarpsEach);
     for (uint64_t& barrier : shared.totals_full) ptx::MbarrierInit(&barrier, 1);
+    // Those that hand over numbers count the threads that wrote them: racecheck follows that.
+    ptx::MbarrierInit(&shared.scored, kConsumerThreads);
+    ptx::MbarrierInit(&shared.cleaned, kGroupThreads);
     ptx::FenceMbarrierInit();
   }
   const RowTile tile(p, blockIdx.x ^ threadIdx.x / kGroupThreads % kGroups, 2);
