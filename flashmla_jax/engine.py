@@ -71,7 +71,7 @@ class Request:
       sampling: how they are chosen.
       stop_tokens: which end it.
       tokens: the new tokens so far, with the stop token if one came.
-      finish_reason: "stop" or "length", None while there is more to come.
+      finish_reason: "stop", "length" or "cancelled", None while there is more to come.
       submit_time: when it was submitted, in seconds of `time.perf_counter`.
       token_times: when each token reached the host.
       prefix_tokens: how many tokens of the prompt were in the cache when it first got a slot.
@@ -307,6 +307,7 @@ class Engine:
         self._index = PrefixIndex(lookahead=int(uses_mtp))
         self._keeps_prefixes = prefix_cache
         self._owed = _Books()
+        self._calls: collections.deque[tuple[Request, int]] = collections.deque()
 
     @property
     def waiting(self) -> tuple[Request, ...]:
@@ -361,7 +362,9 @@ class Engine:
             key made from `sampling.seed` (its lower 32 bits) and t alone.
           stop_tokens: ids that end the sequence; None for the configuration's `eos_token_id`, `()`
             for none.
-          on_token: called with each new token, in order, when a step has brought it to the host.
+          on_token: called with each new token, in order, at the end of the step that has brought
+            it to the host. What it raises comes out of `step`; the next one goes on, with the calls
+            that are left.
 
         Returns:
           The request, which gets its results as they come.
@@ -390,6 +393,27 @@ class Engine:
         self._waiting.append(request)
         return request
 
+    def cancel(self, request: Request) -> None:
+        """Ends a request, wherever it is, and gives back its slot and its pages.
+
+        It keeps the tokens that it has, `on_token` is not called any more, and its `finish_reason`
+        becomes "cancelled". One that has ended before stays as it is.
+
+        Raises:
+          ValueError: the request is another engine's.
+        """
+        if request.finish_reason is not None:
+            return
+        if request in self._waiting:
+            self._waiting.remove(request)
+        else:
+            runs = [run for run in self._running if run.request is request]
+            if not runs:
+                raise ValueError(f"request {request.number} is not of this engine")
+            self._leave(runs[0])
+        request.finish_reason = "cancelled"
+        self._calls = collections.deque(call for call in self._calls if call[0] is not request)
+
     def run(self) -> None:
         """Steps until no request is left."""
         while self.step():
@@ -414,11 +438,12 @@ class Engine:
         self._collect(before)
         if self._draft:  # as many tokens as were right
             self._collect_all()
-        if self._waiting or self._running or self._results:
-            return True
-        self._keep_books()
-        self._collect_all()
-        return False
+        more = bool(self._waiting or self._running or self._results)
+        if not more:
+            self._keep_books()
+            self._collect_all()
+        self._hand_on()
+        return more or bool(self._waiting)  # a call may have submitted one
 
     # --- Who gets a slot, and pages ----------------------------------------------------------
 
@@ -503,6 +528,7 @@ class Engine:
     def _leave(self, run: _Run) -> None:
         """Takes a run out of its slot."""
         self._index.release(run.shared)
+        self._owed.adopted.pop(run.slot, None)
         self._owed.freed.append(run.slot)
         self._slots[run.slot] = None
         run.is_over = True
@@ -605,8 +631,7 @@ class Engine:
         self._collect(results)
 
     def _collect(self, results: list[_Result]) -> None:
-        """Waits for results, hands out their tokens and takes out who is finished."""
-        calls: list[tuple[Callable[[int], None], int]] = []
+        """Waits for results, gives out their tokens and takes out who is finished."""
         for result in results:
             new, num_new, ok = jax.device_get((result.new, result.num_new, result.ok))
             if not ok.all():
@@ -626,15 +651,20 @@ class Engine:
                     if request.finish_reason is None:
                         request._receive(token, now)
                         if request._on_token is not None:
-                            calls.append((request._on_token, token))
+                            self._calls.append((request, token))
                 if self._keeps_prefixes:
                     # The last token is not in the cache, nor are tokens that only others know of.
                     cached = min(run.length if length is None else length, len(request.ids) - 1)
                     self._remember(run, result.block_table, cached)
                 if request.finish_reason is not None:
                     self._leave(run)
-        for call, token in calls:
-            call(token)
+
+    def _hand_on(self) -> None:
+        """Tells who wants to know of the new tokens: last, so that a call may raise."""
+        while self._calls:
+            request, token = self._calls.popleft()
+            if request._on_token is not None:
+                request._on_token(token)
 
     def _remember(self, run: _Run, block_table: jax.Array | None, length: int) -> None:
         """Makes the full pages among a run's first `length` tokens known, if they are not."""

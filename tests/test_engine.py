@@ -119,7 +119,7 @@ def draw(seed, count, logits, temperature, top_p):
     return sample(key, logits, temperature, top_p)
 
 
-def check_tokens(model, requests):
+def check_tokens(model, requests, cancelled=False):
     """Every token is what an uncached pass over all tokens before gives."""
     for first in range(0, len(requests), 4):
         batch = requests[first : first + 4]
@@ -138,9 +138,8 @@ def check_tokens(model, requests):
                 ]
             assert request.tokens == expected
             assert len(request.tokens) == len(request.token_times)
-            assert request.finish_reason == (
-                "stop" if request.tokens[-1] in request.stop_tokens else "length"
-            )
+            ended = "stop" if request.tokens[-1] in request.stop_tokens else "length"
+            assert request.finish_reason == ("cancelled" if cancelled else ended)
 
 
 # --- What is generated -----------------------------------------------------------------------
@@ -540,7 +539,9 @@ def test_a_callback_that_raises_costs_no_tokens(model):
     def fail(token):
         raise KeyError(token)
 
-    bad, good = engine.submit([1], 3, on_token=fail), engine.submit([2], 3)
+    heard = []
+    bad = engine.submit([1], 3, on_token=fail)
+    good = engine.submit([2], 3, on_token=heard.append)
     failures = 0
     while True:
         try:
@@ -548,9 +549,63 @@ def test_a_callback_that_raises_costs_no_tokens(model):
                 break
         except KeyError:
             failures += 1
-    assert failures > 0
+    assert failures == 3
+    assert heard == good.tokens
     check_tokens(model, [bad, good])
     check_end(engine)
+
+
+@pytest.mark.parametrize("draft", [0, DRAFT])
+def test_cancelled_requests(model, draft):
+    """One decodes, one is being read, and one waits: the others never notice."""
+    engine, heard = make_engine(model, draft=draft), []
+    stays = engine.submit(prompt_of(0, 70), 60)
+    decodes = engine.submit(prompt_of(1, 10), 100, on_token=heard.append)
+    while len(decodes.tokens) < 5:
+        engine.step()
+    reads = engine.submit(prompt_of(2, 200), 5)
+    last, waits = (engine.submit(prompt_of(3 + i, 30), 4) for i in range(2))
+    engine.step()
+    assert engine.running == (stays, decodes, reads)
+    assert engine.waiting == (last, waits)
+    for request in (decodes, reads, waits):
+        engine.cancel(request)
+        assert request.finish_reason == "cancelled"
+        check_step(engine)
+    assert engine.running == (stays,)
+    assert engine.waiting == (last,)
+    tokens = list(decodes.tokens)
+    run(engine)
+    check_tokens(model, [stays, last])
+    check_tokens(model, [decodes], cancelled=True)
+    assert decodes.tokens == heard == tokens
+    assert reads.tokens == waits.tokens == []
+
+    engine.cancel(stays)
+    assert stays.finish_reason == "length"
+    another = make_engine(model).submit([1], 1)
+    with pytest.raises(ValueError, match="request 0 is not of this engine"):
+        engine.cancel(another)
+
+
+def test_a_callback_may_cancel(model):
+    """With what has come already, nothing more is heard of it; nor of another that it cancels."""
+    engine, heard = make_engine(model, draft=DRAFT), []
+
+    def third(token):
+        heard.append(token)
+        if len(heard) == 3:
+            engine.cancel(first)
+            engine.cancel(second)
+
+    first = engine.submit([1], 50, on_token=third)
+    second = engine.submit([2], 50, on_token=lambda token: others.append(token))
+    others = []
+    run(engine)
+    assert heard == first.tokens[:3]
+    assert others == second.tokens[: len(others)]
+    assert {first.finish_reason, second.finish_reason} == {"cancelled"}
+    check_tokens(model, [first, second], cancelled=True)
 
 
 def test_nothing_to_do(model):
