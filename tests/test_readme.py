@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from flax import nnx
 
 from benchmarks import accuracy, model, report
 from benchmarks.record import RESULTS
+from flashmla_jax import PagedKVCache
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -26,15 +30,39 @@ def test_the_examples_are_there() -> None:
         assert any(name in example for example in EXAMPLES)
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-@pytest.mark.usefixtures("on_cpu")
-def test_example(number: int) -> None:
-    names: dict[str, object] = {}
+def run(number: int) -> dict[str, Any]:
+    names: dict[str, Any] = {}
     exec(compile(EXAMPLES[number], f"{README.name}, example {number}", "exec"), names)
     if "ok" in names:
         assert names["ok"].all()
     if "out" in names:
         assert names["out"].shape[0] == 2
+    return names
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+@pytest.mark.usefixtures("on_cpu")
+def test_example(number: int) -> None:
+    run(number)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_on_a_gpu(number: int) -> None:
+    run(number)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_layers_example_is_for_gpus_too() -> None:
+    (number,) = (i for i, e in enumerate(EXAMPLES) if "MultiHeadLatentAttention(" in e)
+    names = run(number)
+    graph, state = nnx.split(names["serving"])
+
+    def decode(state: nnx.State, x: jax.Array, cache: PagedKVCache) -> Any:
+        return nnx.merge(graph, state).decode(x, cache)
+
+    traced = jax.jit(decode).trace(state, names["x"], names["cache"])
+    assert "flashmla" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
