@@ -1,6 +1,7 @@
 """The `flashmla-jax` command: what it prints, where, and with which exit code."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -53,6 +54,23 @@ def write_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").symlink_to((CHECKPOINT / "model.safetensors").resolve())
     return folder
+
+
+def test_loading_shows_how_far_it_is(capsys, monkeypatch):
+    """A hundred steps, as the bytes come."""
+    counted = []
+
+    @contextlib.contextmanager
+    def progress(description, total=None):
+        counted.append((description, total, []))
+        yield lambda: counted[-1][2].append(1)
+
+    monkeypatch.setattr(cli, "_progress", progress)
+    code, _, _ = run(capsys, "score", "--checkpoint", CHECKPOINT, "--ids", "1,2,3")
+    assert code == 0
+    ((description, total, steps),) = counted
+    assert description == "loading deepseek_v3"
+    assert len(steps) == total == 100
 
 
 # --- score -----------------------------------------------------------------------------------

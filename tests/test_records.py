@@ -35,6 +35,8 @@ def test_a_whole_models_targets() -> None:
     for row in rows.values():
         assert row["context"] == 4096
         assert 0 < row["attention_share"] < 1
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_us"] * 1e6, rel=1e-3)
+        assert row["step_us"] < row["gather_einsum_step_us"]
     assert rows[1]["of_the_floor"] >= 0.6
 
 

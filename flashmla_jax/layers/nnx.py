@@ -33,7 +33,8 @@ class MultiHeadLatentAttention(Methods, nnx.Module):
     Args:
       config: the shape of the layer.
       dtype: of the computation; by default that of the input and parameters together.
-      param_dtype: of the parameters.
+      param_dtype: of the parameters. Where it is not that of the computation, every call converts
+        them, each step of decoding too.
       precision: of the products.
       kernel_init: initialises the kernels; may attach metadata (`nnx.with_partitioning`), the same
         to all.

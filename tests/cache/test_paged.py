@@ -380,10 +380,14 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", [*OPERATIONS, "append", "gather", "stats"])
 @pytest.mark.parametrize("one_pool", [False, True])
 def test_work_does_not_depend_on_the_batch(name, one_pool):
-    """No operation goes through sequences one by one: no loop, and as many primitives for all."""
+    """No operation goes through sequences one by one: no loop, and as many primitives for all.
 
-    def primitives(batch):
-        cache = make_cache(batch=batch, one_pool=one_pool)
+    And none makes more numbers of its books than there are pages, or places in the block table.
+    """
+    pages, row = 1000, 16
+
+    def trace(batch):
+        cache = make_cache(batch=batch, one_pool=one_pool, num_pages=pages, max_pages_per_seq=row)
         arguments = {
             "count": np.zeros(batch, np.int32),
             "flag": np.zeros(batch, bool),
@@ -394,22 +398,31 @@ def test_work_does_not_depend_on_the_batch(name, one_pool):
         layer = {"append": (1,), "gather": (1,)}.get(name, ())
         operands += [np.zeros((batch, 2, 1, HEAD_DIM), np.float32)] * (name == "append")
         operation = functools.partial(getattr(PagedKVCache, name), cache, *layer)
-        return sorted(names_of_primitives(jax.make_jaxpr(operation)(*operands).jaxpr))
+        equations = list(all_equations(jax.make_jaxpr(operation)(*operands).jaxpr))
+        books = [
+            x.aval.size
+            for equation in equations
+            for x in equation.outvars
+            if not jnp.issubdtype(x.aval.dtype, jnp.floating)
+        ]
+        if name != "gather":  # all tokens are what it is for
+            assert max(books, default=0) <= max(pages, batch * row) + batch
+        return sorted(equation.primitive.name for equation in equations)
 
-    few = primitives(3)
+    few = trace(3)
     assert few
     assert not {"scan", "while"} & set(few)
-    assert primitives(64) == few
+    assert trace(64) == few
 
 
-def names_of_primitives(jaxpr):
-    """Of all equations, those of functions that they call included."""
+def all_equations(jaxpr):
+    """Those of functions that they call included."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for inner in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                yield from names_of_primitives(inner)
+                yield from all_equations(inner)
 
 
 def test_one_program_for_a_whole_life():

@@ -63,6 +63,28 @@ def test_published_models(name):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+def test_fields_that_say_nothing_of_the_mathematics(name):
+    """Those that published files have beside the ones above, and some that nobody knows yet."""
+    others = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "transformers_version": "4.33.1",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "pretraining_tp": 1,
+        "ep_size": 1,
+        "seq_aux": True,
+        "aux_loss_alpha": 0.001,
+        "initializer_range": 0.02,
+        "pad_token_id": None,
+        "attention_dropout": 0.0,
+        "a_field_to_come": {"of": ["any", "kind"]},
+    }
+    config = DeepSeekConfig.from_dict(published(name))
+    assert DeepSeekConfig.from_dict(others | published(name)) == config
+
+
+@pytest.mark.parametrize("name", EXPECTED)
 def test_published_models_run(name):
     """Abstractly: with all sizes as they are, and as few layers as there are kinds of."""
     config = DeepSeekConfig.from_dict(published(name))
