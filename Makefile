@@ -74,6 +74,7 @@ sanitize: gpu  ## compute-sanitizer (memcheck, racecheck, synccheck) on a small 
 bench: $(if $(HOPPER),gpu,$(VENV)/.test)  ## The benchmark, on a Hopper GPU or else on the CPU. Writes a record.
 	$(if $(HOPPER),$(GPU_PYTHON) -P,JAX_PLATFORMS=cpu $(BIN)/python) -m benchmarks.decode
 	$(if $(HOPPER),$(GPU_PYTHON) -P -m benchmarks.model)
+	$(if $(HOPPER),$(GPU_PYTHON) -P -m benchmarks.prefill)
 
 gpu: | $(BIN)/pip
 	@test -n "$(HOPPER)" || \

@@ -1,0 +1,70 @@
+"""The benchmark of reading prompts, with short ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import prefill, timing
+from flashmla_jax.layers import MLAConfig
+from flashmla_jax.models import DeepSeekConfig
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+CONFIGS = Path(__file__).parents[1] / "models" / "configs"
+SMALL = MLAConfig(hidden_size=32, num_heads=2, q_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16)
+
+
+def test_the_published_layer() -> None:
+    published = DeepSeekConfig.from_json(CONFIGS / "deepseek-v3.json").mla
+    assert dataclasses.replace(published, rope_scaling=None) == prefill.CONFIG
+
+
+def test_chunks_are_the_same_prompt() -> None:
+    """However long they are; and each time it begins anew."""
+    outs = {}
+    for chunk in (64, 128, 256):
+        program = prefill.Chunks(256, chunk).program(SMALL)
+        first, again = np.asarray(program(), np.float32), np.asarray(program(), np.float32)
+        np.testing.assert_array_equal(first, again)
+        assert first.shape == (1, chunk, 32)
+        outs[chunk] = first[:, -64:]
+    for chunk in (64, 128):
+        error = np.linalg.norm(outs[chunk] - outs[256])
+        assert 0 < error < 0.02 * np.linalg.norm(outs[256])
+
+
+def test_work_of_attention() -> None:
+    """A multiply and an add for each number of a key and a value that a query sees."""
+    tokens, heads, head_dim = 256, 2, 16 + 64 + 16
+    pairs = tokens * (tokens + 1) / 2
+    flops = prefill.Attention(tokens).flops(SMALL)
+    assert flops == pytest.approx(2 * pairs * heads * head_dim, rel=0.01)
+
+
+def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of programs that ran in 10 us."""
+
+    def gpu_seconds(program: timing.Program, repeats: int) -> list[float]:
+        jax.block_until_ready(program())
+        return [10e-6, 9e-6, 12e-6][:repeats]
+
+    monkeypatch.setattr(timing, "gpu_seconds", gpu_seconds)
+    monkeypatch.setattr(prefill, "IMPLEMENTATIONS", ("xla",))
+    case = prefill.Attention(128)
+    (row,) = prefill.measure_attention(case, SMALL)
+    assert (row["tokens"], row["implementation"], row["us"]) == (128, "xla", 10)
+    assert row["tflops"] == round(case.flops(SMALL) / 10e-6 / 1e12, 1)
+    chunks = prefill.measure_chunks(prefill.Chunks(128, 64), SMALL)
+    assert (chunks["chunk"], chunks["us"], chunks["tokens_per_s"]) == (64, 10, 12_800_000)
+    results = {"attention": [row], "chunks": [chunks]}
+    record = {"results": results, "device": "GPU", "date": "today", "command": "make bench"}
+    table = prefill.markdown(json.loads(json.dumps(record)))
+    assert f"| 128 | xla | 10 us | {row['tflops']} |" in table
+    assert "| 128 | 64 | 10 us | 12800000 |" in table
+    assert prefill.main() == 1  # without a Hopper GPU
