@@ -47,7 +47,7 @@ _DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.floa
 # experts, which moves the logits of that token much further.
 _TOLERANCES = {"float32": (1e-3, 1e-3), "float16": (0.5, 0.05), "bfloat16": (0.5, 0.1)}
 
-# A small byte-level model, trained with `examples/train_tiny.py --size cpu --steps 3200`.
+# A small byte-level model, trained with `examples/train_tiny.py --size cpu`.
 _DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 _DEMO_PROMPTS = (
     "The ",
