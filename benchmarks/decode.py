@@ -32,7 +32,7 @@ from rich.progress import Progress
 import flashmla_jax as fm
 from benchmarks import append, cases, indexer, report, sparse, timing
 from benchmarks.cases import Case
-from benchmarks.record import RESULTS, device_name, write_record
+from benchmarks.record import RESULTS, device_slug, has_hopper, write_record
 from flashmla_jax import reference
 from flashmla_jax.cache import layout
 from flashmla_jax.cache.layout import HEAD_DIM, PAGE_SIZE
@@ -251,8 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not gpu and device.platform != "cpu":
         print(f"measures the kernels for Hopper GPUs and CPUs, found {device.device_kind}")
         return 1
-    if gpu and getattr(device, "compute_capability", None) != "9.0":
-        print(f"needs a Hopper GPU (compute capability 9.0), found {device.device_kind}")
+    if gpu and not has_hopper():
         return 1
     chosen = cases.CPU if not gpu else cases.TABLE + cases.SWEEP * arguments.sweep
     if arguments.only:
@@ -288,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(results["in_a_model"])
     console.print(", ".join(f"{name} {value}" for name, value in results["ceilings"].items()))
     if not arguments.only:
-        name = device_name().lower().replace(" ", "_") if gpu else "cpu"
+        name = device_slug() if gpu else "cpu"
         command = "make bench" if gpu else "JAX_PLATFORMS=cpu python -m benchmarks.decode"
         path = write_record(RESULTS / f"{name}.json", results, command)
         print(f"wrote {path}")

@@ -37,7 +37,7 @@ from rich.console import Console
 
 import flashmla_jax as fm
 from benchmarks import decode, report, timing
-from benchmarks.record import MODELS, RESULTS, device_name, write_record
+from benchmarks.record import MODELS, RESULTS, device_slug, has_hopper, write_record
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
 
@@ -264,9 +264,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        print(f"needs a Hopper GPU (compute capability 9.0), found {device.device_kind}")
+    if not has_hopper():
         return 1
     console = Console()
     read_gbps = decode.ceilings()["read_gbps"]
@@ -276,8 +274,7 @@ def main() -> int:
         rows.append(measure(CONFIG, params, batch, read_gbps))
         console.print(rows[-1])
     results = {"model": "DeepSeek-V2-Lite", "read_gbps": read_gbps, "decode": rows}
-    name = device_name().lower().replace(" ", "_")
-    path = write_record(RESULTS / f"{name}_model.json", results, "make bench", MODELS)
+    path = write_record(RESULTS / f"{device_slug()}_model.json", results, "make bench", MODELS)
     print(f"wrote {path}")
     print(markdown(json.loads(path.read_text())))
     return 0

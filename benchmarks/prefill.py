@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks import report, timing
-from benchmarks.record import MODELS, RESULTS, device_name, write_record
+from benchmarks.record import MODELS, RESULTS, device_slug, has_hopper, write_record
 from flashmla_jax import PagedKVCache
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.layers import MLAConfig, mha, mla
@@ -159,9 +159,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        print(f"needs a Hopper GPU (compute capability 9.0), found {device.device_kind}")
+    if not has_hopper():
         return 1
     console = Console()
     results: dict[str, list[dict[str, Any]]] = {"attention": [], "chunks": []}
@@ -171,8 +169,7 @@ def main() -> int:
     for chunks in CHUNKS:
         results["chunks"].append(measure_chunks(chunks))
         console.print(results["chunks"][-1])
-    name = device_name().lower().replace(" ", "_")
-    path = write_record(RESULTS / f"{name}_prefill.json", results, "make bench", MODELS)
+    path = write_record(RESULTS / f"{device_slug()}_prefill.json", results, "make bench", MODELS)
     print(f"wrote {path}")
     print(markdown(json.loads(path.read_text())))
     return 0

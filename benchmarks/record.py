@@ -95,6 +95,20 @@ def device_name() -> str:
     return f"{_processor()}, {len(os.sched_getaffinity(0))} threads"
 
 
+def device_slug() -> str:
+    """The GPU's name as records' files have it."""
+    return device_name().lower().replace(" ", "_")
+
+
+def has_hopper() -> bool:
+    """Whether there is a Hopper GPU; says so if not."""
+    device = jax.devices()[0]
+    if device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0":
+        return True
+    print(f"needs a Hopper GPU (compute capability 9.0), found {device.device_kind}")
+    return False
+
+
 def _processor() -> str:
     """The processor's name, model and best instructions for this, as far as Linux tells."""
     try:

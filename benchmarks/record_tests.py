@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.record import MODELS, RESULTS, device_name, write_record
+from benchmarks.record import MODELS, RESULTS, device_name, device_slug, write_record
 
 SLOWEST = 20  # tests that are named with the seconds that they took
 
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if jax.devices()[0].platform != "gpu":
         print(f"no record: the tests ran on {device_name()}, not on a GPU")
         return 1
-    name = device_name().lower().replace(" ", "_")
-    path = RESULTS / f"gpu_tests_{name}.json"
+    path = RESULTS / f"gpu_tests_{device_slug()}.json"
     path = write_record(path, summarize(arguments.junit), "make test-gpu", MODELS)
     print(f"wrote {path}")
     return 0

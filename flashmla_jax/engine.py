@@ -528,7 +528,6 @@ class Engine:
     def _leave(self, run: _Run) -> None:
         """Takes a run out of its slot."""
         self._index.release(run.shared)
-        self._owed.adopted.pop(run.slot, None)
         self._owed.freed.append(run.slot)
         self._slots[run.slot] = None
         run.is_over = True
@@ -650,8 +649,7 @@ class Engine:
                 for token in tokens:
                     if request.finish_reason is None:
                         request._receive(token, now)
-                        if request._on_token is not None:
-                            self._calls.append((request, token))
+                        self._calls.append((request, token))
                 if self._keeps_prefixes:
                     # The last token is not in the cache, nor are tokens that only others know of.
                     cached = min(run.length if length is None else length, len(request.ids) - 1)

@@ -9,8 +9,8 @@ others of its batch. What multiplies the rows depends on where, and on how many 
   multiplies with their experts' weights: it reads those once, and only them;
 - elsewhere a loop takes block after block.
 
-All of it is for experts that a device has all of: XLA cannot divide the grouped product, and brings
-experts that are divided over several GPUs together for it.
+All of it is for experts that a GPU has all of: the grouped product has no rule by which XLA could
+divide it. With experts that are divided over several GPUs it has not been tried.
 
 `jax.lax.ragged_dot` would be the grouped product, but on GPU and CPU XLA (of jax 0.9.1 to 0.12)
 makes it every expert for every row, of masked copies of all rows.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import prefill, timing
+from benchmarks import prefill, record, timing
 from flashmla_jax.layers import MLAConfig
 from flashmla_jax.models import DeepSeekConfig
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 SMALL = MLAConfig(hidden_size=32, num_heads=2, q_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16)
+ROW = {"tokens": 128, "chunk": 64, "us": 10.0, "samples_us": [10.0], "tokens_per_s": 12_800_000}
 
 
 def test_the_published_layer() -> None:
@@ -63,8 +65,27 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = prefill.measure_chunks(prefill.Chunks(128, 64), SMALL)
     assert (chunks["chunk"], chunks["us"], chunks["tokens_per_s"]) == (64, 10, 12_800_000)
     results = {"attention": [row], "chunks": [chunks]}
-    record = {"results": results, "device": "GPU", "date": "today", "command": "make bench"}
-    table = prefill.markdown(json.loads(json.dumps(record)))
+    content = {"results": results, "device": "GPU", "date": "today", "command": "make bench"}
+    table = prefill.markdown(json.loads(json.dumps(content)))
     assert f"| 128 | xla | 10 us | {row['tflops']} |" in table
     assert "| 128 | 64 | 10 us | 12800000 |" in table
-    assert prefill.main() == 1  # without a Hopper GPU
+
+
+def test_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some GPU")
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    values = {"RESULTS": tmp_path, "ATTENTION": [], "CHUNKS": [prefill.Chunks(128, 64)]}
+    for name, value in values.items():
+        monkeypatch.setattr(prefill, name, value)
+    monkeypatch.setattr(prefill, "measure_chunks", lambda case: {**ROW, "chunk": case.chunk})
+    assert prefill.main() == 0
+    content = json.loads((tmp_path / "some_gpu_prefill.json").read_text())
+    assert content["results"] == {"attention": [], "chunks": [ROW]}
+    assert content["sources"] == list(record.MODELS)
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    cpu = SimpleNamespace(platform="cpu", device_kind="Some CPU")
+    monkeypatch.setattr(jax, "devices", lambda *_: [cpu])
+    assert prefill.main() == 1
+    assert "needs a Hopper GPU" in capsys.readouterr().out

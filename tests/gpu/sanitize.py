@@ -286,11 +286,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         clean = "clean" if result["clean"] else "NOT CLEAN"
         print(f"{tool}, {group}: {clean} ({result['summary']})")
     if arguments.tool is None:
-        from benchmarks.record import RESULTS, device_name, write_record
+        from benchmarks.record import RESULTS, device_slug, write_record
 
-        name = device_name().lower().replace(" ", "_")
         by_tool = {tool: {group: results[tool, group] for group in GROUPS} for tool in tools}
-        print(f"wrote {write_record(RESULTS / f'sanitizer_{name}.json', by_tool, 'make sanitize')}")
+        path = RESULTS / f"sanitizer_{device_slug()}.json"
+        print(f"wrote {write_record(path, by_tool, 'make sanitize')}")
     return not all(result["clean"] for result in results.values())
 
 
