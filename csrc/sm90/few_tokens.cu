@@ -1108,11 +1108,16 @@ struct Grid {
 // own.
 constexpr int64_t kAskedShared = 200 * 1024;
 
-// Shared memory of a multiprocessor, in percent of the most, the rest being L1: 100 KB, for two
-// blocks of any kernel. All kernels ask for the same, and say so: left to the driver, a kernel that
+// Shared memory of a multiprocessor, the rest being L1, in percent of the most: for two blocks.
+// Kernels that need no more all ask for the same, and say so: left to the driver, a kernel that
 // starts while attention ends keeps what that had, and with so little L1 fewer loads are on their
 // way.
-constexpr int kCarveout = 43;
+int Carveout(int64_t shared_bytes) {
+  constexpr int64_t kLeastCarveout = 96 * 1024, kMostCarveout = 228 * 1024;
+  constexpr int64_t kOwnShared = 4 * 1024;  // at most: a block's beside what a launch asks for
+  const int64_t bytes = std::max(2 * (shared_bytes + kOwnShared), kLeastCarveout);
+  return static_cast<int>(std::min<int64_t>((bytes * 100 - 1) / kMostCarveout + 1, 100));
+}
 
 template <typename... Params, typename... Arguments>
 Status Launch(Start start, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
@@ -1121,7 +1126,8 @@ Status Launch(Start start, void (*kernel)(Params...), const Grid& grid, cudaStre
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(std::max(grid.shared_bytes, kAskedShared)));
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kCarveout);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 Carveout(grid.shared_bytes));
   }
   if (error != cudaSuccess) return Failed("shared memory", error);
   cudaLaunchAttribute attributes[2] = {};
