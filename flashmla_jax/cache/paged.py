@@ -280,8 +280,9 @@ class PagedKVCache:
 
         Args:
           layer: which layer, see `at_layer`.
-          kv: [batch, s, num_kv_heads, HEAD_DIM] in the cache's dtype, with `s >= max(num_new)`.
-            An FP8 cache rounds them, with scales that are powers of two.
+          kv: [batch, s, num_kv_heads, HEAD_DIM] in the cache's dtype, with `s >= max(num_new)`:
+            of a sequence with more new tokens than that, the others are what their pages hold,
+            anything. An FP8 cache rounds them, with scales that are powers of two.
           cuda_graph: see `flash_mla_with_kvcache`.
 
         Returns:
