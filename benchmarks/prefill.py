@@ -7,8 +7,9 @@ kernel to the last one.
 
 Attention with a key and a value per head is cuDNN's where that runs (`flashmla_jax.layers.mha`),
 and XLA elsewhere: here is what the choice is worth. A prompt that is read in chunks, as the engine
-does it so that others decode meanwhile, attends in each chunk to all that was read before, whose
-keys and values are expanded from the cache once more: shorter chunks are more of that.
+does it so that others decode meanwhile, attends in each chunk to all that was read before. Either
+keys and values are expanded from the cache once more, and shorter chunks are more of that; or the
+chunk attends to the cache as it lies (`absorb_prefix`), which is more work for each of its tokens.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Chunks:
 
     tokens: int
     chunk: int
+    absorb_prefix: bool
 
     def program(self, config: MLAConfig) -> timing.Program:
         """All chunks, one program each; gives the layer's outputs for the last one."""
@@ -91,7 +93,9 @@ class Chunks:
         @functools.partial(jax.jit, donate_argnames="cache")
         def read(params: Any, x: jax.Array, cache: PagedKVCache) -> Any:
             cache, _ = cache.allocate(jnp.full(1, x.shape[1]))
-            return mla.prefill_into_cache(params, config, x, cache, 0)
+            return mla.prefill_into_cache(
+                params, config, x, cache, 0, absorb_prefix=self.absorb_prefix
+            )
 
         forget = jax.jit(lambda cache: cache.truncate(jnp.zeros(1, jnp.int32)), donate_argnums=0)
 
@@ -106,7 +110,9 @@ class Chunks:
 
 
 ATTENTION = [Attention(4096), Attention(16384)]
-CHUNKS = [Chunks(32768, chunk) for chunk in (256, 1024, 4096)]
+CHUNKS = [
+    Chunks(32768, chunk, absorb) for chunk in (256, 512, 1024, 4096) for absorb in (False, True)
+]
 
 
 def seconds(program: timing.Program) -> tuple[float, list[float]]:
@@ -138,6 +144,7 @@ def measure_chunks(case: Chunks, config: MLAConfig = CONFIG) -> dict[str, Any]:
     return {
         "tokens": case.tokens,
         "chunk": case.chunk,
+        "absorb_prefix": case.absorb_prefix,
         "us": round(median * 1e6, 1),
         "samples_us": samples,
         "tokens_per_s": round(case.tokens / median),
@@ -150,9 +157,11 @@ def markdown(record: dict[str, Any]) -> str:
     for row in record["results"]["attention"]:
         cells = [row["tokens"], row["implementation"], report.time(row["us"]), row["tflops"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "| prompt | in chunks of | a layer's time | tokens/s |", "|---|---|---|---|"]
+    lines += ["", "| prompt | in chunks of | prefix | a layer's time | tokens/s |"]
+    lines.append("|---|---|---|---|---|")
     for row in record["results"]["chunks"]:
-        cells = [row["tokens"], row["chunk"], report.time(row["us"]), row["tokens_per_s"]]
+        form = "as it lies" if row["absorb_prefix"] else "expanded"
+        cells = [row["tokens"], row["chunk"], form, report.time(row["us"]), row["tokens_per_s"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"
     return "\n".join([*lines, "", f"{where}: DeepSeek-V3's attention, one prompt."])

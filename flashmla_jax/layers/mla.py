@@ -6,7 +6,8 @@ There are two ways to attend, equal in exact arithmetic:
 
 - The MHA form: expand the latent through `kv_b_proj` into a key and a value per head. Cheap when
   many queries share one expansion: `prefill` for whole sequences without a cache, and
-  `prefill_into_cache` for the next tokens of sequences, many of them, that may have a past there.
+  `prefill_into_cache` for the next tokens of sequences, many of them, that may have a past there
+  (to which a few hundred attend in the other form).
 - The MQA form, `decode`: move `kv_b_proj` to the other side of the dot product ("absorb" it). The
   query enters the latent space through W_UK, attends the cache as it lies, and the result leaves
   through W_UV. Nothing is expanded, so a step reads 576 numbers per cached token for all heads.
@@ -66,6 +67,9 @@ _ROPE_DIM = HEAD_DIM - HEAD_DIM_V
 
 # How many cached tokens of each sequence `prefill_into_cache` expands at a time, unless told.
 _PREFIX_CHUNK = 1024
+# Up to how many new tokens of each sequence it does not expand them at all, unless told: on an H200
+# (`python -m benchmarks.prefill`), where expanding pays with about a thousand.
+_ABSORBED_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +326,20 @@ def absorbed_q(
     Returns [batch, s, heads, 576].
     """
     q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
+    return absorb_q(params, config, q_nope, q_rope, precision)
+
+
+def absorb_q(
+    params: Params,
+    config: MLAConfig,
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Query heads as `project_q` gives them, for cached tokens as they lie.
+
+    Returns [batch, s, heads, 576].
+    """
     w_uk, _ = split_kv_b(params, config)
     q_latent = jnp.einsum("bshn,hcn->bshc", q_nope, w_uk, precision=precision)
     return jnp.concatenate([q_latent, q_rope], axis=-1)
@@ -337,9 +355,21 @@ def project_latents(
 
     Returns [batch, s, hidden].
     """
+    return _project_out(params, expand_latents(params, config, latents, precision), precision)
+
+
+def expand_latents(
+    params: Params,
+    config: MLAConfig,
+    latents: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """What attention in MQA form results in, [batch, s, heads, 512], to what it does in MHA form.
+
+    Returns [batch, s, heads, v].
+    """
     _, w_uv = split_kv_b(params, config)
-    out = jnp.einsum("bshc,hvc->bshv", latents, w_uv, precision=precision)
-    return _project_out(params, out, precision)
+    return jnp.einsum("bshc,hvc->bshv", latents, w_uv, precision=precision)
 
 
 def compress_kv(
@@ -473,15 +503,18 @@ def prefill_into_cache(
     layer: int | jax.Array,
     precision: jax.lax.PrecisionLike = None,
     *,
+    absorb_prefix: bool | None = None,
     prefix_chunk: int = _PREFIX_CHUNK,
     implementation: mha.Implementation | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
-    """Writes the next tokens to the cache and attends from them to all before, in MHA form.
+    """Writes the next tokens to the cache and attends from them to all before.
 
-    What a sequence had in the cache before, its prefix (an earlier chunk of a long prompt, or pages
-    it shares with another sequence), is read from there, expanded and attended to `prefix_chunk`
-    tokens at a time, until the end of the batch's longest prefix: without one, nothing is read. The
-    parts are merged by their log-sum-exp, in float32. Not differentiable; `prefill` is.
+    The new tokens attend to each other in MHA form. What a sequence had in the cache before, its
+    prefix (an earlier chunk of a long prompt, or pages it shares with another sequence), is read
+    from there, until the end of the batch's longest prefix: without one, nothing is read. Either it
+    is expanded and attended to `prefix_chunk` tokens at a time, or, if the new tokens are too few
+    to pay for that, they attend to it in MQA form, as it lies. The parts are merged by their
+    log-sum-exp, in float32. Not differentiable; `prefill` is.
 
     Args:
       params: as in the module's docstring.
@@ -491,10 +524,12 @@ def prefill_into_cache(
       cache: has made room for them, once for all layers: `cache, ok = cache.allocate(...)` with at
         most `s` tokens, and 0 for a sequence that is to be left alone.
       layer: whose pages of the cache are meant, see `PagedKVCache.at_layer`.
-      precision: of all products.
+      precision: of all products, but that of attention in MQA form.
+      absorb_prefix: whether to attend to prefixes in MQA form. By default up to 512 new tokens a
+        sequence of two bytes a number do, in a cache of the same or of FP8 tokens.
       prefix_chunk: cached tokens of a sequence that are expanded at a time, a multiple of the page
         size, 64.
-      implementation: of attention, see `mha.attention`.
+      implementation: of attention in MHA form, see `mha.attention`.
 
     Returns:
       The layer's output [batch, s, hidden], in which rows of padding mean nothing but are finite,
@@ -517,7 +552,7 @@ def prefill_into_cache(
 
     start = cache.cache_seqlens - cache.num_new
     cos, sin = rope_tables(config, start[:, None] + token)
-    q = jnp.concatenate(project_q(params, config, x, cos, sin, precision), axis=-1)
+    q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
     kv = compress_kv(params, config, x, cos, sin, precision)
     cache = cache.append(layer, kv[:, :, None].astype(cache.dtype))
     if cache.is_fp8:
@@ -527,30 +562,33 @@ def prefill_into_cache(
     view = cache.at_layer(layer)
     attend = functools.partial(
         mha.attention,
+        jnp.concatenate([q_nope, q_rope], axis=-1),
         softmax_scale=config.softmax_scale,
         precision=precision,
         implementation=implementation,
     )
-    out, lse = attend(q, *expand_kv(params, config, kv, precision), causal=True)
-
+    out, lse = attend(*expand_kv(params, config, kv, precision), causal=True)
+    state = out.astype(jnp.float32), lse
     prefix = jnp.where(cache.num_new > 0, start, 0)
 
-    def attend_to_chunk(
-        chunk: jax.Array, state: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend_to_chunk(chunk: jax.Array, state: _State) -> _State:
         begin = chunk * prefix_chunk
         lengths = jnp.clip(prefix - begin, 0, prefix_chunk)
         cached = _gather(view, begin // PAGE_SIZE, prefix_chunk // PAGE_SIZE)
         cached = jnp.where((jnp.arange(prefix_chunk) < lengths[:, None])[..., None], cached, 0)
         k, v = expand_kv(params, config, cached.astype(x.dtype), precision)
-        out, lse = attend(q, k, v, kv_lengths=lengths)
-        return merge_attention_states(
-            jnp.stack([state[0], out.astype(jnp.float32)]), jnp.stack([state[1], lse])
-        )
+        return _merge(state, attend(k, v, kv_lengths=lengths))
 
-    num_chunks = -(-jnp.max(prefix, initial=0) // prefix_chunk)
-    state = out.astype(jnp.float32), lse
-    out, _ = jax.lax.fori_loop(0, num_chunks, attend_to_chunk, state)
+    if absorb_prefix is None:
+        absorb_prefix = _prefers_absorbed(cache, x)
+    if absorb_prefix:
+        q = absorb_q(params, config, q_nope, q_rope, precision)
+        latents, lse = _attend_to_cache(config, q.astype(query_dtype(cache, x)), view, prefix)
+        out = expand_latents(params, config, latents.astype(x.dtype), precision)
+        out, _ = _merge(state, (out, lse))
+    else:
+        num_chunks = -(-jnp.max(prefix, initial=0) // prefix_chunk)
+        out, _ = jax.lax.fori_loop(0, num_chunks, attend_to_chunk, state)
     return _project_out(params, out.astype(x.dtype), precision), cache
 
 
@@ -590,17 +628,40 @@ def decode(
     params = absorb(params, config)
     q = absorbed_q(params, config, x, cos, sin, precision).astype(query_dtype(cache, x))
 
-    out, _ = flash_mla_with_kvcache(
+    out, _ = _attend_to_cache(config, q, view, view.cache_seqlens, causal=True)
+    return project_latents(params, config, out.astype(x.dtype), precision), cache
+
+
+# Attention to some of the tokens: out [batch, s, heads, v], float32, and lse [batch, heads, s].
+_State = tuple[jax.Array, jax.Array]
+
+
+def _merge(state: _State, more: _State) -> _State:
+    outs = jnp.stack([state[0], more[0].astype(jnp.float32)])
+    return merge_attention_states(outs, jnp.stack([state[1], more[1]]))
+
+
+def _attend_to_cache(
+    config: MLAConfig, q: jax.Array, view: PagedKVCache, lengths: jax.Array, causal: bool = False
+) -> _State:
+    """Attention in MQA form, to so many tokens of each sequence of the layer `view` is for."""
+    return flash_mla_with_kvcache(
         q,
         view.pages[0],
         view.block_table,
-        view.cache_seqlens,
+        lengths,
         head_dim_v=config.kv_lora_rank,
         softmax_scale=config.softmax_scale,
-        causal=True,
-        is_fp8_kvcache=cache.is_fp8,
+        causal=causal,
+        is_fp8_kvcache=view.is_fp8,
     )
-    return project_latents(params, config, out.astype(x.dtype), precision), cache
+
+
+def _prefers_absorbed(cache: PagedKVCache, x: jax.Array) -> bool:
+    """Whether `x` is short enough for it, and attention in MQA form takes it as it is."""
+    if is_symbolic_dim(x.shape[1]) or x.shape[1] > _ABSORBED_TOKENS:
+        return False
+    return x.dtype.itemsize == 2 and (cache.is_fp8 or cache.dtype == x.dtype)
 
 
 def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:

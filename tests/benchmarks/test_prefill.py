@@ -19,7 +19,14 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 SMALL = MLAConfig(hidden_size=32, num_heads=2, q_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16)
-ROW = {"tokens": 128, "chunk": 64, "us": 10.0, "samples_us": [10.0], "tokens_per_s": 12_800_000}
+ROW = {
+    "tokens": 128,
+    "chunk": 64,
+    "absorb_prefix": True,
+    "us": 10.0,
+    "samples_us": [10.0],
+    "tokens_per_s": 12_800_000,
+}
 
 
 def test_the_published_layer() -> None:
@@ -28,17 +35,18 @@ def test_the_published_layer() -> None:
 
 
 def test_chunks_are_the_same_prompt() -> None:
-    """However long they are; and each time it begins anew."""
+    """However long they are, and attend to what came before; and each time it begins anew."""
     outs = {}
-    for chunk in (64, 128, 256):
-        program = prefill.Chunks(256, chunk).program(SMALL)
+    for chunk, absorb_prefix in ((64, False), (64, True), (128, True), (256, False)):
+        program = prefill.Chunks(256, chunk, absorb_prefix).program(SMALL)
         first, again = np.asarray(program(), np.float32), np.asarray(program(), np.float32)
         np.testing.assert_array_equal(first, again)
         assert first.shape == (1, chunk, 32)
-        outs[chunk] = first[:, -64:]
-    for chunk in (64, 128):
-        error = np.linalg.norm(outs[chunk] - outs[256])
-        assert 0 < error < 0.02 * np.linalg.norm(outs[256])
+        outs[chunk, absorb_prefix] = first[:, -64:]
+    whole = outs.pop((256, False))
+    for out in outs.values():
+        assert 0 < np.linalg.norm(out - whole) < 0.02 * np.linalg.norm(whole)
+    assert not np.array_equal(outs[64, False], outs[64, True])
 
 
 def test_work_of_attention() -> None:
@@ -62,19 +70,19 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = prefill.measure_attention(case, SMALL)
     assert (row["tokens"], row["implementation"], row["us"]) == (128, "xla", 10)
     assert row["tflops"] == round(case.flops(SMALL) / 10e-6 / 1e12, 1)
-    chunks = prefill.measure_chunks(prefill.Chunks(128, 64), SMALL)
+    chunks = prefill.measure_chunks(prefill.Chunks(128, 64, True), SMALL)
     assert (chunks["chunk"], chunks["us"], chunks["tokens_per_s"]) == (64, 10, 12_800_000)
     results = {"attention": [row], "chunks": [chunks]}
     content = {"results": results, "device": "GPU", "date": "today", "command": "make bench"}
     table = prefill.markdown(json.loads(json.dumps(content)))
     assert f"| 128 | xla | 10 us | {row['tflops']} |" in table
-    assert "| 128 | 64 | 10 us | 12800000 |" in table
+    assert "| 128 | 64 | as it lies | 10 us | 12800000 |" in table
 
 
 def test_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some GPU")
     monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
-    values = {"RESULTS": tmp_path, "ATTENTION": [], "CHUNKS": [prefill.Chunks(128, 64)]}
+    values = {"RESULTS": tmp_path, "ATTENTION": [], "CHUNKS": [prefill.Chunks(128, 64, True)]}
     for name, value in values.items():
         monkeypatch.setattr(prefill, name, value)
     monkeypatch.setattr(prefill, "measure_chunks", lambda case: {**ROW, "chunk": case.chunk})

@@ -63,7 +63,9 @@ def make_params(config: mla.MLAConfig, seed: int = 0) -> dict:
 
 prefill = jax.jit(mla.prefill, static_argnums=1)
 prefill_into_cache = jax.jit(
-    mla.prefill_into_cache, static_argnums=(1, 4), static_argnames="prefix_chunk"
+    mla.prefill_into_cache,
+    static_argnums=(1, 4),
+    static_argnames=("prefix_chunk", "absorb_prefix"),
 )
 decode = jax.jit(mla.decode, static_argnums=(1, 4))
 
@@ -196,8 +198,16 @@ def poison(cache: PagedKVCache) -> PagedKVCache:
     return dataclasses.replace(cache, pages=tuple(pages), block_table=table)
 
 
-@pytest.mark.parametrize(("prefix_chunk", "absorbed"), [(64, False), (1024, True)])
-def test_prefill_into_cache_matches_float64(prefix_chunk, absorbed):
+@pytest.mark.parametrize(
+    ("options", "absorbed"),
+    [
+        ({"prefix_chunk": 64}, False),
+        ({"prefix_chunk": 1024}, True),
+        ({"absorb_prefix": True}, False),
+        ({"absorb_prefix": True}, True),
+    ],
+)
+def test_prefill_into_cache_matches_float64(options, absorbed):
     params = make_params(SMALL)
     ends = np.cumsum(CALLS, axis=0)
     rng = np.random.default_rng(5)
@@ -217,9 +227,7 @@ def test_prefill_into_cache_matches_float64(prefix_chunk, absorbed):
         for i, count in enumerate(counts):
             tokens[i, :count] = x[i, begin[i] : end[i]]
         table = cache.block_table
-        out, cache = prefill_into_cache(
-            params, SMALL, tokens, poison(cache), 1, prefix_chunk=prefix_chunk
-        )
+        out, cache = prefill_into_cache(params, SMALL, tokens, poison(cache), 1, **options)
         cache = dataclasses.replace(cache, block_table=table)
         assert np.isfinite(out).all()
         for i, count in enumerate(counts):
@@ -229,7 +237,8 @@ def test_prefill_into_cache_matches_float64(prefix_chunk, absorbed):
         np.testing.assert_allclose(rows, want[i][1], atol=1e-5)
 
 
-def test_prefill_into_cache_in_bfloat16():
+@pytest.mark.parametrize("absorb_prefix", [False, True])
+def test_prefill_into_cache_in_bfloat16(absorb_prefix):
     """Parts merged by their log-sum-exp are as good as attention to all at once."""
     params = make_params(SMALL)
     x = jax.random.normal(jax.random.key(0), (1, 160, SMALL.hidden_size), jnp.bfloat16)
@@ -239,11 +248,35 @@ def test_prefill_into_cache_in_bfloat16():
     errors = []
     for begin, end in ((0, 80), (80, 160)):
         cache, _ = allocate(cache, jnp.array([end - begin]))
-        out, cache = prefill_into_cache(params, SMALL, x[:, begin:end], cache, 0, prefix_chunk=64)
+        options = {"prefix_chunk": 64, "absorb_prefix": absorb_prefix}
+        out, cache = prefill_into_cache(params, SMALL, x[:, begin:end], cache, 0, **options)
         assert out.dtype == jnp.bfloat16
         errors.append(np.abs(np.asarray(out[0], np.float64) - want[begin:end]).max())
     assert max(errors) < 0.06
     assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "is_fp8", "want"),
+    [
+        (512, jnp.bfloat16, False, True),
+        (512, jnp.bfloat16, True, True),
+        (513, jnp.bfloat16, False, False),
+        (16, jnp.float32, False, False),
+    ],
+)
+def test_few_tokens_attend_to_a_prefix_as_it_lies(tokens, dtype, is_fp8, want):
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), make_params(SMALL))
+    x = jax.ShapeDtypeStruct((2, tokens, SMALL.hidden_size), dtype)
+    cache = PagedKVCache.create(
+        num_layers=1,
+        num_pages=20,
+        batch=2,
+        max_pages_per_seq=10,
+        dtype="fp8" if is_fp8 else dtype,
+    )
+    program = jax.jit(lambda x, cache: mla.prefill_into_cache(params, SMALL, x, cache, 0))
+    assert ("flash_mla_with_kvcache" in str(program.trace(x, cache).jaxpr)) == want
 
 
 def test_only_the_prefix_is_read(monkeypatch):
