@@ -14,6 +14,10 @@ would allow: the weights that a step needs (all but the embedding, of the expert
 tokens have chosen, which are counted in the same steps) and the cached tokens, read once at the
 bandwidth that was measured in the same run.
 
+What the engine makes of it stands beside: so many requests at once, how fast their prompts are
+read, in chunks between the decoding steps of those that are through, and how many tokens a second
+come when all decode, each handed to the host.
+
 Attention's share is of a step on the device, from a profile: of the kernels that have the op's
 names, its combine included. The step of a few tokens has no combine: what merges the partial
 results there is part of another kernel (docs/kernel.md), and does not count.
@@ -38,10 +42,12 @@ from rich.console import Console
 import flashmla_jax as fm
 from benchmarks import decode, report, timing
 from benchmarks.record import MODELS, RESULTS, device_slug, has_hopper, write_record
+from flashmla_jax.engine import Engine
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
 
-CONTEXT, BATCHES = 4096, (1, 32, 128)
+CONTEXT, BATCHES, SERVED = 4096, (1, 32, 128), (1, 32)
+CHUNK = 512  # of a prompt: what the engine does by default
 SAMPLES, STEPS = 3, 40  # and as many steps before them
 # https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite/blob/main/config.json, without its YaRN.
 CONFIG = DeepSeekConfig(
@@ -245,8 +251,48 @@ def measure(config: DeepSeekConfig, params: Any, batch: int, read_gbps: float) -
     }
 
 
+def serve(config: DeepSeekConfig, params: Any, requests: int, context: int) -> dict[str, Any]:
+    """So many requests with prompts of `context` random tokens in an engine, as a row."""
+    measured = SAMPLES * STEPS
+    # Those that begin first decode while others' prompts are read.
+    most = 2 + measured + 2 * requests * -(-context // CHUNK)
+    pages = -(-(context + most) // 64)
+    engine = Engine(
+        params,
+        config,
+        num_pages=requests * pages,
+        max_seqlen=context + most,
+        slots=requests,
+        chunk=CHUNK,
+    ).compile()
+    rng = np.random.default_rng(0)
+    running = [
+        engine.submit(rng.integers(config.vocab_size, size=context), most, stop_tokens=())
+        for _ in range(requests)
+    ]
+    begin = time.perf_counter()
+    while not all(request.tokens for request in running):
+        engine.step()
+    reading = time.perf_counter() - begin
+    samples = []
+    for _ in range(SAMPLES):
+        before, begin = sum(len(request.tokens) for request in running), time.perf_counter()
+        for _ in range(STEPS):
+            engine.step()
+        tokens = sum(len(request.tokens) for request in running) - before
+        samples.append(tokens / (time.perf_counter() - begin))
+    return {
+        "requests": requests,
+        "context": context,
+        "chunk": CHUNK,
+        "prompt_tokens_per_s": round(requests * context / reading, 1),
+        "tokens_per_s": round(statistics.median(samples), 1),
+        "samples_tokens_per_s": [round(x, 1) for x in samples],
+    }
+
+
 def markdown(record: dict[str, Any]) -> str:
-    """A record as a Markdown table."""
+    """A record as Markdown tables."""
     columns = ["batch", "step", "tokens/s", "attention's share", "XLA's layers, this op"]
     columns += ["XLA's layers, gather + einsum", "of the limit"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -259,7 +305,11 @@ def markdown(record: dict[str, Any]) -> str:
         cells += [f"{row['attention_share']:.0%}", *others, f"{row['of_the_floor']:.0%}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"
-    lines += ["", f"{where}: {record['results']['model']}'s shapes.", FOOTNOTE]
+    lines += ["", f"{where}: {record['results']['model']}'s shapes.", FOOTNOTE, ""]
+    lines += ["| the engine with requests | tokens/s | of prompts, in chunks |", "|---|---|---|"]
+    for row in record["results"]["serving"]:
+        prompts = f"{row['prompt_tokens_per_s']:.0f}/s, {row['chunk']}"
+        lines.append(f"| {row['requests']} | {row['tokens_per_s']:.0f} | {prompts} |")
     return "\n".join(lines)
 
 
@@ -273,7 +323,12 @@ def main() -> int:
     for batch in BATCHES:
         rows.append(measure(CONFIG, params, batch, read_gbps))
         console.print(rows[-1])
+    serving = []
+    for requests in SERVED:
+        serving.append(serve(CONFIG, params, requests, CONTEXT))
+        console.print(serving[-1])
     results = {"model": "DeepSeek-V2-Lite", "read_gbps": read_gbps, "decode": rows}
+    results["serving"] = serving
     path = write_record(RESULTS / f"{device_slug()}_model.json", results, "make bench", MODELS)
     print(f"wrote {path}")
     print(markdown(json.loads(path.read_text())))

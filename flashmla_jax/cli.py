@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         help="size of the cache; by default what the longest requests need in all slots",
     )
     sub.add_argument(
-        "--chunk", type=int, default=256, metavar="N", help="tokens read per step; default 256"
+        "--chunk", type=int, default=512, metavar="N", help="tokens read per step; default 512"
     )
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="as in generate")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the load; default 0")
@@ -336,7 +336,7 @@ def _generate(args: argparse.Namespace) -> int:
         num_pages=slots * -(-max_seqlen // PAGE_SIZE),
         max_seqlen=max_seqlen,
         slots=slots,
-        chunk=min(longest, 256),
+        chunk=min(longest, 512),
         draft=args.draft,
         drafter=args.drafter,
         cache_dtype="fp8" if args.fp8_cache else None,

@@ -20,10 +20,10 @@ drawn, which for a guess without a distribution of its own accepts as often as t
 speculative sampling (arXiv:2302.01318).
 
 The device runs one program for chunks of prompts, one for decoding and, with drafts, one for
-verifying them, besides one that moves pages between owners. Lengths, tables, slots and sampling
-parameters are data. The scheduler is plain Python. It knows what the device's allocator will do, so
-it need not wait for it: without drafts a step is started before the tokens of the one before are
-read.
+verifying them, besides one that moves pages between owners; and another of each while somebody's
+tokens are drawn. Lengths, tables, slots and sampling parameters are data. The scheduler is plain
+Python. It knows what the device's allocator will do, so it need not wait for it: without drafts a
+step is started before the tokens of the one before are read.
 
 The multi-token prediction module has a layer of the same cache. Of a token it needs the hidden
 state and the token after it, which are both there when the token has been read: the next one is in
@@ -179,19 +179,35 @@ class _Result:
     """What a program gives, on the device, and whose it is.
 
     Attributes:
-      ok: bool[slots], whether the cache did what the scheduler thinks it did.
+      outcome: int32[slots, 2 + n]: whether the cache did what the scheduler thinks it did, how many
+        new tokens each slot has, and which.
       runs: who took part, and how many tokens each has in the cache then (None: as many as before
         and those that it was given).
-      new: int32[slots, n], new tokens of each slot.
-      num_new: int32[slots], how many they are.
       block_table: the cache's, then.
     """
 
-    ok: jax.Array
+    outcome: jax.Array
     runs: Sequence[tuple[_Run, int | None]] = ()
-    new: jax.Array | None = None
-    num_new: jax.Array | None = None
     block_table: jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        """Has it sent to the host as soon as it is there."""
+        self.outcome.copy_to_host_async()
+
+
+class _Seldom:
+    """What seldom changes, on the device: sent when it does, as that takes the host its time."""
+
+    def __init__(self, beside: jax.Array) -> None:
+        """To be put where an array is."""
+        self._beside = beside
+        self._sent: tuple[np.ndarray, jax.Array] | None = None
+
+    def __call__(self, array: np.ndarray) -> jax.Array:
+        """The array on the device."""
+        if self._sent is None or not np.array_equal(array, self._sent[0]):
+            self._sent = array, _beside(self._beside, jnp.asarray(array))
+        return self._sent[1]
 
 
 class Engine:
@@ -220,7 +236,7 @@ class Engine:
         num_pages: int,
         max_seqlen: int,
         slots: int = 8,
-        chunk: int = 256,
+        chunk: int = 512,
         prompts_at_once: int = 1,
         draft: int = 0,
         drafter: Literal["mtp", "ngram"] | None = None,
@@ -239,7 +255,8 @@ class Engine:
           num_pages: pages of 64 tokens in the cache's pool.
           max_seqlen: tokens of the longest sequence, prompt and new ones.
           slots: how many requests are run at the same time at most.
-          chunk: how many tokens of a prompt a step reads at most.
+          chunk: how many tokens of a prompt a step reads at most. Up to 512, others wait least for
+            each; with more, a long prompt is read sooner (`mla.prefill_into_cache`).
           prompts_at_once: how many prompts a step reads from.
           draft: how many tokens to guess and verify in a step; 0 for none.
           drafter: what guesses them: the model's multi-token prediction module, whose parameters
@@ -276,7 +293,8 @@ class Engine:
         self.drafter = drafter if draft else None
         uses_mtp = self.drafter == "mtp"
         self._params, self._config = absorbed(params, config), config
-        self._max_seqlen, self._chunk, self._draft = max_seqlen, chunk, draft
+        self._max_seqlen, self._draft = max_seqlen, draft
+        self._chunk = min(chunk, max_seqlen)
         self._prompts_at_once = min(prompts_at_once, slots)
         embedding = params["embed_tokens"]["embedding"]
         self.cache, self._newest = _beside(
@@ -299,6 +317,8 @@ class Engine:
                 ),
             ),
         )
+        self._is_active = _Seldom(embedding)
+        self._drafts = {count: _Seldom(embedding) for count in (0, draft)}
         self.stats = EngineStats()
         self._num_requests = 0
         self._waiting: collections.deque[Request] = collections.deque()
@@ -337,9 +357,10 @@ class Engine:
         results = self._results
         self._results = []
         self._move_pages(_Books())
-        self._read([])
-        for draft in {0, self._draft}:
-            self._decode([], np.full((len(self._slots), draft), -1, np.int32))
+        for draws in (False, True):
+            self._read([], draws)
+            for draft in {0, self._draft}:
+                self._decode([], np.full((len(self._slots), draft), -1, np.int32), draws)
         jax.block_until_ready(self.cache)
         self._results = results
         return self
@@ -430,10 +451,10 @@ class Engine:
         before, self._results = self._results, []
         reading = [run for run in self._running if run.is_reading]
         if reading:
-            self._read(reading)
+            self._read(reading, _draws(reading))
         decoding = [run for run in self._running if self._decodes(run)]
         if decoding:
-            self._decode(decoding, self._guess(decoding))
+            self._decode(decoding, self._guess(decoding), _draws(decoding))
         self.stats.steps += bool(reading or decoding)
         self._collect(before)
         if self._draft:  # as many tokens as were right
@@ -542,19 +563,23 @@ class Engine:
             self._owed = _Books()
 
     def _move_pages(self, books: _Books) -> None:
-        self.cache, ok = _move_pages(self.cache, *books.arrays(self.cache))
-        self._results.append(_Result(ok))
+        outcome, self.cache = _move_pages(self.cache, *books.arrays(self.cache))
+        self._results.append(_Result(outcome))
 
     # --- What the device does ----------------------------------------------------------------
 
-    def _read(self, runs: list[_Run]) -> None:
-        """Starts the program that reads the next chunk of each run's prompt."""
+    def _read(self, runs: list[_Run], draws: bool) -> None:
+        """Starts the program that reads the next chunk of each run's prompt.
+
+        There is one for runs of which some draw their tokens, and one for others: a program that
+        finds out by itself has the host wait for it.
+        """
         self._keep_books()
         rows = self._prompts_at_once
         ids = np.zeros((rows, self._chunk + 1), np.int32)
         slots = np.full(rows, len(self._slots), np.int32)
         num_tokens, is_last = np.zeros(rows, np.int32), np.zeros(rows, np.bool_)
-        rules = _Rules.make(rows, dict(enumerate(runs)))
+        rules = _rules_of(rows, dict(enumerate(runs))) if draws else None
         for row, run in enumerate(runs):
             count = min(self._chunk, run.target - run.length)
             # With the token after them, unless that is still to be chosen.
@@ -564,7 +589,7 @@ class Engine:
             slots[row], num_tokens[row], is_last[row] = run.slot, count, not run.is_reading
             run.asked += not run.is_reading
             self.stats.read_tokens += count
-        new, num_new, self._newest, ok, table, self.cache = _read(
+        outcome, self._newest, table, self.cache = _read(
             self._params,
             self._config,
             ids,
@@ -576,21 +601,24 @@ class Engine:
             self.cache,
         )
         lengths = [(run, run.length) for run in runs]
-        self._results.append(_Result(ok, lengths, new, num_new, table))
+        self._results.append(_Result(outcome, lengths, table))
 
-    def _decode(self, runs: list[_Run], drafts: np.ndarray) -> None:
-        """Starts the program that gives each run its next token, or more with drafts."""
+    def _decode(self, runs: list[_Run], drafts: np.ndarray, draws: bool) -> None:
+        """Starts the program that gives each run its next token, or more with drafts.
+
+        For `draws` see `_read`.
+        """
         self._keep_books()
         slots = len(self._slots)
         is_active = np.zeros(slots, np.bool_)
         is_active[[run.slot for run in runs]] = True
-        rules = _Rules.make(slots, {run.slot: run for run in runs})
-        new, num_new, self._newest, ok, table, self.cache = _decode(
+        rules = _rules_of(slots, {run.slot: run for run in runs}) if draws else None
+        outcome, self._newest, table, self.cache = _decode(
             self._params,
             self._config,
             self._newest,
-            drafts,
-            is_active,
+            self._drafts[drafts.shape[1]](drafts),
+            self._is_active(is_active),
             rules,
             self.cache,
         )
@@ -600,7 +628,7 @@ class Engine:
                 run.length += 1
                 run.asked += 1
             lengths = [(run, run.length) for run in runs]
-        self._results.append(_Result(ok, lengths, new, num_new, table))
+        self._results.append(_Result(outcome, lengths, table))
 
     def _guess(self, runs: list[_Run]) -> np.ndarray:
         """int32[slots, draft] guesses, or int32[slots, 0] if there are none or no pages for them.
@@ -632,14 +660,15 @@ class Engine:
     def _collect(self, results: list[_Result]) -> None:
         """Waits for results, gives out their tokens and takes out who is finished."""
         for result in results:
-            new, num_new, ok = jax.device_get((result.new, result.num_new, result.ok))
-            if not ok.all():
+            outcome = np.asarray(result.outcome)
+            if not outcome[:, 0].all():
                 raise RuntimeError("the cache's pages are not what the scheduler takes them for")
             now = time.perf_counter()
             for run, length in result.runs:
                 if run.is_over:  # in the step before
                     continue
-                tokens = new[run.slot, : num_new[run.slot]].tolist()
+                _, num_new, *new = outcome[run.slot].tolist()
+                tokens = new[:num_new]
                 if length is None:
                     run.length += len(tokens)
                     run.asked += len(tokens)
@@ -759,61 +788,53 @@ def _beside(array: jax.Array, tree: _T) -> _T:
 # --- The compiled programs -------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Rules:
-    """How to choose the next token of each row.
+def _rules_of(rows: int, runs: dict[int, _Run]) -> np.ndarray:
+    """How to choose the next token of each row, uint32[4, rows], in one piece.
 
-    Attributes:
-      seeds: uint32[rows].
-      counts: int32[rows], new tokens that a row has already.
-      temperature: float32[rows].
-      top_p: float32[rows].
+    The seed, the number of new tokens there are already, and the bits of the float32 temperature
+    and top_p; of runs, each in a row.
     """
+    seeds, counts = np.zeros((2, rows), np.uint32)
+    temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+    for row, run in runs.items():
+        sampling = run.request.sampling
+        seeds[row], counts[row] = sampling.seed & 0xFFFFFFFF, run.asked
+        temperature[row], top_p[row] = sampling.temperature, sampling.top_p
+    return np.stack([seeds, counts, temperature.view(np.uint32), top_p.view(np.uint32)])
 
-    seeds: jax.Array
-    counts: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
 
-    @classmethod
-    def make(cls, rows: int, runs: dict[int, _Run]) -> _Rules:
-        """Those of runs, each in a row."""
-        seeds, counts = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
-        temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        for row, run in runs.items():
-            seeds[row], counts[row] = run.request.sampling.seed & 0xFFFFFFFF, run.asked
-            temperature[row] = run.request.sampling.temperature
-            top_p[row] = run.request.sampling.top_p
-        arrays: Any = (seeds, counts, temperature, top_p)  # on the device when they are used
-        return cls(*arrays)
+def _draws(runs: list[_Run]) -> bool:
+    """Whether any run's tokens are drawn."""
+    return any(run.request.sampling.temperature > 0 for run in runs)
 
-    def choose(self, logits: jax.Array) -> jax.Array:
-        """int32[rows, s]: a token for each of the float32[rows, s, vocab] logits.
 
-        The j-th of a row is its new token number `counts + j`.
-        """
-        most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        is_drawn = self.temperature > 0
+def _choose(rules: jax.Array | None, logits: jax.Array) -> jax.Array:
+    """int32[rows, s]: a token for each of the float32[rows, s, vocab] logits.
 
-        def draw(
-            seed: jax.Array,
-            count: jax.Array,
-            logits: jax.Array,
-            temperature: jax.Array,
-            top_p: jax.Array,
-        ) -> jax.Array:
-            key = jax.random.fold_in(jax.random.key(seed), count)
-            return sample(key, logits, temperature, top_p)
+    The j-th of a row is the j-th of its new tokens from now on. Without rules (`_rules_of`), and
+    where the temperature is 0, it is the most likely one.
+    """
+    most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if rules is None:
+        return most_likely
 
-        def draw_all() -> jax.Array:
-            counts = self.counts[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)
-            draw_row = jax.vmap(draw, (None, 0, 0, None, None))
-            temperature = jnp.where(is_drawn, self.temperature, 1)
-            drawn = jax.vmap(draw_row)(self.seeds, counts, logits, temperature, self.top_p)
-            return jnp.where(is_drawn[:, None], drawn, most_likely)
+    def draw(
+        seed: jax.Array,
+        count: jax.Array,
+        logits: jax.Array,
+        temperature: jax.Array,
+        top_p: jax.Array,
+    ) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return sample(key, logits, temperature, top_p)
 
-        return jax.lax.cond(jnp.any(is_drawn), draw_all, lambda: most_likely)
+    seeds, counts = rules[:2]
+    temperature, top_p = jax.lax.bitcast_convert_type(rules[2:], jnp.float32)
+    is_drawn = temperature > 0
+    counts = counts[:, None] + jnp.arange(logits.shape[1], dtype=counts.dtype)
+    draw_row = jax.vmap(draw, (None, 0, 0, None, None))
+    drawn = jax.vmap(draw_row)(seeds, counts, logits, jnp.where(is_drawn, temperature, 1), top_p)
+    return jnp.where(is_drawn[:, None], drawn, most_likely)
 
 
 @jax.tree_util.register_dataclass
@@ -840,10 +861,17 @@ def _move_pages(
     is_adopting: jax.Array,
     pages: jax.Array,
     seqlens: jax.Array,
-) -> tuple[PagedKVCache, jax.Array]:
-    """See `_Books`; also returns ok bool[slots]."""
+) -> tuple[jax.Array, PagedKVCache]:
+    """See `_Books`; returns the outcome (`_Result`) and the cache."""
     cache = cache.retain(retained).free(is_freed).release(released)
-    return cache.adopt(is_adopting, pages, seqlens)
+    cache, ok = cache.adopt(is_adopting, pages, seqlens)
+    nothing = jnp.zeros_like(cache.cache_seqlens)
+    return _outcome(ok, nothing, nothing[:, None]), cache
+
+
+def _outcome(ok: jax.Array, num_new: jax.Array, new: jax.Array) -> jax.Array:
+    """Of bool[slots], int32[slots] and int32[slots, n], as `_Result` has it: in one piece."""
+    return jnp.concatenate([ok[:, None].astype(jnp.int32), num_new[:, None], new], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -854,10 +882,10 @@ def _read(
     slots: jax.Array,
     num_tokens: jax.Array,
     is_last: jax.Array,
-    rules: _Rules,
+    rules: jax.Array | None,
     newest: _Newest,
     cache: PagedKVCache,
-) -> tuple[jax.Array, jax.Array, _Newest, jax.Array, jax.Array, PagedKVCache]:
+) -> tuple[jax.Array, _Newest, jax.Array, PagedKVCache]:
     """Reads the next tokens of some slots, and chooses the first new token of those at the end.
 
     Args:
@@ -867,17 +895,17 @@ def _read(
       slots: int32[rows], whose they are; one past the last slot for a row that is not used.
       num_tokens: int32[rows], how many they are, at most `chunk`.
       is_last: bool[rows], whether a prompt ends with them.
-      rules: of each row.
+      rules: of each row, None if nothing is drawn.
       newest: of each slot.
       cache: donated.
 
     Returns:
-      As `_decode`: new int32[slots, 1], num_new, the newest, ok, the block table and the cache.
+      As `_decode`, with n = 1.
     """
     logits, hidden, cache, ok = deepseek.extend(
         params, config, ids[:, :-1], slots, num_tokens, cache
     )
-    chosen = rules.choose(logits[:, None])[:, 0]
+    chosen = _choose(rules, logits[:, None])[:, 0]
     at = jnp.where(is_last, slots, cache.batch)
     tokens = newest.tokens.at[at].set(chosen, mode="drop")
     num_new = jnp.zeros_like(tokens).at[at].set(1, mode="drop")
@@ -889,7 +917,7 @@ def _read(
         hidden, cache = deepseek.mtp_extend(params, config, hidden, next_ids, slots, cache)
         ahead = ahead.at[at].set(hidden[row, last], mode="drop")
     newest = _Newest(tokens, ahead)
-    return tokens[:, None], num_new, newest, ok, cache.block_table, cache
+    return _outcome(ok, num_new, tokens[:, None]), newest, cache.block_table, cache
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -899,9 +927,9 @@ def _decode(
     newest: _Newest,
     drafts: jax.Array,
     is_active: jax.Array,
-    rules: _Rules,
+    rules: jax.Array | None,
     cache: PagedKVCache,
-) -> tuple[jax.Array, jax.Array, _Newest, jax.Array, jax.Array, PagedKVCache]:
+) -> tuple[jax.Array, _Newest, jax.Array, PagedKVCache]:
     """Reads the newest token of slots and what is guessed to follow, and chooses what does.
 
     Args:
@@ -911,12 +939,12 @@ def _decode(
       drafts: int32[slots, n], guesses, -1 for none; n may be 0. With multi-token prediction, which
         makes them, only their number counts.
       is_active: bool[slots], which take part.
-      rules: of each slot.
+      rules: of each slot, None if nothing is drawn.
       cache: donated.
 
     Returns:
-      new int32[slots, 1 + n] and num_new int32[slots], which of them count; the newest;
-      ok bool[slots]; the block table and the cache, which has forgotten the wrong guesses.
+      The outcome (`_Result`), with 1 + n new tokens of which some count; the newest; the block
+      table and the cache, which has forgotten the wrong guesses.
     """
     before, num_drafts = cache.cache_seqlens, drafts.shape[1]
     cache, ok = cache.allocate(jnp.where(is_active, 1 + num_drafts, 0))
@@ -924,7 +952,7 @@ def _decode(
         drafts, cache = _look_ahead(params, config, newest.ahead, num_drafts, cache)
     ids = jnp.concatenate([newest.tokens[:, None], jnp.maximum(drafts, 0)], axis=1)
     hidden, cache = deepseek.decode_hidden(params, config, ids, cache)
-    new = rules.choose(deepseek.head(params, config, hidden))
+    new = _choose(rules, deepseek.head(params, config, hidden))
     # A token counts if all guesses before it were right.
     is_right = (new[:, :-1] == drafts).astype(jnp.int32)
     num_new = 1 + jnp.sum(jnp.cumprod(is_right, axis=1), axis=1)
@@ -943,7 +971,7 @@ def _decode(
     if num_drafts > 0:
         cache = cache.truncate(before + num_new)
     newest = _Newest(update(newest.tokens, new), ahead)
-    return new, num_new, newest, ok, cache.block_table, cache
+    return _outcome(ok, num_new, new), newest, cache.block_table, cache
 
 
 def _look_ahead(

@@ -66,7 +66,7 @@ Partitioning = Mapping[str, tuple[str | None, str | None]]
 _ROPE_DIM = HEAD_DIM - HEAD_DIM_V
 
 # How many cached tokens of each sequence `prefill_into_cache` expands at a time, unless told.
-_PREFIX_CHUNK = 1024
+_PREFIX_CHUNK = 4096
 # Up to how many new tokens of each sequence it does not expand them at all, unless told: on an H200
 # (`python -m benchmarks.prefill`), where expanding pays with about a thousand.
 _ABSORBED_TOKENS = 512

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import oracle
 import pytest
 
 from benchmarks import decode, model, record, timing
+from flashmla_jax import engine
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
 
@@ -126,6 +128,8 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(decode, "ceilings", lambda: {"read_gbps": 100})
     monkeypatch.setattr(timing, "gpu_kernels", three_kernels)
     programs = attentions_of_programs(monkeypatch)
+    served = {"requests": 2, "chunk": 64, "prompt_tokens_per_s": 3000.4, "tokens_per_s": 4000.0}
+    monkeypatch.setattr(model, "serve", lambda *_: served)
     assert model.main() == 0
     # A call per layer, when a program is traced: what was, is not again for the profile.
     assert programs == [
@@ -137,6 +141,7 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     ]
     content = json.loads((tmp_path / "some_gpu_model.json").read_text())
     assert content["sources"] == list(record.MODELS)
+    assert content["results"]["serving"] == [served] * 2
     (row,) = content["results"]["decode"]
     assert (row["batch"], row["context"]) == (2, 70)
     assert row["tokens_per_s"] == pytest.approx(2e6 / row["step_us"], rel=1e-3)
@@ -151,9 +156,37 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     assert row["floor_us"] == pytest.approx(num_bytes / 100e3, abs=0.06)
     row |= {"step_us": 200.0, "xla_layers_step_us": 300.0, "gather_einsum_step_us": 500.0}
     row |= {"tokens_per_s": 5000.0, "of_the_floor": 0.25}
-    assert "| 2 | 200 us | 5000 | 30% | 300 us, 1.5x | 500 us, 2.5x | 25% |\n" in model.markdown(
-        content
-    )
+    tables = model.markdown(content)
+    assert "| 2 | 200 us | 5000 | 30% | 300 us, 1.5x | 500 us, 2.5x | 25% |\n" in tables
+    assert "| 2 | 4000 | 3000/s, 64 |" in tables
+
+
+def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request decodes while the clock runs, to the last step."""
+    monkeypatch.setattr(model, "CHUNK", 32)
+    monkeypatch.setattr(model, "STEPS", 2)
+    engines, tokens = [], []
+
+    class Engine(engine.Engine):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            engines.append(self)
+
+        def step(self):
+            working = super().step()
+            tokens.append([len(request.tokens) for request in self.running])
+            return working
+
+    monkeypatch.setattr(model, "Engine", Engine)
+    row = model.serve(SMALL, init_params(SMALL, jax.random.key(0)), 3, 70)
+    assert (row["requests"], row["context"], row["chunk"]) == (3, 70, 32)
+    assert row["prompt_tokens_per_s"] > 0
+    assert row["tokens_per_s"] == statistics.median(row["samples_tokens_per_s"])
+    assert engines[0].stats.read_tokens == 3 * 70
+    measured = np.array(tokens[-model.SAMPLES * model.STEPS - 1 :])
+    assert measured.shape == (model.SAMPLES * model.STEPS + 1, 3)
+    assert measured[0].all()
+    assert (np.diff(measured, axis=0) == 1).all()
 
 
 def three_kernels(program: timing.Program, repeats: int) -> list[timing.Kernel]:
