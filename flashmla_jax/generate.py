@@ -142,6 +142,7 @@ class Generation:
         self._ids = np.zeros((len(prompts), _padded(int(lengths.max()))), np.int32)
         for row, prompt in zip(self._ids, self.prompts, strict=True):
             row[: len(prompt)] = prompt
+        self._no_number = jnp.int32(0)
         self._started = False
 
     def compile(self) -> Generation:
@@ -162,6 +163,8 @@ class Generation:
         tokens, logits, self.cache, ok = self._begin(self._lengths)
         for count in range(1, self.max_new_tokens + 1):
             step = (tokens, logits, ok)
+            tokens.copy_to_host_async()
+            ok.copy_to_host_async()
             if count < self.max_new_tokens:
                 tokens, logits, self.cache, ok = self._continue(tokens, count)
             now, fits = jax.device_get((step[0], step[2]))
@@ -177,9 +180,9 @@ class Generation:
     def _continue(
         self, tokens: jax.Array, count: int
     ) -> tuple[jax.Array, jax.Array, PagedKVCache, jax.Array]:
-        return _continue(
-            self._params, self._config, tokens, self.cache, self._rules, np.int32(count)
-        )
+        # Sent for each step only where it matters: it takes the host its time.
+        number = self._no_number if self._rules.greedy else np.int32(count)
+        return _continue(self._params, self._config, tokens, self.cache, self._rules, number)
 
 
 def generate(
