@@ -104,6 +104,28 @@ def test_prefill_and_decode(layer, mesh, on_one_device):
 
 
 @meshes
+def test_attention_to_a_prefix_as_it_lies(layer, mesh, on_one_device):
+    """Needs no other word, either."""
+    params = nnx.to_pure_dict(nnx.state(layer.absorb()))
+    cache = PagedKVCache.create(
+        num_layers=1, num_pages=4, batch=2, max_pages_per_seq=2, dtype=jnp.float32
+    )
+    cache, x = jax.device_put((cache, X), NamedSharding(mesh, P()))
+    step = jax.jit(
+        lambda params, x, cache: mla.prefill_into_cache(
+            params, CONFIG, x, cache, 0, absorb_prefix=True
+        )
+    )
+    for begin, end in ((0, 70), (70, 90)):
+        cache, ok = jax.jit(PagedKVCache.allocate)(cache, np.full(2, end - begin))
+        assert ok.all()
+        compiled = step.lower(params, x[:, begin:end], cache).compile()
+        assert collectives(compiled) == ["all-reduce"]
+        out, cache = compiled(params, x[:, begin:end], cache)
+        np.testing.assert_allclose(out, on_one_device[1][:, begin:end], atol=3e-6)
+
+
+@meshes
 def test_gradients_are_sharded_as_the_parameters(layer, mesh, on_one_device):
     def loss(params, x):
         return jnp.sum(mla.prefill(params, CONFIG, x)[0] ** 2)
