@@ -42,12 +42,11 @@ from rich.console import Console
 import flashmla_jax as fm
 from benchmarks import decode, report, timing
 from benchmarks.record import MODELS, RESULTS, device_slug, has_hopper, write_record
-from flashmla_jax.engine import Engine
+from flashmla_jax.engine import CHUNK, Engine
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
 
 CONTEXT, BATCHES, SERVED = 4096, (1, 32, 128), (1, 32)
-CHUNK = 512  # of a prompt: what the engine does by default
 SAMPLES, STEPS = 3, 40  # and as many steps before them
 # https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite/blob/main/config.json, without its YaRN.
 CONFIG = DeepSeekConfig(
@@ -264,7 +263,7 @@ def serve(config: DeepSeekConfig, params: Any, requests: int, context: int) -> d
         max_seqlen=context + most,
         slots=requests,
         chunk=CHUNK,
-    ).compile()
+    ).compile(draws=False)
     rng = np.random.default_rng(0)
     running = [
         engine.submit(rng.integers(config.vocab_size, size=context), most, stop_tokens=())

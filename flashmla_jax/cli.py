@@ -22,7 +22,7 @@ import numpy as np
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.config import kernel_on, show_config
-from flashmla_jax.engine import Engine
+from flashmla_jax.engine import CHUNK, Engine
 from flashmla_jax.generate import Generation, Sampling, checked_ids, score
 from flashmla_jax.layers.mla import Params, YarnScaling
 from flashmla_jax.models import (
@@ -201,7 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         help="size of the cache; by default what the longest requests need in all slots",
     )
     sub.add_argument(
-        "--chunk", type=int, default=512, metavar="N", help="tokens read per step; default 512"
+        "--chunk",
+        type=int,
+        default=CHUNK,
+        metavar="N",
+        help="tokens read per step; default %(default)s",
     )
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="as in generate")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the load; default 0")
@@ -336,7 +340,7 @@ def _generate(args: argparse.Namespace) -> int:
         num_pages=slots * -(-max_seqlen // PAGE_SIZE),
         max_seqlen=max_seqlen,
         slots=slots,
-        chunk=min(longest, 512),
+        chunk=min(longest, CHUNK),
         draft=args.draft,
         drafter=args.drafter,
         cache_dtype="fp8" if args.fp8_cache else None,
@@ -353,7 +357,7 @@ def _generate(args: argparse.Namespace) -> int:
         )
         for i, prompt in enumerate(prompts)
     ]
-    _compile(engine, params, config)
+    _compile(engine, params, config, sampling)
     start = time.perf_counter()
     if stream is None:
         with _progress("generating"):
@@ -402,7 +406,7 @@ def _serve_bench(args: argparse.Namespace) -> int:
         drafter=args.drafter,
         cache_dtype="fp8" if args.fp8_cache else None,
     )
-    _compile(engine, params, config)
+    _compile(engine, params, config, load.sampling)
     with _progress("serving", load.requests) as advance:
         report = serve(engine, load, config.vocab_size, advance)
     for name, value in report.lines():
@@ -603,8 +607,13 @@ def _check(run: Generation, params: Params, config: DeepSeekConfig, record: _Rec
     return 0 if passed else 1
 
 
-def _compile(run: Generation | Engine, params: Params, config: DeepSeekConfig) -> None:
-    """Prints what will run, and compiles it."""
+def _compile(
+    run: Generation | Engine,
+    params: Params,
+    config: DeepSeekConfig,
+    sampling: Sampling | None = None,
+) -> None:
+    """Prints what will run, and compiles it: of an engine, what such sampling of all needs."""
     device = _device()
     size = sum(x.size for x in jax.tree.leaves(params))
     dtype = run.cache.dtype.name
@@ -613,7 +622,10 @@ def _compile(run: Generation | Engine, params: Params, config: DeepSeekConfig) -
     _report("kernel", kernel_on(device))
     start = time.perf_counter()
     with _progress("compiling"):
-        run.compile()
+        if isinstance(run, Engine):
+            run.compile(draws=None if sampling is None else sampling.temperature > 0)
+        else:
+            run.compile()
     seconds = time.perf_counter() - start
     _report("compiled", f"in {seconds:.1f} s, which the speeds below leave out")
 

@@ -20,10 +20,10 @@ drawn, which for a guess without a distribution of its own accepts as often as t
 speculative sampling (arXiv:2302.01318).
 
 The device runs one program for chunks of prompts, one for decoding and, with drafts, one for
-verifying them, besides one that moves pages between owners; and another of each while somebody's
-tokens are drawn. Lengths, tables, slots and sampling parameters are data. The scheduler is plain
-Python. It knows what the device's allocator will do, so it need not wait for it: without drafts a
-step is started before the tokens of the one before are read.
+verifying them, and others of these while somebody's tokens are drawn; besides them one that moves
+pages between owners. Lengths, tables, slots and sampling parameters are data. The scheduler is
+plain Python. It knows what the device's allocator will do, so it need not wait for it: without
+drafts a step is started before the tokens of the one before are read.
 
 The multi-token prediction module has a layer of the same cache. Of a token it needs the hidden
 state and the token after it, which are both there when the token has been read: the next one is in
@@ -56,6 +56,8 @@ from flashmla_jax.generate import GREEDY, Sampling, absorbed, checked_ids, sampl
 from flashmla_jax.layers.mla import Params
 from flashmla_jax.models import deepseek
 from flashmla_jax.models.deepseek import DeepSeekConfig
+
+CHUNK = 512  # tokens of a prompt that a step reads at most, unless told
 
 # The longest and the shortest run of tokens that a draft is looked up by.
 _LONGEST_NGRAM, _SHORTEST_NGRAM = 3, 1
@@ -132,7 +134,7 @@ class EngineStats:
       prefix_tokens: tokens of prompts that were in the cache, and were not read.
       preemptions: how often a request had to give back its slot.
       drafted: tokens that were guessed.
-      accepted: guesses that were right.
+      accepted: guesses that were right, and became tokens of a request.
     """
 
     steps: int = 0
@@ -236,7 +238,7 @@ class Engine:
         num_pages: int,
         max_seqlen: int,
         slots: int = 8,
-        chunk: int = 512,
+        chunk: int = CHUNK,
         prompts_at_once: int = 1,
         draft: int = 0,
         drafter: Literal["mtp", "ngram"] | None = None,
@@ -255,8 +257,8 @@ class Engine:
           num_pages: pages of 64 tokens in the cache's pool.
           max_seqlen: tokens of the longest sequence, prompt and new ones.
           slots: how many requests are run at the same time at most.
-          chunk: how many tokens of a prompt a step reads at most. Up to 512, others wait least for
-            each; with more, a long prompt is read sooner (`mla.prefill_into_cache`).
+          chunk: how many tokens of a prompt a step reads at most. With more, long prompts are read
+            sooner; with fewer, those who decode meanwhile wait less for their next token.
           prompts_at_once: how many prompts a step reads from.
           draft: how many tokens to guess and verify in a step; 0 for none.
           drafter: what guesses them: the model's multi-token prediction module, whose parameters
@@ -327,6 +329,8 @@ class Engine:
         self._index = PrefixIndex(lookahead=int(uses_mtp))
         self._keeps_prefixes = prefix_cache
         self._owed = _Books()
+        # Who waits for pages, and how many there were when it was refused.
+        self._refused: tuple[Request, tuple[int, int]] | None = None
         self._calls: collections.deque[tuple[Request, int]] = collections.deque()
 
     @property
@@ -349,18 +353,22 @@ class Engine:
         """How many of those only keep prefixes, and are given up when there is need."""
         return self._index.num_evictable
 
-    def compile(self) -> Engine:
+    def compile(self, *, draws: bool | None = None) -> Engine:
         """Compiles and runs the programs with no request taking part; returns self.
 
         Without it the first steps compile, if the process has not run the like before.
+
+        Args:
+          draws: whether there are going to be requests whose tokens are drawn, `temperature` being
+            above 0, for whom there are programs of their own: True, False, or None for both.
         """
         results = self._results
         self._results = []
         self._move_pages(_Books())
-        for draws in (False, True):
-            self._read([], draws)
+        for kind in (False, True) if draws is None else (draws,):
+            self._read([], kind)
             for draft in {0, self._draft}:
-                self._decode([], np.full((len(self._slots), draft), -1, np.int32), draws)
+                self._decode([], np.full((len(self._slots), draft), -1, np.int32), kind)
         jax.block_until_ready(self.cache)
         self._results = results
         return self
@@ -451,7 +459,7 @@ class Engine:
         before, self._results = self._results, []
         reading = [run for run in self._running if run.is_reading]
         if reading:
-            self._read(reading, _draws(reading))
+            self._read(reading, _draws([run for run in reading if self._is_last_chunk(run)]))
         decoding = [run for run in self._running if self._decodes(run)]
         if decoding:
             self._decode(decoding, self._guess(decoding), _draws(decoding))
@@ -480,6 +488,9 @@ class Engine:
         own = sum(run.claimed - len(run.shared) for run in self._slots if run is not None)
         return self.cache.num_pages - len(self._index) - own
 
+    def _is_last_chunk(self, run: _Run) -> bool:
+        return run.target - run.length <= self._chunk
+
     def _decodes(self, run: _Run) -> bool:
         return not run.is_reading and run.asked < run.request.max_new_tokens
 
@@ -501,43 +512,63 @@ class Engine:
         while self._waiting and None in self._slots:
             if sum(run.is_reading for run in self._running) >= self._prompts_at_once:
                 return
-            self._collect_all()  # what was just read may be what the next one begins with
             request = self._waiting[0]
-            pages = self._index.match(request.ids)[0] if self._keeps_prefixes else []
-            self._index.acquire(pages)
-            run = _Run(
-                request,
-                self._slots.index(None),
-                target=len(request.ids),
-                length=len(pages) * PAGE_SIZE,
-                asked=len(request.tokens),
-                claimed=len(pages),
-                shared=pages,
-                known=len(pages),
-            )
-            # With a place for the first token that it decodes, lest it be preempted at once.
-            if not self._claim(run, min(run.target + 1, request.most_cached)):
-                self._index.release(pages)
+            if self._refused is None or self._refused[0] is not request:
+                self._collect_all()  # what was just read may be what it begins with
+            elif self._refused[1] == self._state_of_pages:
+                return  # as before; and what is on its way is seen in the next step
+            run = self._start(request)
+            if run is None:
+                self._refused = request, self._state_of_pages
                 return
             self._waiting.popleft()
             self._slots[run.slot] = run
-            if pages:
-                self._owed.adopted[run.slot] = list(pages)
+            if run.shared:
+                self._owed.adopted[run.slot] = list(run.shared)
             self.stats.prefix_tokens += run.length
             if request.prefix_tokens is None:
                 request.prefix_tokens = run.length
 
+    @property
+    def _state_of_pages(self) -> tuple[int, int]:
+        """What decides whether a request gets a slot: pages to be had, and those that are known."""
+        return self._num_free + self._index.num_evictable, len(self._index)
+
+    def _start(self, request: Request) -> _Run | None:
+        """A run in a free slot, with pages to read all its tokens; None if there are too few."""
+        pages = self._index.match(request.ids)[0] if self._keeps_prefixes else []
+        self._index.acquire(pages)
+        run = _Run(
+            request,
+            self._slots.index(None),
+            target=len(request.ids),
+            length=len(pages) * PAGE_SIZE,
+            asked=len(request.tokens),
+            claimed=len(pages),
+            shared=pages,
+            known=len(pages),
+        )
+        # With a place for the first token that it decodes, lest it be preempted at once.
+        if self._claim(run, min(run.target + 1, request.most_cached)):
+            return run
+        self._index.release(pages)
+        return None
+
     def _claim(self, run: _Run, length: int) -> bool:
         """Sets pages aside, so that a run has them for `length` tokens; else changes nothing."""
-        growth = _pages_for(length) - run.claimed
-        if growth <= 0:
-            return True
-        missing = growth - self._num_free
+        growth = max(_pages_for(length) - run.claimed, 0)
+        if not self._have_free(growth):
+            return False
+        run.claimed += growth
+        return True
+
+    def _have_free(self, count: int) -> bool:
+        """Gives up known prefixes until so many pages are free, or none if that cannot be."""
+        missing = count - self._num_free if count > 0 else 0
         if missing > self._index.num_evictable:
             return False
         if missing > 0:
             self._owed.released += self._index.evict(missing)
-        run.claimed += growth
         return True
 
     def _preempt(self, run: _Run) -> None:
@@ -637,19 +668,20 @@ class Engine:
         """
         none = np.zeros((len(self._slots), 0), np.int32)
         growth = [max(_pages_for(r.length + 1 + self._draft) - r.claimed, 0) for r in runs]
-        if not self._draft or sum(growth) > self._num_free:
+        if not self._draft:
             return none
         drafts = np.full((len(self._slots), self._draft), -1, np.int32)
-        if self.drafter == "mtp":
-            self.stats.drafted += len(runs) * self._draft
-            return drafts
-        for run in runs:
-            if run.asked == len(run.request.tokens):  # so that its last token is known here
-                guess = guess_next(run.request.ids, self._draft)
-                drafts[run.slot, : len(guess)] = guess
-        num_drafted = int(np.count_nonzero(drafts >= 0))
+        num_drafted = len(runs) * self._draft
+        if self.drafter == "ngram":
+            for run in runs:
+                if run.asked == len(run.request.tokens):  # so that its last token is known here
+                    guess = guess_next(run.request.ids, self._draft)
+                    drafts[run.slot, : len(guess)] = guess
+            num_drafted = int(np.count_nonzero(drafts >= 0))
+        if not num_drafted or not self._have_free(sum(growth)):
+            return none
         self.stats.drafted += num_drafted
-        return drafts if num_drafted else none
+        return drafts
 
     # --- What comes back ---------------------------------------------------------------------
 
@@ -673,12 +705,15 @@ class Engine:
                     run.length += len(tokens)
                     run.asked += len(tokens)
                     run.claimed = max(run.claimed, _pages_for(run.length))
-                    self.stats.accepted += len(tokens) - 1
                 request = run.request
+                received = 0
                 for token in tokens:
                     if request.finish_reason is None:
                         request._receive(token, now)
                         self._calls.append((request, token))
+                        received += 1
+                if length is None:
+                    self.stats.accepted += max(received - 1, 0)
                 if self._keeps_prefixes:
                     # The last token is not in the cache, nor are tokens that only others know of.
                     cached = min(run.length if length is None else length, len(request.ids) - 1)

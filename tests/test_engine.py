@@ -489,6 +489,42 @@ def test_programs_for_each_phase(model):
     assert [program._cache_size() for program in programs] == compiled
 
 
+def test_nobody_waits_for_the_device_with_one_who_waits_for_pages(model, monkeypatch):
+    """The steps of others go on ahead of what comes back."""
+    engine, collected = make_engine(model), []
+    collect_all = engine._collect_all
+    monkeypatch.setattr(engine, "_collect_all", lambda: (collected.append(1), collect_all()))
+    first = engine.submit(prompt_of(0, 4 * PAGE_SIZE), 60)
+    second = engine.submit(prompt_of(1, 5 * PAGE_SIZE), 3)
+    while not first.tokens:
+        engine.step()
+        check_step(engine)
+    collected.clear()
+    for _ in range(20):
+        engine.step()
+        check_step(engine)
+        assert engine.running == (first,)
+        assert engine.waiting == (second,)
+        assert engine._results  # of the step that was just started
+    assert not collected
+    run(engine)
+    check_tokens(model, [first, second])
+
+
+@pytest.mark.parametrize(("draws", "programs"), [(False, 2), (True, 2), (None, 4)])
+def test_compiling_what_is_needed(draws, programs):
+    """A program to read and one to decode, for a model of its own."""
+    config = dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size + 1 + programs + bool(draws))
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    before = _read._cache_size() + _decode._cache_size()
+    engine = Engine(params, config, num_pages=2, max_seqlen=100, slots=1, chunk=16)
+    engine.compile(draws=draws)
+    assert _read._cache_size() + _decode._cache_size() == before + programs
+    engine.submit([1, 2, 3], 3, sampling=Sampling(0.5 * bool(draws)))
+    engine.run()
+    assert _read._cache_size() + _decode._cache_size() == before + programs
+
+
 def test_compile_changes_nothing(model):
     engine = make_engine(model, draft=DRAFT)
     requests = [engine.submit(prompt_of(i, 70), 20) for i in range(4)]

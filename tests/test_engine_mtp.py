@@ -297,16 +297,39 @@ def test_without_pages_for_guesses(model, monkeypatch):
     check_end(engine)
 
 
+def test_known_prefixes_give_way_to_guesses(model, monkeypatch):
+    """A pool that is full of them is as good as an empty one."""
+    engine, numbers = make_engine(model), []
+    for i in range(2):
+        engine.submit(prompt_of(i, 4 * PAGE_SIZE), 1)
+        engine.run()
+    assert engine.pages_cached >= PAGES - 1
+    guess = engine._guess
+
+    def recorded(runs):
+        drafts = guess(runs)
+        numbers.append(drafts.shape[1])
+        return drafts
+
+    monkeypatch.setattr(engine, "_guess", recorded)
+    requests = [engine.submit(prompt_of(2 + i, 50 + 7 * i), 60) for i in range(3)]
+    while engine.step():
+        check_step(engine)
+    assert set(numbers) == {DRAFT}
+    check_tokens(model, requests)
+    check_end(engine)
+
+
 # --- How it runs -----------------------------------------------------------------------------
 
 
-def test_one_program_for_each_phase(model):
+def test_programs_for_each_phase(model):
     programs = (_read, _decode, _move_pages)
     before = [program._cache_size() for program in programs]
     engine = make_engine(model).compile()
     compiled = [program._cache_size() for program in programs]
     # Of decoding, one without drafts and one with them; those of other tests are the same ones.
-    assert all(n - m <= most for n, m, most in zip(compiled, before, (1, 2, 1), strict=True))
+    assert all(n - m <= most for n, m, most in zip(compiled, before, (2, 4, 1), strict=True))
     for i, n in enumerate((1, 60, 200, 130, 190)):
         engine.submit(prompt_of(i % 3, n), 90 + 7 * i, sampling=Sampling(0.5 * (i % 2)))
     engine.run()

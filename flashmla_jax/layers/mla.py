@@ -59,6 +59,7 @@ from flashmla_jax.cache import layout
 from flashmla_jax.cache.layout import HEAD_DIM, HEAD_DIM_V, PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mha
+from flashmla_jax.ops import _ffi
 
 Params = Mapping[str, Any]
 Partitioning = Mapping[str, tuple[str | None, str | None]]
@@ -67,9 +68,9 @@ _ROPE_DIM = HEAD_DIM - HEAD_DIM_V
 
 # How many cached tokens of each sequence `prefill_into_cache` expands at a time, unless told.
 _PREFIX_CHUNK = 4096
-# Up to how many new tokens of each sequence it does not expand them at all, unless told: on an H200
-# (`python -m benchmarks.prefill`), where expanding pays with about a thousand.
-_ABSORBED_TOKENS = 512
+# Up to how many new tokens of each sequence it does not expand them at all, unless told; the same
+# for an FP8 cache. (What it is worth on an H200: `python -m benchmarks.prefill`.)
+_ABSORBED_TOKENS, _ABSORBED_TOKENS_FP8 = 512, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -525,8 +526,9 @@ def prefill_into_cache(
         most `s` tokens, and 0 for a sequence that is to be left alone.
       layer: whose pages of the cache are meant, see `PagedKVCache.at_layer`.
       precision: of all products, but that of attention in MQA form.
-      absorb_prefix: whether to attend to prefixes in MQA form. By default up to 512 new tokens a
-        sequence of two bytes a number do, in a cache of the same or of FP8 tokens.
+      absorb_prefix: whether to attend to prefixes in MQA form. By default up to 512 new tokens of
+        each sequence do, of two bytes a number, in a cache of the same type; up to 256 in one of
+        FP8 tokens; where `flash_mla_with_kvcache` has a kernel.
       prefix_chunk: cached tokens of a sequence that are expanded at a time, a multiple of the page
         size, 64.
       implementation: of attention in MHA form, see `mha.attention`.
@@ -579,17 +581,24 @@ def prefill_into_cache(
         k, v = expand_kv(params, config, cached.astype(x.dtype), precision)
         return _merge(state, attend(k, v, kv_lengths=lengths))
 
-    if absorb_prefix is None:
-        absorb_prefix = _prefers_absorbed(cache, x)
-    if absorb_prefix:
+    def expanded(state: _State) -> _State:
+        num_chunks = -(-jnp.max(prefix, initial=0) // prefix_chunk)
+        return jax.lax.fori_loop(0, num_chunks, attend_to_chunk, state)
+
+    def absorbed(state: _State) -> _State:
         q = absorb_q(params, config, q_nope, q_rope, precision)
         latents, lse = _attend_to_cache(config, q.astype(query_dtype(cache, x)), view, prefix)
         out = expand_latents(params, config, latents.astype(x.dtype), precision)
-        out, _ = _merge(state, (out, lse))
+        return _merge(state, (out, lse))
+
+    if absorb_prefix is None:
+        platforms = _where_absorbed(cache, x)
+        state = jax.lax.platform_dependent(
+            state, **dict.fromkeys(platforms, absorbed), default=expanded
+        )
     else:
-        num_chunks = -(-jnp.max(prefix, initial=0) // prefix_chunk)
-        out, _ = jax.lax.fori_loop(0, num_chunks, attend_to_chunk, state)
-    return _project_out(params, out.astype(x.dtype), precision), cache
+        state = absorbed(state) if absorb_prefix else expanded(state)
+    return _project_out(params, state[0].astype(x.dtype), precision), cache
 
 
 def decode(
@@ -657,11 +666,14 @@ def _attend_to_cache(
     )
 
 
-def _prefers_absorbed(cache: PagedKVCache, x: jax.Array) -> bool:
-    """Whether `x` is short enough for it, and attention in MQA form takes it as it is."""
-    if is_symbolic_dim(x.shape[1]) or x.shape[1] > _ABSORBED_TOKENS:
-        return False
-    return x.dtype.itemsize == 2 and (cache.is_fp8 or cache.dtype == x.dtype)
+def _where_absorbed(cache: PagedKVCache, x: jax.Array) -> tuple[str, ...]:
+    """The platforms on which `x` is to attend to prefixes in MQA form, rather than expand them."""
+    most = _ABSORBED_TOKENS_FP8 if cache.is_fp8 else _ABSORBED_TOKENS
+    if is_symbolic_dim(x.shape[1]) or x.shape[1] > most:
+        return ()
+    if x.dtype.itemsize != 2 or (not cache.is_fp8 and cache.dtype != x.dtype):
+        return ()  # float32 is for the CPU
+    return tuple(name for name in (_ffi.CPU, _ffi.CUDA) if _ffi.why_no_kernel(name) is None)
 
 
 def _project_out(params: Params, out: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:

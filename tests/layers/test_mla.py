@@ -13,6 +13,7 @@ import pytest
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import mha, mla
+from flashmla_jax.ops import _ffi
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -260,12 +261,19 @@ def test_prefill_into_cache_in_bfloat16(absorb_prefix):
     ("tokens", "dtype", "is_fp8", "want"),
     [
         (512, jnp.bfloat16, False, True),
-        (512, jnp.bfloat16, True, True),
         (513, jnp.bfloat16, False, False),
+        (256, jnp.bfloat16, True, True),
+        (257, jnp.bfloat16, True, False),
         (16, jnp.float32, False, False),
     ],
 )
-def test_few_tokens_attend_to_a_prefix_as_it_lies(tokens, dtype, is_fp8, want):
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_few_tokens_attend_to_a_prefix_as_it_lies(
+    tokens, dtype, is_fp8, want, has_kernels, monkeypatch
+):
+    """Where there are kernels for that: the reference would take memory for all of a cache."""
+    why = None if has_kernels else "for no reason"
+    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_, **__: why)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), make_params(SMALL))
     x = jax.ShapeDtypeStruct((2, tokens, SMALL.hidden_size), dtype)
     cache = PagedKVCache.create(
@@ -276,7 +284,28 @@ def test_few_tokens_attend_to_a_prefix_as_it_lies(tokens, dtype, is_fp8, want):
         dtype="fp8" if is_fp8 else dtype,
     )
     program = jax.jit(lambda x, cache: mla.prefill_into_cache(params, SMALL, x, cache, 0))
-    assert ("flash_mla_with_kvcache" in str(program.trace(x, cache).jaxpr)) == want
+    traced = str(program.trace(x, cache).jaxpr)
+    assert ("flash_mla_with_kvcache" in traced) == (want and has_kernels)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_prefixes_of_fp8_tokens_either_way(layer):
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), make_params(SMALL))
+    x = jax.random.normal(jax.random.key(layer), (2, 150, SMALL.hidden_size), jnp.bfloat16)
+    outs = []
+    for absorb_prefix in (False, True):
+        cache = PagedKVCache.create(
+            num_layers=2, num_pages=6, batch=2, max_pages_per_seq=3, dtype="fp8"
+        )
+        for begin, counts in ((0, (100, 64)), (100, (50, 0))):
+            cache, ok = allocate(cache, jnp.array(counts))
+            assert ok.all()
+            tokens = x[:, begin : begin + max(counts)]
+            out, cache = prefill_into_cache(
+                params, SMALL, tokens, cache, layer, absorb_prefix=absorb_prefix
+            )
+        outs.append(np.asarray(out[0], np.float32))
+    assert 0 < np.linalg.norm(outs[1] - outs[0]) < 0.01 * np.linalg.norm(outs[0])
 
 
 def test_only_the_prefix_is_read(monkeypatch):
