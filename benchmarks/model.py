@@ -71,6 +71,9 @@ CONFIG = DeepSeekConfig(
 FOOTNOTE = f"""\
 A step of up to {few_tokens.MAX_TOKENS} tokens is one call of kernels for all layers, and one for
 the logits; with more, layers and logits are XLA's anyway."""
+ENGINE = """\
+The same in the engine, with requests that come together: tokens a second while all decode, and how
+fast their prompts of {context} tokens were read before, in chunks of {chunk}."""
 # Kernels of csrc/sm90/attention, by the names that a profile has, mangled or not.
 ATTENTION = r"flashmla.*(wide|paired|narrow|CombineKernel)"
 
@@ -305,10 +308,17 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"
     lines += ["", f"{where}: {record['results']['model']}'s shapes.", FOOTNOTE, ""]
-    lines += ["| the engine with requests | tokens/s | of prompts, in chunks |", "|---|---|---|"]
-    for row in record["results"]["serving"]:
-        prompts = f"{row['prompt_tokens_per_s']:.0f}/s, {row['chunk']}"
-        lines.append(f"| {row['requests']} | {row['tokens_per_s']:.0f} | {prompts} |")
+    serving = record["results"]["serving"]
+    lines += [ENGINE.format(**serving[0]), ""]
+    lines += [
+        "| requests | tokens/s | of a bare step's | tokens/s of prompts |",
+        "|---|---|---|---|",
+    ]
+    bare = {row["batch"]: row["tokens_per_s"] for row in record["results"]["decode"]}
+    for row in serving:
+        share = f"{row['tokens_per_s'] / bare[row['requests']]:.0%}"
+        cells = [row["requests"], f"{row['tokens_per_s']:.0f}", share]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['prompt_tokens_per_s']:.0f} |")
     return "\n".join(lines)
 
 

@@ -72,6 +72,7 @@ class Chunks:
     tokens: int
     chunk: int
     absorb_prefix: bool
+    fp8: bool = False  # the cache
 
     def program(self, config: MLAConfig) -> timing.Program:
         """All chunks, one program each; gives the layer's outputs for the last one."""
@@ -85,10 +86,17 @@ class Chunks:
             }
             for name, leaves in mla.parameter_shapes(config).items()
         }
+        params = mla.absorb(params, config)
         x = jax.random.normal(next(keys), (1, self.tokens, config.hidden_size), jnp.bfloat16)
         chunks = [x[:, i : i + self.chunk] for i in range(0, self.tokens, self.chunk)]
         pages = self.tokens // PAGE_SIZE
-        cache = PagedKVCache.create(num_layers=1, num_pages=pages, batch=1, max_pages_per_seq=pages)
+        cache = PagedKVCache.create(
+            num_layers=1,
+            num_pages=pages,
+            batch=1,
+            max_pages_per_seq=pages,
+            dtype="fp8" if self.fp8 else jnp.bfloat16,
+        )
 
         @functools.partial(jax.jit, donate_argnames="cache")
         def read(params: Any, x: jax.Array, cache: PagedKVCache) -> Any:
@@ -112,7 +120,7 @@ class Chunks:
 ATTENTION = [Attention(4096), Attention(16384)]
 CHUNKS = [
     Chunks(32768, chunk, absorb) for chunk in (256, 512, 1024, 4096) for absorb in (False, True)
-]
+] + [Chunks(32768, chunk, absorb, fp8=True) for chunk in (256, 512) for absorb in (False, True)]
 
 
 def seconds(program: timing.Program) -> tuple[float, list[float]]:
@@ -145,6 +153,7 @@ def measure_chunks(case: Chunks, config: MLAConfig = CONFIG) -> dict[str, Any]:
         "tokens": case.tokens,
         "chunk": case.chunk,
         "absorb_prefix": case.absorb_prefix,
+        "fp8": case.fp8,
         "us": round(median * 1e6, 1),
         "samples_us": samples,
         "tokens_per_s": round(case.tokens / median),
@@ -157,10 +166,11 @@ def markdown(record: dict[str, Any]) -> str:
     for row in record["results"]["attention"]:
         cells = [row["tokens"], row["implementation"], report.time(row["us"]), row["tflops"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "| prompt | in chunks of | prefix | a layer's time | tokens/s |"]
+    lines += ["", "| prompt | in chunks of | what is cached | a layer's time | tokens/s |"]
     lines.append("|---|---|---|---|---|")
     for row in record["results"]["chunks"]:
         form = "as it lies" if row["absorb_prefix"] else "expanded"
+        form += ", FP8" if row["fp8"] else ""
         cells = [row["tokens"], row["chunk"], form, report.time(row["us"]), row["tokens_per_s"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"

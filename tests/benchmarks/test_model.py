@@ -128,7 +128,8 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(decode, "ceilings", lambda: {"read_gbps": 100})
     monkeypatch.setattr(timing, "gpu_kernels", three_kernels)
     programs = attentions_of_programs(monkeypatch)
-    served = {"requests": 2, "chunk": 64, "prompt_tokens_per_s": 3000.4, "tokens_per_s": 4000.0}
+    served = {"requests": 2, "context": 70, "chunk": 64}
+    served |= {"prompt_tokens_per_s": 3000.4, "tokens_per_s": 4000.0}
     monkeypatch.setattr(model, "serve", lambda *_: served)
     assert model.main() == 0
     # A call per layer, when a program is traced: what was, is not again for the profile.
@@ -158,7 +159,8 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     row |= {"tokens_per_s": 5000.0, "of_the_floor": 0.25}
     tables = model.markdown(content)
     assert "| 2 | 200 us | 5000 | 30% | 300 us, 1.5x | 500 us, 2.5x | 25% |\n" in tables
-    assert "| 2 | 4000 | 3000/s, 64 |" in tables
+    assert "| 2 | 4000 | 80% | 3000 |" in tables
+    assert "in chunks of 64." in tables
 
 
 def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
