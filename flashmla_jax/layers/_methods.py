@@ -36,13 +36,19 @@ class Methods:
         )
 
     def prefill_into_cache(
-        self, x: jax.Array, cache: PagedKVCache, layer: int | jax.Array = 0
+        self,
+        x: jax.Array,
+        cache: PagedKVCache,
+        layer: int | jax.Array = 0,
+        *,
+        absorb_prefix: bool | None = None,
     ) -> tuple[jax.Array, PagedKVCache]:
         """Appends the next tokens, many of them, to the cache and attends to all before.
 
         `x` is [batch, s, hidden], of which the cache's `num_new` count. See
         `mla.prefill_into_cache`: the cache has made room for the tokens with `allocate`, and in a
-        scan over layers, whose number is an array, it is one with `one_pool`.
+        scan over layers, whose number is an array, it is one with `one_pool`. What was cached
+        before is expanded, or attended to as it lies (`absorb_prefix`).
         """
         x, params = self._promote(x)
         return mla.prefill_into_cache(
@@ -52,6 +58,7 @@ class Methods:
             cache,
             layer,
             self.precision,
+            absorb_prefix=absorb_prefix,
             implementation=self.implementation,
         )
 

@@ -48,7 +48,7 @@ class MultiHeadLatentAttention(Methods, nn.Module):
       kernel_partitioning: axis names of kernels, by projection, for instance those of
         `mla.head_partitioning`, in place of what `kernel_init` attaches; such kernels are
         `nn.Partitioned`. By default none is.
-      implementation: of attention without or before the cache, see `mha.attention`.
+      implementation: of attention in MHA form, see `mha.attention`.
       absorbed: whether the parameters are those of `mla.absorb`.
 
     Raises:

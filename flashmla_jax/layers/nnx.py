@@ -45,7 +45,7 @@ class MultiHeadLatentAttention(Methods, nnx.Module):
         `mla.head_partitioning`, in place of what `kernel_init` attaches. They become the
         `out_sharding` of the parameters, for which Flax wants a mesh to be set (`jax.set_mesh`). By
         default parameters have no such metadata.
-      implementation: of attention without or before the cache, see `mha.attention`.
+      implementation: of attention in MHA form, see `mha.attention`.
       rngs: the source of randomness for the initialisers.
 
     Raises:

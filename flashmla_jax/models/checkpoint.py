@@ -67,6 +67,8 @@ def load_checkpoint(
 ) -> tuple[DeepSeekConfig, dict[str, Any]]:
     """Reads a checkpoint, of which the host holds 4 MB at a time, or a row of a tensor.
 
+    (Beside that, XLA has what it sends in memory of its own: some 600 MB for a GPU.)
+
     All names, shapes and dtypes are checked before the first number is read. To show a bar:
 
         with tqdm(unit="B", unit_scale=True) as bar:
