@@ -11,7 +11,7 @@ import jax
 import pytest
 from flax import nnx
 
-from benchmarks import accuracy, model, report
+from benchmarks import accuracy, model, prefill, report
 from benchmarks.record import RESULTS
 from flashmla_jax import PagedKVCache
 
@@ -99,6 +99,11 @@ def test_figures_of_appending() -> None:
 def test_figures_of_a_model() -> None:
     record = json.loads((RESULTS / "nvidia_h200_model.json").read_text())
     assert model.markdown(record) in README.read_text()
+
+
+def test_figures_of_prefill() -> None:
+    record = json.loads((RESULTS / "nvidia_h200_prefill.json").read_text())
+    assert prefill.markdown(record) in README.read_text()
 
 
 @pytest.mark.parametrize("name", ["nvidia_h200", "nvidia_h100_80gb_hbm3", "cpu"])

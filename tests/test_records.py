@@ -39,11 +39,13 @@ def test_a_whole_models_targets() -> None:
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_us"] * 1e6, rel=1e-3)
         assert row["step_us"] < row["gather_einsum_step_us"]
     assert rows[1]["of_the_floor"] >= 0.6
-    # What the engine does around a step hides behind the device.
-    assert {row["requests"] for row in content["results"]["serving"]} == {1, 32}
+    # What the engine does around a step hides behind the device, as far as that has much to do.
+    least = {1: 0.75, 32: 0.95}
+    assert {row["requests"] for row in content["results"]["serving"]} == set(least)
     for row in content["results"]["serving"]:
         assert row["chunk"] == CHUNK
-        assert row["tokens_per_s"] > 0.85 * rows[row["requests"]]["tokens_per_s"]
+        bare = rows[row["requests"]]["tokens_per_s"]
+        assert row["tokens_per_s"] > least[row["requests"]] * bare
         assert row["prompt_tokens_per_s"] > row["tokens_per_s"]
 
 
