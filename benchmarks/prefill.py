@@ -26,13 +26,14 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks import report, timing
-from benchmarks.record import MODELS, RESULTS, device_slug, has_hopper, write_record
+from benchmarks.record import KERNELS, RESULTS, device_slug, has_hopper, write_record
 from flashmla_jax import PagedKVCache
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.layers import MLAConfig, mha, mla
 
 # Of DeepSeek-V3: https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/config.json
 CONFIG = MLAConfig(hidden_size=7168, num_heads=128, q_lora_rank=1536)
+SOURCES = (*KERNELS, "flashmla_jax/attention.py", "flashmla_jax/layers", "benchmarks/prefill.py")
 IMPLEMENTATIONS: tuple[mha.Implementation, ...] = ("cudnn", "xla")
 REPEATS = 3
 
@@ -166,12 +167,19 @@ def markdown(record: dict[str, Any]) -> str:
     for row in record["results"]["attention"]:
         cells = [row["tokens"], row["implementation"], report.time(row["us"]), row["tflops"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "| prompt | in chunks of | what is cached | a layer's time | tokens/s |"]
-    lines.append("|---|---|---|---|---|")
+    lines += ["", "| prompt | in chunks of | cache | what it has | a layer's time | tokens/s |"]
+    lines.append("|---|---|---|---|---|---|")
     for row in record["results"]["chunks"]:
         form = "as it lies" if row["absorb_prefix"] else "expanded"
-        form += ", FP8" if row["fp8"] else ""
-        cells = [row["tokens"], row["chunk"], form, report.time(row["us"]), row["tokens_per_s"]]
+        dtype = "FP8" if row["fp8"] else "bfloat16"
+        cells = [
+            row["tokens"],
+            row["chunk"],
+            dtype,
+            form,
+            report.time(row["us"]),
+            row["tokens_per_s"],
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"
     return "\n".join([*lines, "", f"{where}: DeepSeek-V3's attention, one prompt."])
@@ -188,7 +196,7 @@ def main() -> int:
     for chunks in CHUNKS:
         results["chunks"].append(measure_chunks(chunks))
         console.print(results["chunks"][-1])
-    path = write_record(RESULTS / f"{device_slug()}_prefill.json", results, "make bench", MODELS)
+    path = write_record(RESULTS / f"{device_slug()}_prefill.json", results, "make bench", SOURCES)
     print(f"wrote {path}")
     print(markdown(json.loads(path.read_text())))
     return 0

@@ -197,8 +197,8 @@ class _Result:
         self.outcome.copy_to_host_async()
 
 
-class _Seldom:
-    """What seldom changes, on the device: sent when it does, as that takes the host its time."""
+class _Sent:
+    """An array on the device, which is sent again only if it changes: that takes the host time."""
 
     def __init__(self, beside: jax.Array) -> None:
         """To be put where an array is."""
@@ -258,7 +258,9 @@ class Engine:
           max_seqlen: tokens of the longest sequence, prompt and new ones.
           slots: how many requests are run at the same time at most.
           chunk: how many tokens of a prompt a step reads at most. With more, long prompts are read
-            sooner; with fewer, those who decode meanwhile wait less for their next token.
+            sooner; with fewer, those who decode meanwhile wait less for their next token. (On a GPU
+            the host waits for the end of a program that expands what is cached, see
+            `mla.prefill_into_cache`: with more than 512, or than 256 over an FP8 cache.)
           prompts_at_once: how many prompts a step reads from.
           draft: how many tokens to guess and verify in a step; 0 for none.
           drafter: what guesses them: the model's multi-token prediction module, whose parameters
@@ -319,8 +321,8 @@ class Engine:
                 ),
             ),
         )
-        self._is_active = _Seldom(embedding)
-        self._drafts = {count: _Seldom(embedding) for count in (0, draft)}
+        self._is_active = _Sent(embedding)
+        self._drafts = {count: _Sent(embedding) for count in (0, draft)}
         self.stats = EngineStats()
         self._num_requests = 0
         self._waiting: collections.deque[Request] = collections.deque()
@@ -329,8 +331,9 @@ class Engine:
         self._index = PrefixIndex(lookahead=int(uses_mtp))
         self._keeps_prefixes = prefix_cache
         self._owed = _Books()
-        # Who waits for pages, and how many there were when it was refused.
-        self._refused: tuple[Request, tuple[int, int]] | None = None
+        # Who waits for pages, and what pages there were when it was last seen that they do not do.
+        self._refused: Request | None = None
+        self._refused_with = (0, 0)
         self._calls: collections.deque[tuple[Request, int]] = collections.deque()
 
     @property
@@ -365,8 +368,10 @@ class Engine:
         results = self._results
         self._results = []
         self._move_pages(_Books())
-        for kind in (False, True) if draws is None else (draws,):
+        kinds = {False, True} if draws is None else {draws}
+        for kind in kinds | {False}:  # a chunk that does not end a prompt draws nothing
             self._read([], kind)
+        for kind in kinds:
             for draft in {0, self._draft}:
                 self._decode([], np.full((len(self._slots), draft), -1, np.int32), kind)
         jax.block_until_ready(self.cache)
@@ -513,13 +518,12 @@ class Engine:
             if sum(run.is_reading for run in self._running) >= self._prompts_at_once:
                 return
             request = self._waiting[0]
-            if self._refused is None or self._refused[0] is not request:
-                self._collect_all()  # what was just read may be what it begins with
-            elif self._refused[1] == self._state_of_pages:
+            if request is self._refused and not self._may_start(request):
                 return  # as before; and what is on its way is seen in the next step
+            self._collect_all()  # what was just read may be what it begins with
             run = self._start(request)
             if run is None:
-                self._refused = request, self._state_of_pages
+                self._refused, self._refused_with = request, self._state_of_pages
                 return
             self._waiting.popleft()
             self._slots[run.slot] = run
@@ -533,6 +537,14 @@ class Engine:
     def _state_of_pages(self) -> tuple[int, int]:
         """What decides whether a request gets a slot: pages to be had, and those that are known."""
         return self._num_free + self._index.num_evictable, len(self._index)
+
+    def _may_start(self, request: Request) -> bool:
+        """Whether one that was refused may be worth another try."""
+        if self._state_of_pages == self._refused_with:
+            return False
+        known = len(self._index.match(request.ids)[0]) if self._keeps_prefixes else 0
+        self._refused_with = self._state_of_pages
+        return _pages_to_start(request) - known <= self._num_free + self._index.num_evictable
 
     def _start(self, request: Request) -> _Run | None:
         """A run in a free slot, with pages to read all its tokens; None if there are too few."""
@@ -548,8 +560,7 @@ class Engine:
             shared=pages,
             known=len(pages),
         )
-        # With a place for the first token that it decodes, lest it be preempted at once.
-        if self._claim(run, min(run.target + 1, request.most_cached)):
+        if self._claim(run, _pages_to_start(request) * PAGE_SIZE):
             return run
         self._index.release(pages)
         return None
@@ -602,8 +613,8 @@ class Engine:
     def _read(self, runs: list[_Run], draws: bool) -> None:
         """Starts the program that reads the next chunk of each run's prompt.
 
-        There is one for runs of which some draw their tokens, and one for others: a program that
-        finds out by itself has the host wait for it.
+        There is one for chunks after which some run draws a token, and one for others: a program
+        that finds out by itself has the host wait for it.
         """
         self._keep_books()
         rows = self._prompts_at_once
@@ -667,7 +678,6 @@ class Engine:
         -1 where there is no guess, or the model is to make one.
         """
         none = np.zeros((len(self._slots), 0), np.int32)
-        growth = [max(_pages_for(r.length + 1 + self._draft) - r.claimed, 0) for r in runs]
         if not self._draft:
             return none
         drafts = np.full((len(self._slots), self._draft), -1, np.int32)
@@ -678,6 +688,7 @@ class Engine:
                     guess = guess_next(run.request.ids, self._draft)
                     drafts[run.slot, : len(guess)] = guess
             num_drafted = int(np.count_nonzero(drafts >= 0))
+        growth = [max(_pages_for(r.length + 1 + self._draft) - r.claimed, 0) for r in runs]
         if not num_drafted or not self._have_free(sum(growth)):
             return none
         self.stats.drafted += num_drafted
@@ -713,7 +724,7 @@ class Engine:
                         self._calls.append((request, token))
                         received += 1
                 if length is None:
-                    self.stats.accepted += max(received - 1, 0)
+                    self.stats.accepted += min(received, max(len(tokens) - 1, 0))
                 if self._keeps_prefixes:
                     # The last token is not in the cache, nor are tokens that only others know of.
                     cached = min(run.length if length is None else length, len(request.ids) - 1)
@@ -769,6 +780,11 @@ def guess_next(ids: np.ndarray, count: int) -> np.ndarray:
 
 def _pages_for(length: int) -> int:
     return -(-length // PAGE_SIZE)
+
+
+def _pages_to_start(request: Request) -> int:
+    """With a place for the first token that it decodes, lest it be preempted at once."""
+    return _pages_for(min(len(request.ids) + 1, request.most_cached))
 
 
 @dataclasses.dataclass

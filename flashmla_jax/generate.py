@@ -142,7 +142,6 @@ class Generation:
         self._ids = np.zeros((len(prompts), _padded(int(lengths.max()))), np.int32)
         for row, prompt in zip(self._ids, self.prompts, strict=True):
             row[: len(prompt)] = prompt
-        self._no_number = jnp.int32(0)
         self._started = False
 
     def compile(self) -> Generation:
@@ -180,8 +179,8 @@ class Generation:
     def _continue(
         self, tokens: jax.Array, count: int
     ) -> tuple[jax.Array, jax.Array, PagedKVCache, jax.Array]:
-        # Sent for each step only where it matters: it takes the host its time.
-        number = self._no_number if self._rules.greedy else np.int32(count)
+        # Sent for each step only where it matters: that takes the host time.
+        number = None if self._rules.greedy else np.int32(count)
         return _continue(self._params, self._config, tokens, self.cache, self._rules, number)
 
 
@@ -315,9 +314,12 @@ class _Rules:
         """bool[batch]: which sequences are not finished, given their last tokens int32[batch]."""
         return (tokens >= 0) & ~jnp.isin(tokens, self.stop_tokens)
 
-    def choose(self, logits: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
-        """int32[batch]: the next tokens, after `count` tokens, from float32[batch, vocab]."""
-        if self.greedy:
+    def choose(self, logits: jax.Array, count: jax.typing.ArrayLike | None) -> jax.Array:
+        """int32[batch]: the next tokens, after `count` tokens, from float32[batch, vocab].
+
+        What is not greedy needs the count.
+        """
+        if self.greedy or count is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, count)
         draw = jax.vmap(sample, (0, 0, None, None))
@@ -364,7 +366,7 @@ def _continue(
     tokens: jax.Array,
     cache: PagedKVCache,
     rules: _Rules,
-    count: jax.typing.ArrayLike,
+    count: jax.typing.ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array, PagedKVCache, jax.Array]:
     """Reads each sequence's last token and chooses its next; arguments and results as above."""
     active = rules.go_on_after(tokens)

@@ -489,6 +489,17 @@ def test_programs_for_each_phase(model):
     assert [program._cache_size() for program in programs] == compiled
 
 
+def test_who_waited_for_pages_finds_what_was_read_meanwhile(model):
+    """Of a prefix that another one is reading, it reads nothing again."""
+    engine = make_engine(model, prompts_at_once=1)
+    prefix = prompt_of(7, 3 * PAGE_SIZE)
+    long = engine.submit(prompt_of(0, 5 * PAGE_SIZE), 3)
+    shares = [engine.submit(prefix + prompt_of(8 + i, 10), 3) for i in range(2)]
+    run(engine)
+    check_tokens(model, [long, *shares])
+    assert shares[1].prefix_tokens == len(prefix)
+
+
 def test_nobody_waits_for_the_device_with_one_who_waits_for_pages(model, monkeypatch):
     """The steps of others go on ahead of what comes back."""
     engine, collected = make_engine(model), []
@@ -511,16 +522,16 @@ def test_nobody_waits_for_the_device_with_one_who_waits_for_pages(model, monkeyp
     check_tokens(model, [first, second])
 
 
-@pytest.mark.parametrize(("draws", "programs"), [(False, 2), (True, 2), (None, 4)])
+@pytest.mark.parametrize(("draws", "programs"), [(False, 2), (True, 3), (None, 4)])
 def test_compiling_what_is_needed(draws, programs):
-    """A program to read and one to decode, for a model of its own."""
-    config = dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size + 1 + programs + bool(draws))
+    """Of reading and decoding, for a model of its own; a chunk that ends nothing draws nothing."""
+    config = dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size + programs)
     params = init_params(config, jax.random.key(0), jnp.float32)
     before = _read._cache_size() + _decode._cache_size()
     engine = Engine(params, config, num_pages=2, max_seqlen=100, slots=1, chunk=16)
     engine.compile(draws=draws)
     assert _read._cache_size() + _decode._cache_size() == before + programs
-    engine.submit([1, 2, 3], 3, sampling=Sampling(0.5 * bool(draws)))
+    engine.submit(range(40), 3, sampling=Sampling(0.5 * (draws is not False)))
     engine.run()
     assert _read._cache_size() + _decode._cache_size() == before + programs
 

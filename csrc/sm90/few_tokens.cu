@@ -1108,10 +1108,10 @@ struct Grid {
 // own.
 constexpr int64_t kAskedShared = 200 * 1024;
 
-// Shared memory of a multiprocessor, the rest being L1, in percent of the most: for two blocks.
-// Kernels that need no more all ask for the same, and say so: left to the driver, a kernel that
-// starts while attention ends keeps what that had, and with so little L1 fewer loads are on their
-// way.
+// Shared memory of a multiprocessor, the rest being L1, in percent of the most: for two blocks, and
+// 96 KB at least, which all kernels of one and two tokens ask for. It has to be said: left to the
+// driver, a kernel that starts while attention ends keeps what that had, and with so little L1
+// fewer loads are on their way.
 int Carveout(int64_t shared_bytes) {
   constexpr int64_t kLeastCarveout = 96 * 1024, kMostCarveout = 228 * 1024;
   constexpr int64_t kOwnShared = 4 * 1024;  // at most: a block's beside what a launch asks for

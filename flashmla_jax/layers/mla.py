@@ -66,8 +66,9 @@ Partitioning = Mapping[str, tuple[str | None, str | None]]
 
 _ROPE_DIM = HEAD_DIM - HEAD_DIM_V
 
-# How many cached tokens of each sequence `prefill_into_cache` expands at a time, unless told.
-_PREFIX_CHUNK = 4096
+# How many cached tokens `prefill_into_cache` expands at a time, unless told: of all sequences
+# together, but of each at least so many.
+_PREFIX_CHUNKS, _PREFIX_CHUNK = 4096, 1024
 # Up to how many new tokens of each sequence it does not expand them at all, unless told; the same
 # for an FP8 cache. (What it is worth on an H200: `python -m benchmarks.prefill`.)
 _ABSORBED_TOKENS, _ABSORBED_TOKENS_FP8 = 512, 256
@@ -505,7 +506,7 @@ def prefill_into_cache(
     precision: jax.lax.PrecisionLike = None,
     *,
     absorb_prefix: bool | None = None,
-    prefix_chunk: int = _PREFIX_CHUNK,
+    prefix_chunk: int | None = None,
     implementation: mha.Implementation | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Writes the next tokens to the cache and attends from them to all before.
@@ -526,11 +527,13 @@ def prefill_into_cache(
         most `s` tokens, and 0 for a sequence that is to be left alone.
       layer: whose pages of the cache are meant, see `PagedKVCache.at_layer`.
       precision: of all products, but that of attention in MQA form.
-      absorb_prefix: whether to attend to prefixes in MQA form. By default up to 512 new tokens of
-        each sequence do, of two bytes a number, in a cache of the same type; up to 256 in one of
-        FP8 tokens; where `flash_mla_with_kvcache` has a kernel.
+      absorb_prefix: whether to attend to prefixes in MQA form, as `flash_mla_with_kvcache` can
+        (float32 not on a GPU, and slowly where it has no kernel). By default up to 512 new tokens
+        of each sequence do, of two bytes a number, in a cache of the same type; up to 256 in one of
+        FP8 tokens; on platforms for which this process has a kernel.
       prefix_chunk: cached tokens of a sequence that are expanded at a time, a multiple of the page
-        size, 64.
+        size, 64. By default 4096 divided by the batch, and at least 1024. More are faster, and take
+        memory for their keys and values. Without effect in MQA form.
       implementation: of attention in MHA form, see `mha.attention`.
 
     Returns:
@@ -543,6 +546,11 @@ def prefill_into_cache(
 
     Source: chunked prefill of vLLM's `mla_attention.py`.
     """
+    if prefix_chunk is None:
+        prefix_chunk = _PREFIX_CHUNK
+        if not is_symbolic_dim(cache.batch) and cache.batch > 0:
+            share = _PREFIX_CHUNKS // cache.batch // PAGE_SIZE * PAGE_SIZE
+            prefix_chunk = max(prefix_chunk, share)
     if prefix_chunk < 1 or prefix_chunk % PAGE_SIZE:
         raise ValueError(f"prefix_chunk must be a multiple of {PAGE_SIZE}, got {prefix_chunk}")
     if not is_symbolic_dim(cache.max_pages_per_seq):
@@ -591,11 +599,14 @@ def prefill_into_cache(
         out = expand_latents(params, config, latents.astype(x.dtype), precision)
         return _merge(state, (out, lse))
 
+    def absorbed_if_any(state: _State) -> _State:
+        return jax.lax.cond(jnp.any(prefix > 0), absorbed, lambda state: state, state)
+
     if absorb_prefix is None:
-        platforms = _where_absorbed(cache, x)
-        state = jax.lax.platform_dependent(
-            state, **dict.fromkeys(platforms, absorbed), default=expanded
-        )
+        # On a GPU the host would have to wait for the condition.
+        forms = {_ffi.CPU: absorbed_if_any, _ffi.CUDA: absorbed}
+        forms = {name: forms[name] for name in _where_absorbed(cache, x)}
+        state = jax.lax.platform_dependent(state, **forms, default=expanded)
     else:
         state = absorbed(state) if absorb_prefix else expanded(state)
     return _project_out(params, state[0].astype(x.dtype), precision), cache
@@ -641,19 +652,23 @@ def decode(
     return project_latents(params, config, out.astype(x.dtype), precision), cache
 
 
-# Attention to some of the tokens: out [batch, s, heads, v], float32, and lse [batch, heads, s].
+# Attention to some of the tokens: float32 out [batch, s, heads, v], and lse [batch, heads, s].
 _State = tuple[jax.Array, jax.Array]
 
 
-def _merge(state: _State, more: _State) -> _State:
+def _merge(state: _State, more: tuple[jax.Array, jax.Array]) -> _State:
+    """Attention to more tokens; that may be less exact."""
     outs = jnp.stack([state[0], more[0].astype(jnp.float32)])
     return merge_attention_states(outs, jnp.stack([state[1], more[1]]))
 
 
 def _attend_to_cache(
     config: MLAConfig, q: jax.Array, view: PagedKVCache, lengths: jax.Array, causal: bool = False
-) -> _State:
-    """Attention in MQA form, to so many tokens of each sequence of the layer `view` is for."""
+) -> tuple[jax.Array, jax.Array]:
+    """Attention in MQA form, to so many tokens of each sequence of the layer `view` is for.
+
+    Returns out [batch, s, heads, 512] in q's dtype and lse float32[batch, heads, s].
+    """
     return flash_mla_with_kvcache(
         q,
         view.pages[0],
@@ -672,7 +687,7 @@ def _where_absorbed(cache: PagedKVCache, x: jax.Array) -> tuple[str, ...]:
     if is_symbolic_dim(x.shape[1]) or x.shape[1] > most:
         return ()
     if x.dtype.itemsize != 2 or (not cache.is_fp8 and cache.dtype != x.dtype):
-        return ()  # float32 is for the CPU
+        return ()
     return tuple(name for name in (_ffi.CPU, _ffi.CUDA) if _ffi.why_no_kernel(name) is None)
 
 

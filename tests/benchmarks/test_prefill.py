@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import prefill, record, timing
+from benchmarks import prefill, timing
 from flashmla_jax.layers import MLAConfig
 from flashmla_jax.models import DeepSeekConfig
 
@@ -80,7 +80,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"results": results, "device": "GPU", "date": "today", "command": "make bench"}
     table = prefill.markdown(json.loads(json.dumps(content)))
     assert f"| 128 | xla | 10 us | {row['tflops']} |" in table
-    assert "| 128 | 64 | as it lies | 10 us | 12800000 |" in table
+    assert "| 128 | 64 | bfloat16 | as it lies | 10 us | 12800000 |" in table
 
 
 def test_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert prefill.main() == 0
     content = json.loads((tmp_path / "some_gpu_prefill.json").read_text())
     assert content["results"] == {"attention": [], "chunks": [ROW]}
-    assert content["sources"] == list(record.MODELS)
+    assert content["sources"] == list(prefill.SOURCES)
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
