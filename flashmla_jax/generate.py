@@ -319,8 +319,9 @@ class _Rules:
 
         What is not greedy needs the count.
         """
-        if self.greedy or count is None:
+        if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        assert count is not None
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, count)
         draw = jax.vmap(sample, (0, 0, None, None))
         return draw(keys, logits, self.temperature, self.top_p)

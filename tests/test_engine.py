@@ -490,14 +490,18 @@ def test_programs_for_each_phase(model):
 
 
 def test_who_waited_for_pages_finds_what_was_read_meanwhile(model):
-    """Of a prefix that another one is reading, it reads nothing again."""
-    engine = make_engine(model, prompts_at_once=1)
-    prefix = prompt_of(7, 3 * PAGE_SIZE)
-    long = engine.submit(prompt_of(0, 5 * PAGE_SIZE), 3)
-    shares = [engine.submit(prefix + prompt_of(8 + i, 10), 3) for i in range(2)]
+    """Also what the step before has read, which the host has not heard of yet."""
+    engine = make_engine(model)
+    first = engine.submit(prompt_of(0, PAGE_SIZE), 60)
+    while not first.tokens:
+        engine.step()
+    prefix = prompt_of(7, 4 * CHUNK)  # three pages
+    reads, waits = (engine.submit(prefix + prompt_of(8 + i, 10), 3) for i in range(2))
+    engine.step()
+    assert engine.waiting == (waits,)
     run(engine)
-    check_tokens(model, [long, *shares])
-    assert shares[1].prefix_tokens == len(prefix)
+    check_tokens(model, [first, reads, waits])
+    assert waits.prefix_tokens == len(prefix)
 
 
 def test_nobody_waits_for_the_device_with_one_who_waits_for_pages(model, monkeypatch):

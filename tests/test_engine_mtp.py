@@ -276,10 +276,9 @@ def test_a_module_that_is_always_right(draft, missing):
     assert engine.stats.steps == 6  # of which the first one has also read the prompts
 
 
-def test_without_pages_for_guesses(model, monkeypatch):
-    """A step then decodes as without, and the module goes on with it."""
-    engine, numbers = make_engine(model), []
-    guess = engine._guess
+def numbers_of_guesses(engine, monkeypatch):
+    """A list that gets how many tokens each step to come guesses for a request."""
+    guess, numbers = engine._guess, []
 
     def recorded(runs):
         drafts = guess(runs)
@@ -287,6 +286,13 @@ def test_without_pages_for_guesses(model, monkeypatch):
         return drafts
 
     monkeypatch.setattr(engine, "_guess", recorded)
+    return numbers
+
+
+def test_without_pages_for_guesses(model, monkeypatch):
+    """A step then decodes as without, and the module goes on with it."""
+    engine = make_engine(model)
+    numbers = numbers_of_guesses(engine, monkeypatch)
     requests = [engine.submit(prompt_of(i, 2 * PAGE_SIZE), 60) for i in range(2)]
     requests.append(engine.submit(prompt_of(2, 100), 29))
     while engine.step():
@@ -301,19 +307,12 @@ def test_without_pages_for_guesses(model, monkeypatch):
 
 def test_known_prefixes_give_way_to_guesses(model, monkeypatch):
     """A pool that is full of them is as good as an empty one."""
-    engine, numbers = make_engine(model), []
+    engine = make_engine(model)
     for i in range(2):
         engine.submit(prompt_of(i, 4 * PAGE_SIZE), 1)
         engine.run()
     assert engine.pages_cached >= PAGES - 1
-    guess = engine._guess
-
-    def recorded(runs):
-        drafts = guess(runs)
-        numbers.append(drafts.shape[1])
-        return drafts
-
-    monkeypatch.setattr(engine, "_guess", recorded)
+    numbers = numbers_of_guesses(engine, monkeypatch)
     requests = [engine.submit(prompt_of(2 + i, 50 + 7 * i), 60) for i in range(3)]
     while engine.step():
         check_step(engine)

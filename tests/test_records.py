@@ -39,14 +39,23 @@ def test_a_whole_models_targets() -> None:
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_us"] * 1e6, rel=1e-3)
         assert row["step_us"] < row["gather_einsum_step_us"]
     assert rows[1]["of_the_floor"] >= 0.6
-    # What the engine does around a step hides behind the device, as far as that has much to do.
-    least = {1: 0.75, 32: 0.95}
-    assert {row["requests"] for row in content["results"]["serving"]} == set(least)
     for row in content["results"]["serving"]:
         assert row["chunk"] == CHUNK
-        bare = rows[row["requests"]]["tokens_per_s"]
-        assert row["tokens_per_s"] > least[row["requests"]] * bare
         assert row["prompt_tokens_per_s"] > row["tokens_per_s"]
+
+
+TOO_SHORT = pytest.mark.xfail(strict=True, reason="a step is shorter than what the host does")
+
+
+@pytest.mark.parametrize(
+    ("requests", "least"), [pytest.param(1, 0.85, marks=TOO_SHORT), (32, 0.95)]
+)
+def test_the_engine_hides_behind_the_device(requests: int, least: float) -> None:
+    """What the host does around a step: the engine is nearly as fast as bare steps."""
+    content = json.loads((record.RESULTS / "nvidia_h200_model.json").read_text())["results"]
+    (bare,) = (row for row in content["decode"] if row["batch"] == requests)
+    (row,) = (row for row in content["serving"] if row["requests"] == requests)
+    assert row["tokens_per_s"] > least * bare["tokens_per_s"]
 
 
 def test_what_reading_in_chunks_is_worth() -> None:

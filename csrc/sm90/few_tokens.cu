@@ -1109,8 +1109,8 @@ struct Grid {
 constexpr int64_t kAskedShared = 200 * 1024;
 
 // Shared memory of a multiprocessor, the rest being L1, in percent of the most: for two blocks, and
-// 96 KB at least, which all kernels of one and two tokens ask for. It has to be said: left to the
-// driver, a kernel that starts while attention ends keeps what that had, and with so little L1
+// 96 KB at least, so that kernels that need little all ask for the same. It has to be said: left to
+// the driver, a kernel that starts while attention ends keeps what that had, and with so little L1
 // fewer loads are on their way.
 int Carveout(int64_t shared_bytes) {
   constexpr int64_t kLeastCarveout = 96 * 1024, kMostCarveout = 228 * 1024;

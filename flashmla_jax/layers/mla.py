@@ -68,7 +68,7 @@ _ROPE_DIM = HEAD_DIM - HEAD_DIM_V
 
 # How many cached tokens `prefill_into_cache` expands at a time, unless told: of all sequences
 # together, but of each at least so many.
-_PREFIX_CHUNKS, _PREFIX_CHUNK = 4096, 1024
+_PREFIX_TOKENS, _LEAST_PREFIX_CHUNK = 4096, 1024
 # Up to how many new tokens of each sequence it does not expand them at all, unless told; the same
 # for an FP8 cache. (What it is worth on an H200: `python -m benchmarks.prefill`.)
 _ABSORBED_TOKENS, _ABSORBED_TOKENS_FP8 = 512, 256
@@ -328,10 +328,10 @@ def absorbed_q(
     Returns [batch, s, heads, 576].
     """
     q_nope, q_rope = project_q(params, config, x, cos, sin, precision)
-    return absorb_q(params, config, q_nope, q_rope, precision)
+    return _absorb_q(params, config, q_nope, q_rope, precision)
 
 
-def absorb_q(
+def _absorb_q(
     params: Params,
     config: MLAConfig,
     q_nope: jax.Array,
@@ -357,10 +357,10 @@ def project_latents(
 
     Returns [batch, s, hidden].
     """
-    return _project_out(params, expand_latents(params, config, latents, precision), precision)
+    return _project_out(params, _expand_latents(params, config, latents, precision), precision)
 
 
-def expand_latents(
+def _expand_latents(
     params: Params,
     config: MLAConfig,
     latents: jax.Array,
@@ -547,9 +547,9 @@ def prefill_into_cache(
     Source: chunked prefill of vLLM's `mla_attention.py`.
     """
     if prefix_chunk is None:
-        prefix_chunk = _PREFIX_CHUNK
+        prefix_chunk = _LEAST_PREFIX_CHUNK
         if not is_symbolic_dim(cache.batch) and cache.batch > 0:
-            share = _PREFIX_CHUNKS // cache.batch // PAGE_SIZE * PAGE_SIZE
+            share = _PREFIX_TOKENS // cache.batch // PAGE_SIZE * PAGE_SIZE
             prefix_chunk = max(prefix_chunk, share)
     if prefix_chunk < 1 or prefix_chunk % PAGE_SIZE:
         raise ValueError(f"prefix_chunk must be a multiple of {PAGE_SIZE}, got {prefix_chunk}")
@@ -594,9 +594,9 @@ def prefill_into_cache(
         return jax.lax.fori_loop(0, num_chunks, attend_to_chunk, state)
 
     def absorbed(state: _State) -> _State:
-        q = absorb_q(params, config, q_nope, q_rope, precision)
+        q = _absorb_q(params, config, q_nope, q_rope, precision)
         latents, lse = _attend_to_cache(config, q.astype(query_dtype(cache, x)), view, prefix)
-        out = expand_latents(params, config, latents.astype(x.dtype), precision)
+        out = _expand_latents(params, config, latents.astype(x.dtype), precision)
         return _merge(state, (out, lse))
 
     def absorbed_if_any(state: _State) -> _State:

@@ -67,7 +67,7 @@ def load_checkpoint(
 ) -> tuple[DeepSeekConfig, dict[str, Any]]:
     """Reads a checkpoint, of which the host holds 4 MB at a time, or a row of a tensor.
 
-    (Beside that, XLA has what it sends in memory of its own: some 600 MB for a GPU.)
+    (Beside that, XLA has what it sends to a GPU in memory of its own.)
 
     All names, shapes and dtypes are checked before the first number is read. To show a bar:
 
