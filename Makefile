@@ -28,8 +28,18 @@ help:  ## This list.
 demo: $(VENV)/.hf  ## Generate with the small model that comes with the package, and check the result.
 	$(BIN)/flashmla-jax demo
 
+# A process for each core, to which whole files go. (A GPU's memory is for one process.)
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 test: lint types  ## Lint, types, and all tests. What CI runs.
+ifdef PYTEST_ARGS
 	$(BIN)/pytest $(PYTEST_ARGS)
+else ifdef HOPPER
+	$(BIN)/pytest
+else
+	$(BIN)/pytest $(PARALLEL) --part operations
+	$(BIN)/pytest $(PARALLEL) --part others
+endif
 
 lint: $(VENV)/.test  ## Lint and formatting of Python and C++.
 	$(BIN)/ruff check .

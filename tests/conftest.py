@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +14,19 @@ import pytest
 # Tests import their neighbours (`oracle`) by name, and `benchmarks`.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1]))
+
+TESTS = Path(__file__).parent
+OPERATIONS = {
+    "cache",
+    "ops",
+    "test_attention.py",
+    "test_derivative.py",
+    "test_fp8.py",
+    "test_reference.py",
+    "test_sparse.py",
+}
+# On the CPU most of a model's test is XLA at work on its program; this is a third of it.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def on_hopper() -> bool:
@@ -26,11 +41,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="conformance grid of the attention op; full on a Hopper GPU, small elsewhere",
     )
+    parser.addoption(
+        "--part",
+        choices=("operations", "others"),
+        default=None,
+        help="only the tests of operations and the cache; or only the others, for the CPU, with "
+        "programs that XLA optimizes little",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.part == "others" and not hasattr(config, "workerinput"):
+        compile_quickly()
     if config.option.grid is None:
         config.option.grid = "full" if on_hopper() else "small"
+
+
+def compile_quickly() -> None:
+    """Before this process asks for devices; holds for those that it starts, too."""
+    flags = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+    # XLA ends a process with flags that its version does not have.
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    known = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True)
+    if known.returncode == 0:
+        os.environ["XLA_FLAGS"] = flags
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.option.part is None or collection_path.suffix != ".py":
+        return None
+    of_operations = collection_path.relative_to(TESTS).parts[0] in OPERATIONS
+    return True if of_operations != (config.option.part == "operations") else None
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

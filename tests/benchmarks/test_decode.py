@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 
-from benchmarks import append, cases, decode, sparse, timing
+from benchmarks import append, cases, decode, indexer, sparse, timing
 from benchmarks.cases import Case
 
 on_the_cpu = pytest.mark.skipif(jax.devices()[0].platform != "cpu", reason="measures the CPU")
@@ -83,6 +83,8 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     appends = append.Case("decoding step", batch=3, num_tokens=1, cached=100, calls=4)
     monkeypatch.setattr(append, "CASES", [appends])
     monkeypatch.setattr(sparse, "CASES", [sparse.Case(2, 1, 2, 5, 64)])
+    monkeypatch.setattr(indexer, "CASES", [indexer.Case(2, 128, fp8=True)])
+    monkeypatch.setattr(indexer.Case, "calls", lambda _: 3)
     monkeypatch.setattr(
         decode, "ceilings", lambda: {"read_gbps": 4000, "sustained_matmul_tflops": 600}
     )
@@ -106,6 +108,9 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     assert record["results"]["ceilings"]["copy_gbps"] == round(2 * 2**30 / 0.012 / 1e9)
     (row,) = record["results"]["sparse_attention"]
     assert row["us"] == pytest.approx(12_000 / 60)
+    (row,) = record["results"]["indexer"]
+    assert row["us"] == row["xla_us"] == 12_000 / 3
+    assert row["gbps"] == round(2 * 128 * 144 / 4_000 / 1e3, 1)
     assert record["results"]["gpu"] == {"clocks.sm": "1980 MHz"}
     assert "| 2 | 1 | 2 | 70 | 1500 us | 4000 us |" in capsys.readouterr().out
 
