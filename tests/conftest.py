@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1]))
 
 TESTS = Path(__file__).parent
-OPERATIONS = {
+OPERATIONS = {  # and the cache: where XLA's own optimizations have to be right, too
     "cache",
     "ops",
     "test_attention.py",

@@ -339,6 +339,30 @@ def test_only_the_prefix_is_read(monkeypatch):
         trips.clear()
 
 
+@pytest.mark.parametrize(
+    ("batch", "max_pages", "tokens"),
+    [(1, 65, 4096), (2, 65, 2048), (3, 65, 1344), (8, 65, 1024), (1, 5, 320)],
+)
+def test_tokens_that_are_expanded_at_a_time(batch, max_pages, tokens, monkeypatch):
+    """By default: 4096 of the batch's, but at least 1024 of a sequence, if it can have as many."""
+    attention, expanded = mha.attention, []
+
+    def noted(q, k, v, *args, kv_lengths=None, **kwargs):
+        if kv_lengths is not None:
+            expanded.append((k.shape[:2], v.shape[:2]))
+        return attention(q, k, v, *args, kv_lengths=kv_lengths, **kwargs)
+
+    monkeypatch.setattr(mha, "attention", noted)
+    cache = PagedKVCache.create(
+        num_layers=1, num_pages=1, batch=batch, max_pages_per_seq=max_pages, dtype=jnp.float32
+    )
+    x = jnp.ones((batch, 3, SMALL.hidden_size))
+    jax.eval_shape(
+        lambda x, cache: mla.prefill_into_cache(make_params(SMALL), SMALL, x, cache, 0), x, cache
+    )
+    assert set(expanded) == {((batch, tokens), (batch, tokens))}
+
+
 def test_memory_of_a_long_prefix_is_bounded():
     config = dataclasses.replace(SMALL, num_heads=2)
     create = functools.partial(
