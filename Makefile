@@ -32,10 +32,8 @@ demo: $(VENV)/.hf  ## Generate with the small model that comes with the package,
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 test: lint types  ## Lint, types, and all tests. What CI runs.
-ifdef PYTEST_ARGS
+ifneq ($(PYTEST_ARGS)$(HOPPER),)
 	$(BIN)/pytest $(PYTEST_ARGS)
-else ifdef HOPPER
-	$(BIN)/pytest
 else
 	$(BIN)/pytest $(PARALLEL) --part operations
 	$(BIN)/pytest $(PARALLEL) --part others

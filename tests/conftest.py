@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import pytest
 
-# Tests import their neighbours (`oracle`) by name, and `benchmarks`.
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1]))
-
 TESTS = Path(__file__).parent
+# Tests import their neighbours (`oracle`) by name, and `benchmarks`.
+sys.path.insert(0, str(TESTS))
+sys.path.append(str(TESTS.parent))
+
 OPERATIONS = {  # and the cache: where XLA's own optimizations have to be right, too
     "cache",
     "ops",
@@ -25,7 +25,7 @@ OPERATIONS = {  # and the cache: where XLA's own optimizations have to be right,
     "test_reference.py",
     "test_sparse.py",
 }
-# On the CPU most of a model's test is XLA at work on its program; this is a third of it.
+# On the CPU most of a model's test is XLA at work on its program; so it takes less than half.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
@@ -84,7 +84,8 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 def pytest_report_header() -> str:
     device = jax.devices()[0]
-    return f"jax {jax.__version__} on {device.platform} ({device.device_kind})"
+    flags = os.environ.get("XLA_FLAGS", "").strip() or "no XLA_FLAGS"
+    return f"jax {jax.__version__} on {device.platform} ({device.device_kind}), {flags}"
 
 
 @pytest.fixture(scope="session")

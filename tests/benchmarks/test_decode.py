@@ -83,7 +83,7 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     appends = append.Case("decoding step", batch=3, num_tokens=1, cached=100, calls=4)
     monkeypatch.setattr(append, "CASES", [appends])
     monkeypatch.setattr(sparse, "CASES", [sparse.Case(2, 1, 2, 5, 64)])
-    monkeypatch.setattr(indexer, "CASES", [indexer.Case(2, 128, fp8=True)])
+    monkeypatch.setattr(indexer, "CASES", [indexer.Case(2, 16384, fp8=True)])
     monkeypatch.setattr(indexer.Case, "calls", lambda _: 3)
     monkeypatch.setattr(
         decode, "ceilings", lambda: {"read_gbps": 4000, "sustained_matmul_tflops": 600}
@@ -110,7 +110,7 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     assert row["us"] == pytest.approx(12_000 / 60)
     (row,) = record["results"]["indexer"]
     assert row["us"] == row["xla_us"] == 12_000 / 3
-    assert row["gbps"] == round(2 * 128 * 144 / 4_000 / 1e3, 1)
+    assert row["gbps"] == 1.2  # 2 * 16384 keys of 144 bytes in 4 ms
     assert record["results"]["gpu"] == {"clocks.sm": "1980 MHz"}
     assert "| 2 | 1 | 2 | 70 | 1500 us | 4000 us |" in capsys.readouterr().out
 
