@@ -42,7 +42,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -52,10 +52,11 @@ import numpy as np
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.cache.prefix import PrefixIndex
-from flashmla_jax.generate import GREEDY, Sampling, absorbed, checked_ids, sample, stops_of
+from flashmla_jax.generate import GREEDY, Sampling, checked_ids, sample, stops_of
 from flashmla_jax.layers.mla import Params
 from flashmla_jax.models import deepseek
 from flashmla_jax.models.deepseek import DeepSeekConfig
+from flashmla_jax.models.flat import FlatModel
 
 CHUNK = 512  # tokens of a prompt that a step reads at most, unless told
 
@@ -185,7 +186,7 @@ class _Result:
         new tokens each slot has, and which.
       runs: who took part, and how many tokens each has in the cache then (None: as many as before
         and those that it was given).
-      block_table: the cache's, then.
+      block_table: the cache's, then; None if no run had filled a page that it had not before.
     """
 
     outcome: jax.Array
@@ -296,7 +297,7 @@ class Engine:
             drafter = "mtp" if "mtp" in params else "ngram"
         self.drafter = drafter if draft else None
         uses_mtp = self.drafter == "mtp"
-        self._params, self._config = absorbed(params, config), config
+        self._model = FlatModel.of(deepseek.absorb(params, config), config)
         self._max_seqlen, self._draft = max_seqlen, draft
         self._chunk = min(chunk, max_seqlen)
         self._prompts_at_once = min(prompts_at_once, slots)
@@ -374,6 +375,7 @@ class Engine:
         for kind in kinds:
             for draft in {0, self._draft}:
                 self._decode([], np.full((len(self._slots), draft), -1, np.int32), kind)
+        _copy(self.cache.block_table)
         jax.block_until_ready(self.cache)
         self._results = results
         return self
@@ -407,7 +409,7 @@ class Engine:
           ValueError: for an empty prompt, a token outside the vocabulary, or a request that could
             never run: longer than `max_seqlen`, or in need of more pages than there are.
         """
-        prompt = checked_ids("prompt_ids", prompt_ids, self._config)
+        prompt = checked_ids("prompt_ids", prompt_ids, self._model.config)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         length = len(prompt) + max_new_tokens
@@ -421,7 +423,7 @@ class Engine:
                 f"prompt_ids has {len(prompt)} tokens, which with {max_new_tokens=} need "
                 f"{_pages_for(length - 1)} pages, and there are num_pages={self.cache.num_pages}"
             )
-        stops = stops_of(self._config, stop_tokens)
+        stops = stops_of(self._model.config, stop_tokens)
         request = Request(self._num_requests, prompt, max_new_tokens, sampling, stops, on_token)
         self._num_requests += 1
         self._waiting.append(request)
@@ -622,18 +624,19 @@ class Engine:
         slots = np.full(rows, len(self._slots), np.int32)
         num_tokens, is_last = np.zeros(rows, np.int32), np.zeros(rows, np.bool_)
         rules = _rules_of(rows, dict(enumerate(runs))) if draws else None
+        spans = []
         for row, run in enumerate(runs):
             count = min(self._chunk, run.target - run.length)
             # With the token after them, unless that is still to be chosen.
             tokens = run.request.ids[run.length : run.length + count + 1]
             ids[row, : len(tokens)] = tokens
+            spans.append((run.length, run.length + count))
             run.length += count
             slots[row], num_tokens[row], is_last[row] = run.slot, count, not run.is_reading
             run.asked += not run.is_reading
             self.stats.read_tokens += count
-        outcome, self._newest, table, self.cache = _read(
-            self._params,
-            self._config,
+        outcome, self._newest, self.cache = _read(
+            self._model,
             ids,
             slots,
             num_tokens,
@@ -643,7 +646,7 @@ class Engine:
             self.cache,
         )
         lengths = [(run, run.length) for run in runs]
-        self._results.append(_Result(outcome, lengths, table))
+        self._results.append(_Result(outcome, lengths, self._table_after(spans)))
 
     def _decode(self, runs: list[_Run], drafts: np.ndarray, draws: bool) -> None:
         """Starts the program that gives each run its next token, or more with drafts.
@@ -655,15 +658,15 @@ class Engine:
         is_active = np.zeros(slots, np.bool_)
         is_active[[run.slot for run in runs]] = True
         rules = _rules_of(slots, {run.slot: run for run in runs}) if draws else None
-        outcome, self._newest, table, self.cache = _decode(
-            self._params,
-            self._config,
+        outcome, self._newest, self.cache = _decode(
+            self._model,
             self._newest,
             self._drafts[drafts.shape[1]](drafts),
             self._is_active(is_active),
             rules,
             self.cache,
         )
+        table = self._table_after((r.length, r.length + 1 + drafts.shape[1]) for r in runs)
         lengths: Sequence[tuple[_Run, int | None]] = [(run, None) for run in runs]
         if drafts.shape[1] == 0:
             for run in runs:
@@ -671,6 +674,17 @@ class Engine:
                 run.asked += 1
             lengths = [(run, run.length) for run in runs]
         self._results.append(_Result(outcome, lengths, table))
+
+    def _table_after(self, spans: Iterable[tuple[int, int]]) -> jax.Array | None:
+        """A copy of the block table, if a sequence may have come to the end of a page.
+
+        From so many tokens each has come to so many. The table itself is the next program's; as
+        one more result of every program it would lie elsewhere each time, and so would what a GPU's
+        kernels read, whose CUDA graph XLA had to make anew.
+        """
+        if self._keeps_prefixes and any(a // PAGE_SIZE < b // PAGE_SIZE for a, b in spans):
+            return _copy(self.cache.block_table)
+        return None
 
     def _guess(self, runs: list[_Run]) -> np.ndarray:
         """int32[slots, draft] guesses, or int32[slots, 0] if there are none or no pages for them.
@@ -744,6 +758,7 @@ class Engine:
         count = length // PAGE_SIZE
         if count <= run.known:
             return
+        assert block_table is not None
         run.known = count
         pages = np.asarray(block_table)[run.slot, :count].tolist()
         new = self._index.insert(run.request.ids, pages)
@@ -925,10 +940,12 @@ def _outcome(ok: jax.Array, num_new: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.concatenate([ok[:, None].astype(jnp.int32), num_new[:, None], new], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+_copy = jax.jit(jnp.copy)
+
+
+@functools.partial(jax.jit, donate_argnames=("newest", "cache"))
 def _read(
-    params: Params,
-    config: DeepSeekConfig,
+    model: FlatModel,
     ids: jax.Array,
     slots: jax.Array,
     num_tokens: jax.Array,
@@ -936,23 +953,23 @@ def _read(
     rules: jax.Array | None,
     newest: _Newest,
     cache: PagedKVCache,
-) -> tuple[jax.Array, _Newest, jax.Array, PagedKVCache]:
+) -> tuple[jax.Array, _Newest, PagedKVCache]:
     """Reads the next tokens of some slots, and chooses the first new token of those at the end.
 
     Args:
-      params: the model's.
-      config: the model's.
+      model: the model.
       ids: int32[rows, chunk + 1], and the one after them, if it is known; padded at the end.
       slots: int32[rows], whose they are; one past the last slot for a row that is not used.
       num_tokens: int32[rows], how many they are, at most `chunk`.
       is_last: bool[rows], whether a prompt ends with them.
       rules: of each row, None if nothing is drawn.
-      newest: of each slot.
+      newest: of each slot; donated.
       cache: donated.
 
     Returns:
       As `_decode`, with n = 1.
     """
+    params, config = model.params, model.config
     logits, hidden, cache, ok = deepseek.extend(
         params, config, ids[:, :-1], slots, num_tokens, cache
     )
@@ -968,25 +985,23 @@ def _read(
         hidden, cache = deepseek.mtp_extend(params, config, hidden, next_ids, slots, cache)
         ahead = ahead.at[at].set(hidden[row, last], mode="drop")
     newest = _Newest(tokens, ahead)
-    return _outcome(ok, num_new, tokens[:, None]), newest, cache.block_table, cache
+    return _outcome(ok, num_new, tokens[:, None]), newest, cache
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames=("newest", "cache"))
 def _decode(
-    params: Params,
-    config: DeepSeekConfig,
+    model: FlatModel,
     newest: _Newest,
     drafts: jax.Array,
     is_active: jax.Array,
     rules: jax.Array | None,
     cache: PagedKVCache,
-) -> tuple[jax.Array, _Newest, jax.Array, PagedKVCache]:
+) -> tuple[jax.Array, _Newest, PagedKVCache]:
     """Reads the newest token of slots and what is guessed to follow, and chooses what does.
 
     Args:
-      params: the model's.
-      config: the model's.
-      newest: of each slot.
+      model: the model.
+      newest: of each slot; donated.
       drafts: int32[slots, n], guesses, -1 for none; n may be 0. With multi-token prediction, which
         makes them, only their number counts.
       is_active: bool[slots], which take part.
@@ -994,9 +1009,10 @@ def _decode(
       cache: donated.
 
     Returns:
-      The outcome (`_Result`), with 1 + n new tokens of which some count; the newest; the block
-      table and the cache, which has forgotten the wrong guesses.
+      The outcome (`_Result`), with 1 + n new tokens of which some count; the newest; and the cache,
+      which has forgotten the wrong guesses.
     """
+    params, config = model.params, model.config
     before, num_drafts = cache.cache_seqlens, drafts.shape[1]
     cache, ok = cache.allocate(jnp.where(is_active, 1 + num_drafts, 0))
     if newest.ahead is not None:
@@ -1022,7 +1038,7 @@ def _decode(
     if num_drafts > 0:
         cache = cache.truncate(before + num_new)
     newest = _Newest(update(newest.tokens, new), ahead)
-    return _outcome(ok, num_new, new), newest, cache.block_table, cache
+    return _outcome(ok, num_new, new), newest, cache
 
 
 def _look_ahead(

@@ -14,13 +14,15 @@ from flashmla_jax.generate import (
     Sampling,
     _begin,
     _continue,
+    _in_order,
+    _nucleus_end,
     _round_up,
     _score_token,
     generate,
     sample,
     score,
 )
-from flashmla_jax.layers import YarnScaling
+from flashmla_jax.layers import YarnScaling, mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -130,11 +132,12 @@ def test_parameters_are_absorbed_once(model):
     """By a generation, unless they are already; nothing else decodes with other ones."""
     params, config = model
     generation = Generation(params, config, PROMPTS, 5)
-    assert "w_uk" in generation._params["layers"][1]["self_attn"]["kv_b_proj"]
+    assert "w_uk" in generation._model.params["layers"][1]["self_attn"]["kv_b_proj"]
     assert "kernel" in params["layers"][1]["self_attn"]["kv_b_proj"]  # the caller's, as before
     absorbed = deepseek.absorb(params, config)
     same = Generation(absorbed, config, PROMPTS, 5)
-    assert same._params is absorbed
+    for ours, given in zip(same._model.leaves, jax.tree.leaves(absorbed), strict=True):
+        assert ours is given
     assert [s.tokens for s in same] == [s.tokens for s in generation]
 
 
@@ -244,6 +247,23 @@ def test_distribution(temperature, top_p):
         assert abs(count[token] / n - probability) <= error
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_nucleus(seed):
+    """Which tokens are in it, of many, some of them equally likely, against float64."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, rng.choice([0.5, 3, 10]), 2000).astype(np.float32)
+    logits[rng.integers(2000, size=300)] = rng.choice([-np.inf, 0, -0.0, 1.5, -1.5], 300)
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    values = np.unique(logits[np.isfinite(logits)])[::-1]
+    mass = np.cumsum([p[logits == value].sum() for value in values]) / p.sum()
+    in_nucleus = jax.jit(lambda top_p: _in_order(logits) >= _nucleus_end(logits, top_p))
+    before = np.concatenate([[0], mass[:-1]])
+    ends = np.flatnonzero(mass - before > 1e-5)  # float32 sums cannot tell others
+    for end in {*ends[[0, 1, 2, -1]], *rng.choice(ends, 6)}:
+        top_p = np.float32((before[end] + mass[end]) / 2)
+        np.testing.assert_array_equal(in_nucleus(top_p), logits >= values[end])
+
+
 # --- Scores ----------------------------------------------------------------------------------
 
 
@@ -272,7 +292,7 @@ def test_score_absorbs_for_decoding_only(model, monkeypatch):
     def refuse(*_):
         raise AssertionError
 
-    monkeypatch.setattr(deepseek, "absorb", refuse)
+    monkeypatch.setattr(mla, "absorb", refuse)
     np.testing.assert_array_equal(score(*model, range(9)), prefilled)
     score(absorbed, config, range(9), 3)
     with pytest.raises(AssertionError):

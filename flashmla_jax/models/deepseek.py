@@ -806,8 +806,10 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
       The same, after `mla.absorb` and `mla.transpose_kernels`; with an empty `one_device` if all
       of them are arrays on one device, for steps of a few tokens (`models.few_tokens`). Divide
       parameters over devices before, not afterwards; and to differentiate such steps, or logits of
-      so few tokens, drop it.
+      so few tokens, drop it. Parameters that come from here are given back as they are.
     """
+    if "w_uk" in params["layers"][0]["self_attn"]["kv_b_proj"]:
+        return dict(params)
 
     def absorb_layer(layer: Params) -> dict[str, Any]:
         attention = mla.absorb(layer["self_attn"], config.mla)
