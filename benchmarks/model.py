@@ -42,11 +42,12 @@ from rich.console import Console
 import flashmla_jax as fm
 from benchmarks import decode, report, timing
 from benchmarks.record import MODELS, RESULTS, device_slug, has_hopper, write_record
+from flashmla_jax.cache import layout
 from flashmla_jax.engine import CHUNK, Engine
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, few_tokens, init_params
 
-CONTEXT, BATCHES, SERVED = 4096, (1, 32, 128), (1, 32)
+CONTEXT, SERVED = 4096, (1, 32)
 SAMPLES, STEPS = 3, 40  # and as many steps before them
 # https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite/blob/main/config.json, without its YaRN.
 CONFIG = DeepSeekConfig(
@@ -74,33 +75,51 @@ the logits; with more, layers and logits are XLA's anyway."""
 ENGINE = """\
 The same in the engine, with requests that come together: tokens a second while all decode, and how
 fast their prompts of {context} tokens were read before, in chunks of {chunk}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """So many sequences of `context` tokens, in a cache of bfloat16 or "fp8"."""
+
+    batch: int
+    context: int
+    cache: str = "bfloat16"
+
+
+CASES = (Case(1, CONTEXT), Case(1, CONTEXT, "fp8"), Case(32, CONTEXT), Case(128, CONTEXT))
 # Kernels of csrc/sm90/attention, by the names that a profile has, mangled or not.
 ATTENTION = r"flashmla.*(wide|paired|narrow|CombineKernel)"
 
 
-def full_cache(config: DeepSeekConfig, batch: int, context: int) -> fm.PagedKVCache:
-    """A cache of sequences of `context` random tokens, with room for the steps that follow."""
-    pages = -(-(context + (1 + SAMPLES) * STEPS) // 64)
+def full_cache(config: DeepSeekConfig, case: Case) -> fm.PagedKVCache:
+    """A cache of sequences of random tokens, with room for the steps that follow."""
+    pages = -(-(case.context + (1 + SAMPLES) * STEPS) // 64)
     cache = fm.PagedKVCache.create(
         num_layers=config.num_hidden_layers,
-        num_pages=batch * pages,
-        batch=batch,
+        num_pages=case.batch * pages,
+        batch=case.batch,
         max_pages_per_seq=pages,
+        dtype=case.cache if case.cache == "fp8" else jnp.dtype(case.cache),
     )
+
+    @jax.jit
+    def random_pool(key: jax.Array) -> jax.Array:
+        kv = jax.random.normal(key, (*cache.pages[0].shape[:-1], 576), cache.dtype)
+        return layout.quantize(kv) if cache.is_fp8 else kv
+
     keys = jax.random.split(jax.random.key(1), config.num_hidden_layers)
-    fill = jax.jit(lambda pool, key: jax.random.normal(key, pool.shape, pool.dtype))
-    pools = tuple(fill(pool, key) for pool, key in zip(cache.pages, keys, strict=True))
-    cache, _ = dataclasses.replace(cache, pages=pools).allocate(jnp.full(batch, context, jnp.int32))
-    return cache
+    pools = tuple(random_pool(key) for key in keys)
+    lengths = jnp.full(case.batch, case.context, jnp.int32)
+    return dataclasses.replace(cache, pages=pools).allocate(lengths)[0]
 
 
-def start(config: DeepSeekConfig, batch: int, context: int) -> tuple[jax.Array, fm.PagedKVCache]:
+def start(config: DeepSeekConfig, case: Case) -> tuple[jax.Array, fm.PagedKVCache]:
     """What the first step reads: random tokens int32[batch, 1], all different, and a full cache."""
-    ids = np.random.default_rng(0).choice(config.vocab_size, (batch, 1), replace=False)
-    return jnp.asarray(ids, jnp.int32), full_cache(config, batch, context)
+    ids = np.random.default_rng(0).choice(config.vocab_size, (case.batch, 1), replace=False)
+    return jnp.asarray(ids, jnp.int32), full_cache(config, case)
 
 
-def decoding(config: DeepSeekConfig, params: Any, batch: int, context: int) -> timing.Program:
+def decoding(config: DeepSeekConfig, params: Any, case: Case) -> timing.Program:
     """A program that decodes the next step whenever it is called, and returns its tokens."""
 
     @functools.partial(jax.jit, donate_argnames="cache")
@@ -108,7 +127,7 @@ def decoding(config: DeepSeekConfig, params: Any, batch: int, context: int) -> t
         logits, cache, _ = deepseek.decode_step(params, config, ids, cache)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    ids, cache = start(config, batch, context)
+    ids, cache = start(config, case)
 
     def next_step() -> jax.Array:
         nonlocal ids, cache
@@ -118,7 +137,7 @@ def decoding(config: DeepSeekConfig, params: Any, batch: int, context: int) -> t
     return next_step
 
 
-def experts_read(config: DeepSeekConfig, params: Any, batch: int, context: int) -> float:
+def experts_read(config: DeepSeekConfig, params: Any, case: Case) -> float:
     """How many experts of a layer a step's tokens choose, on average over layers and timed steps.
 
     It takes the steps once more, with XLA's layers, and has them give what their routers chose.
@@ -133,14 +152,14 @@ def experts_read(config: DeepSeekConfig, params: Any, batch: int, context: int) 
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(params: Any, ids: jax.Array, cache: fm.PagedKVCache) -> Any:
         chosen.clear()
-        cache, _ = cache.allocate(jnp.ones(batch, jnp.int32))
+        cache, _ = cache.allocate(jnp.ones(case.batch, jnp.int32))
         hidden, cache = deepseek.decode_hidden(params, config, ids, cache)
         logits = deepseek.head(params, config, hidden)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache, jnp.stack(chosen)
 
     router = deepseek._route
     params = of_xla(params)
-    ids, cache = start(config, batch, context)
+    ids, cache = start(config, case)
     counts = []
     with mock.patch.object(deepseek, "_route", route):
         for number in range((1 + SAMPLES) * STEPS):
@@ -155,9 +174,9 @@ def of_xla(params: Any) -> Any:
     return {name: value for name, value in params.items() if name != "one_device"}
 
 
-def step_seconds(config: DeepSeekConfig, params: Any, batch: int, context: int) -> list[float]:
+def step_seconds(config: DeepSeekConfig, params: Any, case: Case) -> list[float]:
     """Of a decoding step, each among many; several samples."""
-    next_step = decoding(config, params, batch, context)
+    next_step = decoding(config, params, case)
     samples = []
     for sample in range(1 + SAMPLES):
         begin = time.perf_counter()
@@ -169,21 +188,20 @@ def step_seconds(config: DeepSeekConfig, params: Any, batch: int, context: int) 
     return samples
 
 
-def attention_share(config: DeepSeekConfig, params: Any, batch: int, context: int) -> float:
+def attention_share(config: DeepSeekConfig, params: Any, case: Case) -> float:
     """Of a step's time on the device."""
     repeats = 10
-    kernels = timing.gpu_kernels(decoding(config, params, batch, context), repeats)
+    kernels = timing.gpu_kernels(decoding(config, params, case), repeats)
     attention = timing.seconds_of(ATTENTION, kernels)
     if not attention:
         raise RuntimeError(f"none of {len(kernels)} kernels has one of the op's names")
     return attention / sum(timing.spans(kernels, repeats))
 
 
-def step_bytes(
-    config: DeepSeekConfig, params: Any, batch: int, context: int, experts: float
-) -> float:
+def step_bytes(config: DeepSeekConfig, params: Any, case: Case, experts: float) -> float:
     """What a step has to read: weights, of so many experts of a layer, and cached tokens."""
-    total = batch * context * config.num_hidden_layers * 576 * 2
+    token = layout.FP8.token_bytes if case.cache == "fp8" else 576 * 2
+    total = case.batch * case.context * config.num_hidden_layers * token
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
         if "embed_tokens" in name:
@@ -209,14 +227,17 @@ def gather_einsum(
     """In place of the op, what one would write without it, and as short as that.
 
     For one new token of each sequence, which sees all of them, and one KV head. Only scores are
-    masked: what is in no token must be finite. There is no lse.
+    masked: what is in no token must be finite. FP8 tokens are brought back to bfloat16 when they
+    are gathered. There is no lse.
     """
     batch, s_q, _, head_dim = q.shape
     assert s_q == k_cache.shape[2] == 1
     assert causal
-    assert not is_fp8_kvcache
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    tokens = k_cache[block_table].reshape(batch, -1, head_dim)
+    pages = k_cache[block_table]
+    if is_fp8_kvcache:
+        pages = layout.dequantize(pages, dtype=q.dtype)
+    tokens = pages.reshape(batch, -1, head_dim)
     scores = einsum("bshd,btd->bsht", q, tokens) * softmax_scale
     exists = jnp.arange(tokens.shape[1]) < cache_seqlens[:, None]
     p = jax.nn.softmax(jnp.where(exists[:, None, None], scores, -jnp.inf), axis=-1)
@@ -224,37 +245,36 @@ def gather_einsum(
     return out.astype(q.dtype), None
 
 
-def measure(config: DeepSeekConfig, params: Any, batch: int) -> dict[str, Any]:
+def measure(config: DeepSeekConfig, params: Any, case: Case) -> dict[str, Any]:
     """What a row of the record begins with; times in microseconds."""
-    samples = step_seconds(config, params, batch, CONTEXT)
+    samples = step_seconds(config, params, case)
     layers_of_xla = of_xla(params)
-    with_op = statistics.median(step_seconds(config, layers_of_xla, batch, CONTEXT))
+    with_op = statistics.median(step_seconds(config, layers_of_xla, case))
     with mock.patch.object(mla, "flash_mla_with_kvcache", gather_einsum):
         deepseek.decode_step.clear_cache()
-        rival = statistics.median(step_seconds(config, layers_of_xla, batch, CONTEXT))
+        rival = statistics.median(step_seconds(config, layers_of_xla, case))
     deepseek.decode_step.clear_cache()
     step = statistics.median(samples)
     return {
-        "batch": batch,
-        "context": CONTEXT,
+        **dataclasses.asdict(case),
         "step_us": round(step * 1e6, 1),
         "samples_us": [round(x * 1e6, 1) for x in samples],
-        "tokens_per_s": round(batch / step, 1),
+        "tokens_per_s": round(case.batch / step, 1),
         "xla_layers_step_us": round(with_op * 1e6, 1),
         "gather_einsum_step_us": round(rival * 1e6, 1),
         "speedup": round(rival / step, 2),
-        "experts_read": round(experts_read(config, params, batch, CONTEXT), 2),
+        "experts_read": round(experts_read(config, params, case), 2),
     }
 
 
 def compare(
-    row: dict[str, Any], config: DeepSeekConfig, params: Any, read_gbps: float
+    row: dict[str, Any], config: DeepSeekConfig, params: Any, case: Case, read_gbps: float
 ) -> dict[str, Any]:
     """What it ends with: attention's share, and what the memory would allow."""
-    num_bytes = step_bytes(config, params, row["batch"], CONTEXT, row["experts_read"])
+    num_bytes = step_bytes(config, params, case, row["experts_read"])
     floor_us = num_bytes / read_gbps / 1e3
     return {
-        "attention_share": round(attention_share(config, params, row["batch"], CONTEXT), 3),
+        "attention_share": round(attention_share(config, params, case), 3),
         "floor_us": round(floor_us, 1),
         "of_the_floor": round(floor_us / row["step_us"], 3),
     }
@@ -302,7 +322,7 @@ def serve(config: DeepSeekConfig, params: Any, requests: int, context: int) -> d
 
 def markdown(record: dict[str, Any]) -> str:
     """A record as Markdown tables."""
-    columns = ["batch", "step", "tokens/s", "attention's share", "XLA's layers, this op"]
+    columns = ["batch", "cache", "step", "tokens/s", "attention's share", "XLA's layers, this op"]
     columns += ["XLA's layers, gather + einsum", "of the limit"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in record["results"]["decode"]:
@@ -310,7 +330,8 @@ def markdown(record: dict[str, Any]) -> str:
             f"{report.time(row[name])}, {row[name] / row['step_us']:.1f}x"
             for name in ("xla_layers_step_us", "gather_einsum_step_us")
         ]
-        cells = [row["batch"], report.time(row["step_us"]), f"{row['tokens_per_s']:.0f}"]
+        cache = "FP8" if row["cache"] == "fp8" else row["cache"]
+        cells = [row["batch"], cache, report.time(row["step_us"]), f"{row['tokens_per_s']:.0f}"]
         cells += [f"{row['attention_share']:.0%}", *others, f"{row['of_the_floor']:.0%}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     where = f"{record['device']}, {record['date']}, `{record['command']}`"
@@ -321,7 +342,11 @@ def markdown(record: dict[str, Any]) -> str:
         "| requests | tokens/s | of a bare step's | tokens/s of prompts |",
         "|---|---|---|---|",
     ]
-    bare = {row["batch"]: row["tokens_per_s"] for row in record["results"]["decode"]}
+    bare = {
+        row["batch"]: row["tokens_per_s"]
+        for row in record["results"]["decode"]
+        if row["cache"] == "bfloat16"
+    }
     for row in serving:
         share = f"{row['tokens_per_s'] / bare[row['requests']]:.0%}"
         cells = [row["requests"], f"{row['tokens_per_s']:.0f}", share]
@@ -334,12 +359,12 @@ def main() -> int:
         return 1
     console = Console()
     params = deepseek.absorb(init_params(CONFIG, jax.random.key(0)), CONFIG)
-    rows = [measure(CONFIG, params, batch) for batch in BATCHES]
+    rows = [measure(CONFIG, params, case) for case in CASES]
     serving = [serve(CONFIG, params, requests, CONTEXT) for requests in SERVED]
     # Profiles come last: a process that has made one starts programs slower.
     read_gbps = decode.ceilings()["read_gbps"]
-    for row in rows:
-        row |= compare(row, CONFIG, params, read_gbps)
+    for row, case in zip(rows, CASES, strict=True):
+        row |= compare(row, CONFIG, params, case, read_gbps)
     console.print(rows, serving)
     results = {"model": "DeepSeek-V2-Lite", "read_gbps": read_gbps, "decode": rows}
     results["serving"] = serving

@@ -23,7 +23,7 @@ enum Operand {
 };
 // What a layer lacks is empty.
 enum LayerOperand {
-  kCache,
+  kCache,  // of the model's numbers, or FP8 pages of bytes
   kNorm,
   kWQ,
   kQNorm,
@@ -179,7 +179,12 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   kv.batch = batch;
   kv.num_tokens = s;
   kv.max_pages_per_seq = buffers.Dimension(kBlockTable, 1);
-  kv.token_bytes = kHeadDim * Bytes(step.dtype);
+  const auto cache_type = buffers.Operand(kOperands + kCache).element_type();
+  project.fp8_cache = cache_type == xffi::DataType::U8;
+  if (project.fp8_cache && step.dtype != DType::kBF16) {
+    buffers.Fail("FP8 pages are for bfloat16");
+  }
+  kv.token_bytes = project.fp8_cache ? kFp8TokenBytes : kHeadDim * Bytes(step.dtype);
   kv.block_table = buffers.In<int32_t>(kBlockTable, kS32, batch * kv.max_pages_per_seq);
   kv.start = buffers.In<int32_t>(kNew, kS32, 3 * batch);
   kv.count = kv.start + batch;
@@ -193,6 +198,7 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
   attention.max_pages_per_seq = kv.max_pages_per_seq;
   attention.softmax_scale = softmax_scale;
   attention.causal = true;
+  attention.fp8_cache = project.fp8_cache;
   attention.dtype = step.dtype;
   attention.q = project.q;
   attention.block_table = kv.block_table;
@@ -238,9 +244,11 @@ xffi::Error FewTokens(cudaStream_t stream, xffi::RemainingArgs operands,
       project.w_uk = buffers.In(at + kWUk, type, int64_t{heads} * kHeadDimV * sm90::kNopeDim);
       project.q_low = buffers.Out(kQLow, type, tokens * q_rank);
       kv.num_pages = buffers.Dimension(at + kCache, 0);
-      const int64_t pool = kv.num_pages * kPageSize * kHeadDim;
-      kv.k_cache = buffers.Out(kResults + layer, type, pool);
-      if (buffers.In(at + kCache, type, pool) != kv.k_cache) {
+      const auto pool_type = project.fp8_cache ? xffi::DataType::U8 : type;
+      const int64_t pool =
+          kv.num_pages * kPageSize * (project.fp8_cache ? kFp8TokenBytes : kHeadDim);
+      kv.k_cache = buffers.Out(kResults + layer, pool_type, pool);
+      if (buffers.In(at + kCache, pool_type, pool) != kv.k_cache) {
         buffers.Fail("the cache was not aliased to the result");
       }
       attention.num_pages = kv.num_pages;

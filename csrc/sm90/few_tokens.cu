@@ -459,6 +459,50 @@ constexpr int kColumns = 2 * kLoads;
 constexpr int kColumnGroups = kHeadDimV / kColumns;
 static_assert(kNopeDim == kWarp / 2 * kPiece && kRopeDim == 2 * kWarp);
 
+// A warp brings a latent into an FP8 page, as cache/layout.py does, to the bit: a lane has 8
+// numbers of tile 2 i + lane / 16 in turn i.
+template <int kEach>
+__device__ __forceinline__ void StoreFp8(const __nv_bfloat16 (&latent)[kEach][kPiece],
+                                         void* token) {
+  constexpr uint32_t kLeast = 0x3d378034;  // 448 / 10000, as everything here in single precision
+  constexpr uint32_t kInfinity = 0x7f800000, kOne = 1 << 23, kMantissaOf448 = 0x600000;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    float numbers[kPiece];
+    uint32_t largest = 0;  // of magnitudes, whose bits are in their order, and NaN's behind
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) {
+      numbers[j] = static_cast<float>(latent[i][j]);
+      largest = max(largest, __float_as_uint(fabsf(numbers[j])));
+    }
+#pragma unroll
+    for (int lanes = kFp8Tile / kPiece / 2; lanes > 0; lanes /= 2) {
+      largest = max(largest, __shfl_xor_sync(kAll, largest, lanes));
+    }
+    // The least power of two that brings the tile to 448 or less, and its reciprocal.
+    uint32_t scale = (max(largest, kLeast) + kOne - 1 - kMantissaOf448) & -kOne;
+    scale -= 8 * kOne;
+    uint32_t inverse = 254 * kOne - scale;
+    if (largest >= kInfinity) scale = inverse = 0x7fc00000;
+    uint32_t codes[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = __uint_as_float(inverse);
+      const float* x = numbers + half * kPiece / 2;
+      codes[half] = ptx::ToE4m3(x[0] * factor, x[1] * factor) |
+                    ptx::ToE4m3(x[2] * factor, x[3] * factor) << 16;
+    }
+    static_cast<uint2*>(token)[lane + i * kWarp] = {codes[0], codes[1]};
+    constexpr int kTileLanes = kFp8Tile / kPiece;
+    if (lane % kTileLanes == 0) {
+      constexpr int kScales = kHeadDimV / sizeof(uint32_t);
+      const int tile = i * (kWarp / kTileLanes) + lane / kTileLanes;
+      static_cast<uint32_t*>(token)[kScales + tile] = scale;
+    }
+  }
+}
+
 template <typename T, int kTokens>
 __global__ void __launch_bounds__(kThreads) AbsorbKernel(const ProjectParams p) {
   const int lane = threadIdx.x % kWarp;
@@ -509,7 +553,8 @@ __global__ void __launch_bounds__(kThreads) AbsorbKernel(const ProjectParams p) 
   if (!place.exists()) return;
   place.CopyShared<8>(lane, kWarp);
   const int64_t row = int64_t{token} * kHeadDim;
-  Rotate<T>(p, token, p.kv_raw, row + kHeadDimV, place.data, kHeadDimV);
+  const int rope = p.fp8_cache ? kFp8RopeOffset / static_cast<int>(sizeof(T)) : kHeadDimV;
+  Rotate<T>(p, token, p.kv_raw, row + kHeadDimV, place.data, rope);
   constexpr int kEach = kHeadDimV / kWarp / kPiece;
   float latent[kEach][kPiece], squares = 0;
 #pragma unroll
@@ -519,17 +564,26 @@ __global__ void __launch_bounds__(kThreads) AbsorbKernel(const ProjectParams p) 
     for (int j = 0; j < kPiece; ++j) squares += latent[i][j] * latent[i][j];
   }
   const float factor = rsqrtf(WarpSum(squares) / kHeadDimV + p.latent_eps);
+  alignas(uint4) T results[kEach][kPiece];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     float scale[kPiece];
     Unpack<T>(Pieces<T>(p.kv_norm, 0)[lane + i * kWarp], scale);
-    T results[kPiece];
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
       const T quotient = static_cast<T>(latent[i][j] * factor);
-      results[j] = static_cast<T>(static_cast<float>(quotient) * scale[j]);
+      results[i][j] = static_cast<T>(static_cast<float>(quotient) * scale[j]);
     }
-    place.data[lane + i * kWarp] = *reinterpret_cast<const uint4*>(results);
+  }
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (p.fp8_cache) {
+      StoreFp8(results, place.data);
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    place.data[lane + i * kWarp] = *reinterpret_cast<const uint4*>(results[i]);
   }
 }
 
@@ -700,11 +754,15 @@ __global__ void __launch_bounds__(kThreads) ValuesKernel(const __grid_constant__
   }
   __syncthreads();
   ptx::ClusterWait();  // the other blocks have begun
+  // DenseDecodeParams::permuted_partials
+  const bool permuted = std::is_same_v<Partial, float> && p.attention.fp8_cache;
   for (int i = threadIdx.x; i < kTokens * kBlockColumns; i += kThreads) {
     const int token = i / kBlockColumns, column = block * kBlockColumns + i % kBlockColumns;
+    int from = i % kBlockColumns;
+    if (permuted) from = (from & ~62) | (from << 2 & 56) | (from >> 3 & 6);
     float total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += shared.sums[token][w][i % kBlockColumns];
+    for (int w = 0; w < kWarps; ++w) total += shared.sums[token][w][from];
     if (PartRows(p, shared.merges, token, head).merge.parts == 0) {
       const int64_t row = int64_t{token} * p.heads + head;
       total = Number<T>(p.attention.out, row * kHeadDimV + column);

@@ -47,6 +47,7 @@ struct ProjectParams : FewTokens {
   const float* sin;
   void* q;               // [tokens, heads, kHeadDim]
   CacheAppendParams kv;  // where the tokens go; nothing comes from new_kv
+  bool fp8_cache;        // they are FP8 tokens, of bfloat16 numbers
 
   // Workspace
   void* q_low;       // [tokens, q_rank]

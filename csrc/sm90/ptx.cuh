@@ -269,7 +269,14 @@ __device__ __forceinline__ float2 FromE4m3(uint32_t codes) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
-// The same of four codes, in half precision, which holds all of them.
+// The nearest codes of two numbers up to 448, which have no sign where they are NaN.
+__device__ __forceinline__ uint32_t ToE4m3(float low, float high) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+}
+
+// Four codes in half precision, which holds all of them.
 __device__ __forceinline__ void FromE4m3(uint32_t codes, uint32_t& low, uint32_t& high) {
   asm("{\n.reg .b16 l, h;\n"
       "mov.b32 {l, h}, %2;\n"

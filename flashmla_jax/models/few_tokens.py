@@ -47,7 +47,7 @@ def applies(params: Params, config: DeepSeekConfig, ids: jax.Array, cache: Paged
     dtype = params["embed_tokens"]["embedding"].dtype
     if not _has_kernels(params, ids.size, dtype) or not _fits(config, ids.size):
         return False
-    if len(cache.pages) < len(params["layers"]) or cache.is_fp8:  # one pool of several layers
+    if len(cache.pages) < len(params["layers"]):  # one pool of several layers
         return False
     if cache.dtype != dtype:
         return False
@@ -163,7 +163,7 @@ def decode_layers(
         rows(max(layer.act_size(config) for layer in layers)),
     ]
     assert len(workspace) == _NUM_WORKSPACES
-    pools = [jax.ShapeDtypeStruct(pool.shape, dtype) for pool in own_pools]
+    pools = [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in own_pools]
     is_v3 = config.topk_method == "noaux_tc"
     is_scaled = is_v3 or not config.norm_topk_prob
     is_grouped = config.topk_method != "greedy" and config.n_group > 1

@@ -250,7 +250,10 @@ def _grouped_dot(
     num_blocks, block, size = rows.shape
     num_experts, out_size, _ = weights[0].shape
     tile = next(x for x in (128 // len(weights), 64, 32) if out_size % x == 0)
-    # As many stages of all operands as fit into shared memory.
+    # As many stages of all operands as fit into shared memory; of few rows, where there is nothing
+    # to do but to read weights, fewer, so that a multiprocessor has room for two programs: what one
+    # reads hides the other's beginning and end.
+    num_stages = 3 if block <= 32 else 4
     step = next(x for x in (128 if block <= 32 else 64, 64, 32) if size % x == 0)
 
     def kernel(expert_of_block: Any, rows: Any, *refs: Any) -> None:
@@ -277,6 +280,8 @@ def _grouped_dot(
         kernel,
         grid=(out_size // tile, num_blocks),
         out_shape=jax.ShapeDtypeStruct((num_blocks, block, out_size), rows.dtype),
-        compiler_params=triton.CompilerParams(num_warps=8 if block > 64 else 4, num_stages=4),
+        compiler_params=triton.CompilerParams(
+            num_warps=8 if block > 64 else 4, num_stages=num_stages
+        ),
         interpret=interpret,
     )(expert_of_block, rows, *weights)

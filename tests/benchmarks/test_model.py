@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks import decode, model, record, timing
 from flashmla_jax import engine
+from flashmla_jax.cache import layout
 from flashmla_jax.layers import mla
 from flashmla_jax.models import DeepSeekConfig, deepseek, init_params
 
@@ -54,21 +55,28 @@ def test_bytes_of_a_step() -> None:
     assert experts == 8 * 3 * 64 * 32 * 2
     others = sum(sizes.values()) - experts - 128 * 64 * 2
     cached = 70 * 2 * 576 * 2
-    assert model.step_bytes(SMALL, params, 1, 70, 2) == others + experts * 2 / 8 + cached
-    assert model.step_bytes(SMALL, params, 5, 70, 7.5) == pytest.approx(
+    one, fp8, five = model.Case(1, 70), model.Case(1, 70, "fp8"), model.Case(5, 70)
+    assert model.step_bytes(SMALL, params, one, 2) == others + experts * 2 / 8 + cached
+    assert model.step_bytes(SMALL, params, fp8, 2) == others + experts * 2 / 8 + 70 * 2 * 656
+    assert model.step_bytes(SMALL, params, five, 7.5) == pytest.approx(
         others + experts * 7.5 / 8 + 5 * cached
     )
 
 
-def test_first_tokens(monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+def test_first_tokens(monkeypatch, dtype: str) -> None:
     """Each sequence begins with a token of its own, and a cache that holds its context."""
     monkeypatch.setattr(model, "STEPS", 2)
-    ids, cache = model.start(SMALL, 100, 70)
+    ids, cache = model.start(SMALL, model.Case(100, 70, dtype))
+    assert cache.is_fp8 == (dtype == "fp8")
     assert ids.shape == (100, 1)
     assert ids.dtype == jnp.int32
     assert len(set(np.asarray(ids)[:, 0])) == 100
     assert 0 <= ids.min() <= ids.max() < SMALL.vocab_size
     np.testing.assert_array_equal(cache.cache_seqlens, 70)
+    for layer in range(SMALL.num_hidden_layers):
+        tokens = np.asarray(cache.gather(layer), np.float32)[:, :70]
+        assert abs(tokens.std() - 1) < 0.02
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -88,31 +96,36 @@ def test_experts_that_are_read(monkeypatch, batch: int) -> None:
             params["lm_head"]["kernel"],
         )
     )
-    ids, counts = np.asarray(model.start(SMALL, batch, 70)[0])[:, 0], []
+    case = model.Case(batch, 70)
+    ids, counts = np.asarray(model.start(SMALL, case)[0])[:, 0], []
     for _ in range(4 * 2):
         x = embedding[ids]
         x /= np.sqrt((x**2).mean(-1, keepdims=True))
         counts.append(len(set(np.argsort(-(x @ gate))[:, :2].ravel())))
         ids = (x @ head).argmax(-1)
     assert len(set(counts)) > 1 or batch == 1
-    experts = model.experts_read(SMALL, deepseek.absorb(params, SMALL), batch, 70)
+    experts = model.experts_read(SMALL, deepseek.absorb(params, SMALL), case)
     assert experts == pytest.approx(np.mean(counts[2:]))
 
 
-def test_the_rival_is_attention() -> None:
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_the_rival_is_attention(is_fp8: bool) -> None:
     """Of bfloat16 with sums in float32. Whatever is in no token is finite, in a model's cache."""
     problem = oracle.make_problem(np.random.default_rng(0), (1, 64, 100, 300, 513))
     k_cache = np.where(np.isnan(problem.k_cache), 1e3, problem.k_cache)
-    problem = problem.replace(k_cache=k_cache.astype(problem.q.dtype))
+    k_cache = jnp.asarray(k_cache.astype(problem.q.dtype))
+    pages = layout.quantize(k_cache) if is_fp8 else k_cache
+    numbers = layout.dequantize(pages) if is_fp8 else k_cache
+    problem = problem.replace(k_cache=np.asarray(numbers))
     out, lse = jax.jit(
         functools.partial(
             model.gather_einsum,
             head_dim_v=512,
             softmax_scale=0.1,
             causal=True,
-            is_fp8_kvcache=False,
+            is_fp8_kvcache=is_fp8,
         )
-    )(*problem)
+    )(*problem.replace(k_cache=pages))
     assert out.dtype == jnp.bfloat16
     assert lse is None
     expected = oracle.attend(problem, 0.1, True)
@@ -122,7 +135,8 @@ def test_the_rival_is_attention() -> None:
 def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some GPU")
     monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
-    for name, value in {"CONFIG": SMALL, "CONTEXT": 70, "BATCHES": (2,), "STEPS": 2}.items():
+    case = model.Case(2, 70)
+    for name, value in {"CONFIG": SMALL, "CONTEXT": 70, "CASES": (case,), "STEPS": 2}.items():
         monkeypatch.setattr(model, name, value)
     monkeypatch.setattr(model, "RESULTS", tmp_path)
     monkeypatch.setattr(decode, "ceilings", lambda: {"read_gbps": 100})
@@ -144,7 +158,7 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     assert content["sources"] == list(record.MODELS)
     assert content["results"]["serving"] == [served] * 2
     (row,) = content["results"]["decode"]
-    assert (row["batch"], row["context"]) == (2, 70)
+    assert (row["batch"], row["context"], row["cache"]) == (2, 70, "bfloat16")
     assert row["tokens_per_s"] == pytest.approx(2e6 / row["step_us"], rel=1e-3)
     assert row["speedup"] == pytest.approx(
         row["gather_einsum_step_us"] / row["step_us"], rel=0.01, abs=0.01
@@ -153,12 +167,14 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path) -> None:
     assert row["attention_share"] == 0.3
     assert 2 <= row["experts_read"] <= 4
     params = deepseek.absorb(init_params(SMALL, jax.random.key(0)), SMALL)
-    num_bytes = model.step_bytes(SMALL, params, 2, 70, row["experts_read"])
+    num_bytes = model.step_bytes(SMALL, params, case, row["experts_read"])
     assert row["floor_us"] == pytest.approx(num_bytes / 100e3, abs=0.06)
     row |= {"step_us": 200.0, "xla_layers_step_us": 300.0, "gather_einsum_step_us": 500.0}
     row |= {"tokens_per_s": 5000.0, "of_the_floor": 0.25}
+    content["results"]["decode"].append(row | {"cache": "fp8", "tokens_per_s": 1.0})
     tables = model.markdown(content)
-    assert "| 2 | 200 us | 5000 | 30% | 300 us, 1.5x | 500 us, 2.5x | 25% |\n" in tables
+    assert "| 2 | FP8 | 200 us | 1 | 30% |" in tables
+    assert "| 2 | bfloat16 | 200 us | 5000 | 30% | 300 us, 1.5x | 500 us, 2.5x | 25% |\n" in tables
     assert "| 2 | 4000 | 80% | 3000 |" in tables
     assert "in chunks of 64." in tables
 
@@ -206,7 +222,7 @@ def test_a_profile_without_the_op(monkeypatch) -> None:
     monkeypatch.setattr(model, "decoding", lambda *_: lambda: None)
     monkeypatch.setattr(timing, "gpu_kernels", lambda *_: [timing.Kernel(0, 1, "fusion")] * 10)
     with pytest.raises(RuntimeError, match="none of 10 kernels has one of the op's names"):
-        model.attention_share(SMALL, None, 2, 70)
+        model.attention_share(SMALL, None, model.Case(2, 70))
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,8 @@ def run_few_tokens() -> None:
     for name in ("V3", "small"):
         config = test_few_tokens.CONFIGS[name]
         for seed, (batch, s_q) in enumerate([(1, 1), (2, 2)]):
-            test_few_tokens.check(config, batch, s_q, seed, jax.numpy.bfloat16)
+            for cache_dtype in (None, "fp8"):
+                test_few_tokens.check(config, batch, s_q, seed, jax.numpy.bfloat16, cache_dtype)
         print(f"few tokens, {name}: correct", flush=True)
     test_few_tokens.check_logits((2, 2), 4288, 320, jax.numpy.bfloat16)
     print("logits of few tokens: correct", flush=True)
