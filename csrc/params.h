@@ -186,6 +186,25 @@ struct IndexTopkParams {
   uint32_t* scores;            // workspace [batch, s, max_pages_per_seq * kPageSize]
 };
 
+// Blocks of rows, each through the gated MLP of its own expert.
+struct GroupedMlpParams {
+  int64_t blocks;
+  int64_t rows;  // of a block: 16, 32, 64 or 128
+  int64_t experts;
+  int64_t hidden_size;
+  int64_t expert_size;
+  DType dtype;
+
+  const void* tokens;              // [blocks, rows, hidden_size]
+  const int32_t* expert_of_block;  // [blocks]; those past the last expert come last, of no block
+  const void* gate;                // [experts, expert_size, hidden_size]
+  const void* up;
+  const void* down;  // [experts, hidden_size, expert_size]
+  void* out;         // [blocks, rows, hidden_size]; nothing is written for no expert
+  void* act;         // workspace [blocks, rows, expert_size]
+};
+inline constexpr int kGroupedAlignment = 8;  // of both sizes
+
 inline constexpr int kAppendAlignment = 16;  // bytes
 
 struct CacheAppendParams {

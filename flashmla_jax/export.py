@@ -48,6 +48,7 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
         *_ffi.TARGETS,
         _ffi.FEW_TOKENS,
         _ffi.FEW_LOGITS,
+        _ffi.GROUPED_MLP,
         *_sharding.TARGETS,
         *_OF_JAX,
     )

@@ -121,6 +121,16 @@ xffi::Error IndexTopk(cudaStream_t stream, xffi::AnyBuffer q, xffi::Buffer<xffi:
   return ToError(kIndexTopkTarget, sm90::IndexTopk(params, stream));
 }
 
+xffi::Error GroupedMlp(cudaStream_t stream, xffi::AnyBuffer tokens,
+                       xffi::Buffer<xffi::S32> expert_of_block, xffi::AnyBuffer gate,
+                       xffi::AnyBuffer up, xffi::AnyBuffer down, xffi::Result<xffi::AnyBuffer> out,
+                       xffi::Result<xffi::AnyBuffer> act) {
+  GroupedMlpParams params{};
+  auto error = Unpack(tokens, expert_of_block, gate, up, down, *out, *act, &params);
+  if (error.failure()) return error;
+  return ToError(kGroupedMlpTarget, sm90::GroupedMlp(params, stream));
+}
+
 auto DenseDecodeBinding() {
   return xffi::Ffi::Bind()
       .Ctx<xffi::PlatformStream<cudaStream_t>>()
@@ -170,6 +180,18 @@ auto CacheAppendBinding() {
       .Ret<xffi::AnyBuffer>();
 }
 
+auto GroupedMlpBinding() {
+  return xffi::Ffi::Bind()
+      .Ctx<xffi::PlatformStream<cudaStream_t>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::Buffer<xffi::S32>>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::AnyBuffer>()
+      .Arg<xffi::AnyBuffer>()
+      .Ret<xffi::AnyBuffer>()
+      .Ret<xffi::AnyBuffer>();
+}
+
 auto IndexTopkBinding() {
   return xffi::Ffi::Bind()
       .Ctx<xffi::PlatformStream<cudaStream_t>>()
@@ -191,6 +213,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCuda, CacheAppend, CacheAppendBinding()
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SparseAttentionCuda, SparseAttention, SparseAttentionBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(IndexTopkCuda, IndexTopk, IndexTopkBinding(),
+                              {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMlpCuda, GroupedMlp, GroupedMlpBinding(),
                               {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecodeCudaNoGraph, DenseDecode, DenseDecodeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAppendCudaNoGraph, CacheAppend, CacheAppendBinding());

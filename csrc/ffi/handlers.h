@@ -19,6 +19,7 @@ inline constexpr char kCacheAppendNoGraphTarget[] = "flashmla_cache_append_no_gr
 inline constexpr char kIndexTopkTarget[] = "flashmla_index_topk_v1";
 inline constexpr char kFewTokensTarget[] = "flashmla_few_tokens_v2";
 inline constexpr char kFewLogitsTarget[] = "flashmla_few_logits_v1";
+inline constexpr char kGroupedMlpTarget[] = "flashmla_grouped_mlp_v1";
 
 extern "C" {
 XLA_FFI_Error* DenseDecodeCpu(XLA_FFI_CallFrame* call_frame);
@@ -33,6 +34,7 @@ XLA_FFI_Error* CacheAppendCudaNoGraph(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* IndexTopkCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FewTokensCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FewLogitsCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupedMlpCuda(XLA_FFI_CallFrame* call_frame);
 #endif
 }
 

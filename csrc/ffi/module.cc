@@ -35,6 +35,7 @@ nb::dict Registrations() {
   cuda[ffi::kIndexTopkTarget] = Capsule(ffi::IndexTopkCuda);
   cuda[ffi::kFewTokensTarget] = Capsule(ffi::FewTokensCuda);
   cuda[ffi::kFewLogitsTarget] = Capsule(ffi::FewLogitsCuda);
+  cuda[ffi::kGroupedMlpTarget] = Capsule(ffi::GroupedMlpCuda);
   all["CUDA"] = cuda;
 #endif
   return all;

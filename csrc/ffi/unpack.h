@@ -235,6 +235,56 @@ inline xffi::Error Unpack(xffi::AnyBuffer q, const xffi::AnyBuffer (&pools)[2],
   return xffi::Error::Success();
 }
 
+// Of the routed experts, on a GPU.
+inline xffi::Error Unpack(xffi::AnyBuffer tokens, xffi::Buffer<xffi::S32> expert_of_block,
+                          xffi::AnyBuffer gate, xffi::AnyBuffer up, xffi::AnyBuffer down,
+                          xffi::AnyBuffer out, xffi::AnyBuffer act, GroupedMlpParams* p) {
+  const auto bad = [](const std::string& what) {
+    return xffi::Error::InvalidArgument(std::string(kGroupedMlpTarget) + ": " + what);
+  };
+  const auto dims = tokens.dimensions();
+  const auto dtype = ToDType(tokens.element_type());
+  if (dims.size() != 3)
+    return bad("expected tokens [blocks, rows, hidden], got " + Describe("tokens", tokens));
+  if (!dtype || *dtype == DType::kF32) return bad("tokens must be bfloat16 or float16");
+  if (gate.dimensions().size() != 3) {
+    return bad("expected gate [experts, size, hidden], got " + Describe("gate", gate));
+  }
+  p->dtype = *dtype;
+  p->blocks = dims[0];
+  p->rows = dims[1];
+  p->hidden_size = dims[2];
+  p->experts = gate.dimensions()[0];
+  p->expert_size = gate.dimensions()[1];
+  const auto check = [&](const char* name, const xffi::AnyBuffer& buffer,
+                         std::initializer_list<int64_t> shape) {
+    const bool same = buffer.element_type() == tokens.element_type() && HasShape(buffer, shape);
+    return same ? std::string() : Describe(name, buffer);
+  };
+  const int64_t experts = p->experts, size = p->expert_size, hidden = p->hidden_size;
+  for (const std::string& wrong :
+       {check("gate", gate, {experts, size, hidden}), check("up", up, {experts, size, hidden}),
+        check("down", down, {experts, hidden, size}),
+        check("out", out, {p->blocks, p->rows, hidden}),
+        check("act", act, {p->blocks, p->rows, size})}) {
+    if (!wrong.empty())
+      return bad("of tokens " + Describe("", tokens) + " and experts " + Describe("", gate) +
+                 ", unexpected " + wrong);
+  }
+  const auto owners = expert_of_block.dimensions();
+  if (owners.size() != 1 || owners[0] != p->blocks) {
+    return bad("expected expert_of_block [blocks]");
+  }
+  p->tokens = tokens.untyped_data();
+  p->expert_of_block = expert_of_block.typed_data();
+  p->gate = gate.untyped_data();
+  p->up = up.untyped_data();
+  p->down = down.untyped_data();
+  p->out = out.untyped_data();
+  p->act = act.untyped_data();
+  return xffi::Error::Success();
+}
+
 // Of the kernels for an indexer, which are for a GPU.
 inline xffi::Error Unpack(xffi::AnyBuffer q, xffi::Buffer<xffi::F32> weights,
                           xffi::AnyBuffer index_pages, xffi::Buffer<xffi::S32> block_table,

@@ -26,5 +26,6 @@ Status DenseDecodeParts(const DenseDecodeParams& params, cudaStream_t stream, in
 Status SparseAttention(const SparseAttentionParams& params, cudaStream_t stream);
 Status CacheAppend(const CacheAppendParams& params, cudaStream_t stream);
 Status IndexTopk(const IndexTopkParams& params, cudaStream_t stream);
+Status GroupedMlp(const GroupedMlpParams& params, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

@@ -5,12 +5,12 @@ others of its batch. What multiplies the rows depends on where, and on how many 
 
 - on a GPU, a few rows read their experts' weights in sums of products, which XLA fuses: a kernel
   per product, and no copy of a weight;
-- more rows are sorted by expert into blocks, which a grouped matrix product in Pallas (Triton)
-  multiplies with their experts' weights: it reads those once, and only them;
+- more rows are sorted by expert into blocks, each of which goes through its expert's MLP in kernels
+  of csrc/sm90/grouped_mlp.cu: they read the weights once, and only those that are needed;
 - elsewhere a loop takes block after block.
 
-All of it is for experts that a GPU has all of: the grouped product has no rule by which XLA could
-divide it. With experts that are divided over several GPUs it has not been tried.
+All of it is for experts that a GPU has all of: the call of the kernels has no rule by which XLA
+could divide it. With experts that are divided over several GPUs it has not been tried.
 
 `jax.lax.ragged_dot` would be the grouped product, but on GPU and CPU XLA (of jax 0.9.1 to 0.12)
 makes it every expert for every row, of masked copies of all rows.
@@ -19,7 +19,6 @@ makes it every expert for every row, of masked copies of all rows.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,8 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
+from flashmla_jax.ops import _ffi
+
 # On a GPU, up to how many rows each reads its expert's weights for itself.
 _FEW_ROWS = 16
+# What the kernels want of both sizes; csrc/params.h has the same number.
+_ALIGNMENT = 8
 # Up to how many rows each counts those before it, rather than being sorted.
 _ROWS_COUNTED = 2048
 
@@ -72,7 +75,7 @@ def routed_experts(
     on_gpu = loop
     if not is_symbolic_dim(experts.size) and experts.size <= _FEW_ROWS:
         on_gpu = _fused
-    elif _triton_runs(weights, tokens):
+    elif _has_kernels(weights, tokens):
         on_gpu = _grouped
     return jax.lax.platform_dependent(weights, tokens, experts, shares, cuda=on_gpu, default=loop)
 
@@ -96,6 +99,16 @@ def _combine(rows: jax.Array, tokens: jax.Array, shares: jax.Array) -> jax.Array
 
 
 # --- Blocks of rows --------------------------------------------------------------------------
+
+
+def _has_kernels(weights: Experts, tokens: jax.Array) -> bool:
+    """Whether a GPU has the kernels for these arrays."""
+    return (
+        tokens.dtype in (jnp.bfloat16, jnp.float16)
+        and all(weight.dtype == tokens.dtype for weight in weights)
+        and all(size % _ALIGNMENT == 0 for size in weights.gate.shape[1:])
+        and _ffi.why_no_kernel(_ffi.CUDA) is None
+    )
 
 
 class _Blocks(NamedTuple):
@@ -190,9 +203,10 @@ def _grouped(
 ) -> jax.Array:
     blocks = _sorted_by_expert(experts.reshape(-1), weights.gate.shape[0], least=16)
     rows = _in_blocks(blocks, tokens, experts)
-    hidden = _grouped_dot(rows, (weights.gate, weights.up), blocks.expert_of_block)
-    out = _grouped_dot(hidden, (weights.down,), blocks.expert_of_block)
-    return _from_blocks(out, blocks, tokens, shares)
+    act = jax.ShapeDtypeStruct((*rows.shape[:-1], weights.gate.shape[1]), rows.dtype)
+    out = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+    call = jax.ffi.ffi_call(_ffi.GROUPED_MLP, (out, act), vmap_method="sequential")
+    return _from_blocks(call(rows, blocks.expert_of_block, *weights)[0], blocks, tokens, shares)
 
 
 @_grouped.defjvp
@@ -206,82 +220,3 @@ def _grouped_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         (d_weights, d_tokens, d_shares),
     )
     return _grouped(*primals), tangent
-
-
-# --- The grouped product ---------------------------------------------------------------------
-
-
-def _triton_runs(weights: Experts, tokens: jax.Array) -> bool:
-    """Whether this machine's GPU has the grouped product for these arrays.
-
-    It is compiled for the GPU that is there: a machine without one exports the loop. And a jax to
-    come may do without Triton.
-    """
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return False
-    if tokens.dtype not in (jnp.bfloat16, jnp.float16) or weights.gate.dtype != tokens.dtype:
-        return False
-    if any(size % 32 for weight in weights for size in weight.shape[1:]):
-        return False
-    return jax.default_backend() == "gpu"
-
-
-def _grouped_dot(
-    rows: jax.Array,
-    weights: tuple[jax.Array, ...],
-    expert_of_block: jax.Array,
-    interpret: bool = False,
-) -> jax.Array:
-    """Every block of rows times its expert's weight; with two, the gated product of both.
-
-    Args:
-      rows: [num_blocks, block, in].
-      weights: [experts, out, in], one or two.
-      expert_of_block: int32[num_blocks]; nothing is done for blocks past the last expert.
-      interpret: by JAX's interpreter of Pallas, for tests without a GPU.
-
-    Returns:
-      [num_blocks, block, out] in the dtype of `rows`.
-    """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    dot = getattr(triton, "dot", None) or pl.dot  # there since jax 0.10
-    num_blocks, block, size = rows.shape
-    num_experts, out_size, _ = weights[0].shape
-    tile = next(x for x in (128 // len(weights), 64, 32) if out_size % x == 0)
-    # As many stages of all operands as fit into shared memory; of few rows, where there is nothing
-    # to do but to read weights, fewer, so that a multiprocessor has room for two programs: what one
-    # reads hides the other's beginning and end.
-    num_stages = 3 if block <= 32 else 4
-    step = next(x for x in (128 if block <= 32 else 64, 64, 32) if size % x == 0)
-
-    def kernel(expert_of_block: Any, rows: Any, *refs: Any) -> None:
-        *weights, out = refs
-        columns, number = pl.ds(pl.program_id(0) * tile, tile), pl.program_id(1)
-        expert = expert_of_block[number]
-
-        @pl.when(expert < num_experts)
-        def _() -> None:
-            def multiply(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                inner = pl.ds(i * step, step)
-                x = triton.load(rows.at[number, :, inner])
-                return tuple(
-                    total + dot(x, triton.load(weight.at[expert, columns, inner]), trans_b=True)
-                    for total, weight in zip(sums, weights, strict=True)
-                )
-
-            zeros = (jnp.zeros((block, tile), jnp.float32),) * len(weights)
-            sums = jax.lax.fori_loop(0, size // step, multiply, zeros)
-            result = sums[0] if len(sums) == 1 else jax.nn.silu(sums[0]) * sums[1]
-            triton.store(out.at[number, :, columns], result.astype(out.dtype))
-
-    return pl.pallas_call(
-        kernel,
-        grid=(out_size // tile, num_blocks),
-        out_shape=jax.ShapeDtypeStruct((num_blocks, block, out_size), rows.dtype),
-        compiler_params=triton.CompilerParams(
-            num_warps=8 if block > 64 else 4, num_stages=num_stages
-        ),
-        interpret=interpret,
-    )(expert_of_block, rows, *weights)

@@ -49,6 +49,8 @@ INDEX_TOPK: Final = "flashmla_index_topk_v1"
 # Of models.few_tokens, on a GPU only.
 FEW_TOKENS: Final = "flashmla_few_tokens_v2"
 FEW_LOGITS: Final = "flashmla_few_logits_v1"
+# Of models.moe, on a GPU only.
+GROUPED_MLP: Final = "flashmla_grouped_mlp_v1"
 TARGETS: Final = (
     DENSE_DECODE,
     CACHE_APPEND,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -16,9 +17,11 @@ from jaxprs import has_precision, products
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.models import deepseek, init_params, moe
 from flashmla_jax.models.deepseek import DeepSeekConfig
+from flashmla_jax.ops import _ffi
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
+ROOT = Path(__file__).parents[2]
 GOLDENS = Path(__file__).parent / "goldens"
 V3_JSON = json.loads((GOLDENS / "deepseek_v3" / "config.json").read_text())
 V2_JSON = json.loads((GOLDENS / "deepseek_v2_lite" / "config.json").read_text())
@@ -166,11 +169,9 @@ def oracle_experts(weights, tokens, experts, shares) -> np.ndarray:
     return out
 
 
-@pytest.fixture(params=["_loop", "_fused", "_grouped"])
-def run(request, monkeypatch):
-    """Each way to multiply, on whatever this runs; that of Pallas in its interpreter."""
-    interpreted = functools.partial(moe._grouped_dot, interpret=True)
-    monkeypatch.setattr(moe, "_grouped_dot", interpreted)
+@pytest.fixture(params=["_loop", "_fused"])
+def run(request):
+    """Each way to multiply that any machine has."""
     way = getattr(moe, request.param)
     return lambda **case: way(**jax.tree.map(jnp.asarray, case))
 
@@ -253,21 +254,38 @@ def test_on_the_cpu_a_step_does_not_read_every_expert():
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 24 * 8 * 4 / 4
 
 
-def test_a_machine_without_a_gpu_lowers_for_one():
-    """More rows than a sum of products is for: the loop, for the product needs to know the GPU."""
-    for dtype in (jnp.float32, jnp.bfloat16):
+@pytest.mark.parametrize("is_built", [True, False])
+def test_what_is_lowered_for_a_gpu(monkeypatch, is_built):
+    """More rows than a sum of products is for: the kernels, where there are any, or the loop."""
+    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_: None if is_built else "there is none")
+
+    def lowered(dtype, size=8):
+        shapes = shapes_of(256)
+        weights = shapes["weights"]
+        weights = weights._replace(
+            gate=weights.gate.update(shape=(256, size, 8)),
+            up=weights.up.update(shape=(256, size, 8)),
+            down=weights.down.update(shape=(256, 8, size)),
+        )
         shapes = jax.tree.map(
-            lambda x, dtype=dtype: x.update(dtype=dtype if x.dtype == jnp.float32 else x.dtype),
-            shapes_of(256),
+            lambda x: x.update(dtype=dtype) if x.dtype == jnp.float32 else x,
+            {**shapes, "weights": weights},
         )
-        text = (
-            jax.jit(moe.routed_experts)
-            .trace(**shapes)
-            .lower(lowering_platforms=("cuda",))
-            .as_text()
-        )
-        assert "triton" not in text
-        assert "stablehlo.while" in text
+        traced = jax.jit(moe.routed_experts).trace(**shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    for dtype in (jnp.bfloat16, jnp.float16):
+        text = lowered(dtype)
+        assert (_ffi.GROUPED_MLP in text) == is_built
+        assert ("stablehlo.while" in text) != is_built
+    for other in (lowered(jnp.float32), lowered(jnp.bfloat16, size=12)):
+        assert _ffi.GROUPED_MLP not in other
+        assert "stablehlo.while" in other
+
+
+def test_same_numbers_in_c():
+    text = (ROOT / "csrc" / "params.h").read_text()
+    assert re.findall(r"kGroupedAlignment = (\d+);", text) == [str(moe._ALIGNMENT)]
 
 
 # --- Float32 is exact ----------------------------------------------------------------------------

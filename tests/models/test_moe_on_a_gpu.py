@@ -1,4 +1,4 @@
-"""The mixture of experts where Triton multiplies, against the loop in float32."""
+"""The mixture of experts on a GPU, against the loop in float32."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flashmla_jax.models import moe
+from flashmla_jax.ops import _ffi
 
 pytestmark = pytest.mark.gpu
 
@@ -45,16 +46,85 @@ def relative_error(got, want):
         (64, 128, 6, 2048, 1408),
         (8, 600, 2, 256, 96),
         (8, 3000, 2, 96, 160),
+        (40, 90, 4, 8, 24),
+        (3, 200, 2, 7168, 328),
     ],
 )
 def test_matches_the_loop(num_experts, num_tokens, k, hidden, size, dtype):
     case = make(num_experts, num_tokens, k, hidden, size, dtype)
     run = jax.jit(moe.routed_experts)
     text = run.lower(*case).as_text()
-    assert ("triton" in text) == (num_tokens * k > moe._FEW_ROWS)
+    assert (_ffi.GROUPED_MLP in text) == (num_tokens * k > moe._FEW_ROWS)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, case)
     want = jax.jit(functools.partial(moe._loop, precision="highest"))(*exact)
     assert relative_error(run(*case), want) < (8e-3 if dtype == jnp.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_blocks(rows, dtype):
+    """Of every size, against float64; and what is nobody's is neither read nor written.
+
+    Experts without a block and blocks without an expert are NaN. There are several blocks of some
+    experts, and more tiles than a GPU has multiprocessors; sizes are no multiples of a tile's.
+    """
+    hidden, size, experts, blocks = 328, 1032, 10, 30
+    rng = np.random.default_rng(rows)
+    of_block = np.sort(rng.choice([0, 1, 3, 4, 8, 9], blocks - 7)).astype(np.int32)
+    of_block = np.concatenate([of_block, np.full(7, experts, np.int32)])
+
+    def weight(*shape):
+        x = rng.standard_normal((experts, *shape)) * shape[-1] ** -0.5
+        x[np.setdiff1d(np.arange(experts), of_block)] = np.nan
+        return jnp.asarray(x, dtype)
+
+    gate, up, down = weight(size, hidden), weight(size, hidden), weight(hidden, size)
+    tokens = rng.standard_normal((blocks, rows, hidden))
+    tokens[-7:] = np.nan
+    tokens = jnp.asarray(tokens, dtype)
+    shapes = [jax.ShapeDtypeStruct((blocks, rows, n), dtype) for n in (hidden, size)]
+    call = jax.jit(jax.ffi.ffi_call(_ffi.GROUPED_MLP, shapes))
+    out, act = call(tokens, jnp.asarray(of_block), gate, up, down)
+    again = call(tokens, jnp.asarray(of_block), gate, up, down)[0]
+    used = of_block < experts
+    np.testing.assert_array_equal(out[used], again[used])
+    g, u, d, x = (np.asarray(array, np.float64) for array in (gate, up, down, tokens))
+    for block in np.flatnonzero(used):
+        expert = of_block[block]
+        a = x[block] @ g[expert].T
+        a = a / (1 + np.exp(-a)) * (x[block] @ u[expert].T)
+        tolerance = 4e-3 if dtype == jnp.bfloat16 else 5e-4
+        assert relative_error(act[block], a) < tolerance
+        exact = np.asarray(act[block], np.float64) @ d[expert].T
+        assert relative_error(out[block], exact) < tolerance
+
+
+def test_no_block_is_used():
+    of_block = jnp.full(3, 5, jnp.int32)
+    gate, down = jnp.zeros((5, 64, 64), jnp.bfloat16), jnp.zeros((5, 64, 64), jnp.bfloat16)
+    shapes = [jax.ShapeDtypeStruct((3, 16, 64), jnp.bfloat16)] * 2
+    call = jax.jit(jax.ffi.ffi_call(_ffi.GROUPED_MLP, shapes))
+    jax.block_until_ready(call(jnp.zeros((3, 16, 64), jnp.bfloat16), of_block, gate, gate, down))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 8}, "blocks must be of 16, 32, 64 or 128 rows, got 8"),
+        ({"hidden": 60}, "sizes must be multiples of 8, got 60"),
+        ({"down": 72}, r"unexpected down \[5, 64, 72\]"),
+        ({"dtype": jnp.float32}, "tokens must be bfloat16 or float16"),
+    ],
+)
+def test_bad_arguments(change, message):
+    sizes = {"rows": 16, "hidden": 64, "size": 96, "down": 96, "dtype": jnp.bfloat16} | change
+    rows, hidden, size, dtype = (sizes[name] for name in ("rows", "hidden", "size", "dtype"))
+    gate, down = jnp.zeros((5, size, hidden), dtype), jnp.zeros((5, hidden, sizes["down"]), dtype)
+    shapes = [jax.ShapeDtypeStruct((3, rows, n), dtype) for n in (hidden, size)]
+    tokens = jnp.zeros((3, rows, hidden), dtype)
+    call = jax.ffi.ffi_call(_ffi.GROUPED_MLP, shapes)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(tokens, jnp.zeros(3, jnp.int32), gate, gate, down))
 
 
 def test_derivative():

@@ -11,38 +11,12 @@
 #include "sm90/attention/paired.cuh"
 #include "sm90/attention/wide.cuh"
 #include "sm90/kernels.h"
+#include "sm90/tensor_map.cuh"
 
 namespace flashmla::sm90 {
 namespace {
 
-// A tensor of 16-bit numbers, copied in boxes of `box`; the innermost 64 numbers are 128 swizzled
-// bytes in shared memory. What lies outside reads as NaN.
-template <int kDimensions>
-Status MakeMap(DType dtype, const void* data, const cuuint64_t (&sizes)[kDimensions],
-               const cuuint64_t (&strides)[kDimensions - 1], const cuuint32_t (&box)[kDimensions],
-               CUtensorMap* map) {
-  static const auto encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                               12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess) cudaGetLastError();
-    const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return usable ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry) : nullptr;
-  }();
-  if (encode == nullptr) {
-    return {StatusCode::kInternal, "the driver does not offer cuTensorMapEncodeTiled"};
-  }
-  constexpr cuuint32_t kSteps[5] = {1, 1, 1, 1, 1};
-  const CUresult result = encode(
-      map,
-      dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      kDimensions, const_cast<void*>(data), sizes, strides, box, kSteps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA);
-  if (result == CUDA_SUCCESS) return {};
-  return {StatusCode::kInternal, "cuTensorMapEncodeTiled failed with " + std::to_string(result)};
-}
+constexpr auto kNan = CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA;
 
 // The page pool as (64 columns of a panel, all tokens of the pool, 9 panels, KV heads), in boxes of
 // so many tokens and panels.
@@ -51,7 +25,7 @@ Status MakePageMap(const DenseDecodeParams& p, cuuint32_t tokens, cuuint32_t pan
   const cuuint64_t head = kHeadDim * 2, token = p.h_kv * head;
   const cuuint64_t num_tokens = p.num_pages * kPageSize, h_kv = p.h_kv;
   return MakeMap<4>(p.dtype, p.k_cache, {kPanel, num_tokens, kPanels, h_kv},
-                    {token, kPanel * 2, head}, {kPanel, tokens, panels, 1}, map);
+                    {token, kPanel * 2, head}, {kPanel, tokens, panels, 1}, kNan, map);
 }
 
 // The queries as (64 columns of a panel, heads of a KV head, all tokens, 9 panels, KV heads), in
@@ -61,7 +35,7 @@ Status MakeQueryMap(const DenseDecodeParams& p, CUtensorMap* map) {
   const cuuint64_t group = p.group(), tokens = p.batch * p.s_q, h_kv = p.h_kv;
   return MakeMap<5>(
       p.dtype, p.q, {kPanel, group, tokens, kPanels, h_kv}, {head, token, kPanel * 2, group * head},
-      {kPanel, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(p.s_q), 1, 1}, map);
+      {kPanel, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(p.s_q), 1, 1}, kNan, map);
 }
 
 template <typename T, int kRows>

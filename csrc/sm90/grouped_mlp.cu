@@ -1,0 +1,370 @@
+// The routed experts of a mixture: blocks of rows, each through the gated MLP of its own expert.
+//
+// Two products, in which weights are the long side and rows the short one: in wgmma's terms 64 rows
+// of weights times 16 to 128 tokens, both as they lie in memory. With few tokens for each expert
+// the time is that of reading the weights, once. So one warp does nothing but ask for them: a ring
+// of panels, 64 numbers of all of a tile's rows, that goes on from one tile to the next, while a
+// warpgroup multiplies what has come and writes results from its registers.
+//
+// Every multiprocessor has one thread block, which walks over tiles: a block of rows and some of
+// its features. Blocks are next to each other, those of one expert too, so that a second block
+// finds its weights in the L2 cache. The second product's thread blocks find room beside those of
+// the first, and have their first weights on the way when the last of those end.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+
+#include "sm90/attention/launch.cuh"
+#include "sm90/kernels.h"
+#include "sm90/ptx.cuh"
+#include "sm90/tensor_map.cuh"
+
+namespace flashmla::sm90 {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kGroupThreads = 128;
+constexpr int kPartRows = 64;  // of weights, in one wgmma
+constexpr int kPanel = 64;     // numbers of a row in a stage: a line of 128 bytes, swizzled
+constexpr int kStep = 16;      // of which wgmma multiplies so many at once
+constexpr int kPanelBytes = kPanel * 2;
+
+// A tile: of each warpgroup kParts times kPartRows rows of weights. Of the gated product the first
+// part belongs to the gate, and the other one to what it multiplies.
+template <int kBlockRows, bool kIsGated>
+struct Tile {
+  static constexpr int kRows = kBlockRows;
+  static constexpr bool kGated = kIsGated;
+  // 128 rows are a matter of products, not of reading weights.
+  static constexpr int kGroups = kRows > 64 ? 2 : 1;
+  // Where there is little to read besides weights, small tiles end together.
+  static constexpr int kParts = kGated || kRows > 32 ? 2 : 1;
+  static constexpr int kWeightRows = kGroups * kParts * kPartRows;
+  static constexpr int kFeatures = kGated ? kWeightRows / 2 : kWeightRows;
+  static constexpr int kThreads = kGroups * kGroupThreads + kWarp;
+  static constexpr int kStageBytes = (kWeightRows + kRows) * kPanelBytes;
+  // Half of a multiprocessor's shared memory, where the next product's block is to have the other.
+  static constexpr int kStages = (kGroups == 1 ? 110 : 200) * 1024 / kStageBytes;
+};
+
+template <typename Tile>
+struct SharedMemory {
+  struct Stage {
+    uint8_t weights[Tile::kWeightRows * kPanelBytes];
+    uint8_t rows[Tile::kRows * kPanelBytes];
+  };
+  Stage stages[Tile::kStages];
+  uint64_t full[Tile::kStages];
+  uint64_t empty[Tile::kStages];
+};
+constexpr int kAlignment = 1024;  // of swizzled panels; dynamic shared memory is not so aligned
+
+struct Product {
+  int size;      // numbers of a row
+  int features;  // of a result
+  int blocks, experts;
+  const int32_t* expert_of_block;
+  void* out;  // [blocks, rows, features]
+};
+
+struct Maps {
+  CUtensorMap weights[2];  // [experts, features, size], the gate first
+  CUtensorMap rows;        // [blocks * rows, size]
+};
+
+// Whose turn it is in the ring.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void Advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void Multiply(float (&d)[8], uint64_t a, uint64_t b, int accumulate) {
+  ptx::WgmmaM64<T, 0>(d, a, b, accumulate);
+}
+template <typename T>
+__device__ __forceinline__ void Multiply(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
+  ptx::WgmmaM64<T, 0>(d, a, b, accumulate);
+}
+template <typename T>
+__device__ __forceinline__ void Multiply(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  ptx::WgmmaM64N64<T>(d, a, b, accumulate);
+}
+template <typename T>
+__device__ __forceinline__ void Multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  ptx::WgmmaM64N128<T>(d, a, b, accumulate);
+}
+
+__device__ __forceinline__ uint32_t PackPair(__nv_bfloat16, float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t PackPair(__half, float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ __forceinline__ float Swiglu(float gate, float up) {
+  return gate / (1 + __expf(-gate)) * up;
+}
+
+// A warpgroup's part of a product, 64 features of all rows, from a thread's accumulators: of
+// features lane / 4 and 8 more, and in turn j of rows 8 j + 2 (lane % 4) and the next.
+template <typename T, int kRows>
+__device__ __forceinline__ void Store(const float (&d)[kRows / 2], const Product& p, int64_t row,
+                                      int feature) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kGroupThreads / kWarp;
+  feature += warp * 16 + 2 * (lane % 4);
+  auto* out = static_cast<T*>(p.out) + (row + lane / 4) * p.features + feature;
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* x = d + 4 * j + 2 * half;
+      const uint32_t pair = ptx::Transpose(PackPair(T{}, x[0], x[1]));
+      if (feature + 8 * half < p.features) {
+        *reinterpret_cast<uint32_t*>(out + int64_t{8} * j * p.features + 8 * half) = pair;
+      }
+    }
+  }
+}
+
+// kIsFirst: nothing may be read before the kernel before has ended. Of the second product only the
+// rows come from there.
+template <typename T, typename Tile, bool kIsFirst>
+__global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kGroups)
+    Kernel(const Product p, const __grid_constant__ Maps maps) {
+  extern __shared__ uint8_t unaligned[];
+  constexpr int kStages = Tile::kStages, kParts = Tile::kParts;
+  auto& shared = *reinterpret_cast<SharedMemory<Tile>*>(
+      unaligned + (kAlignment - ptx::SmemAddress(unaligned) % kAlignment) % kAlignment);
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) {
+      ptx::MbarrierInit(&shared.full[i], 1);
+      ptx::MbarrierInit(&shared.empty[i], Tile::kGroups * kGroupThreads);
+    }
+    ptx::FenceMbarrierInit();
+  }
+  if constexpr (kIsFirst) {
+    ptx::WaitForPreviousKernel();
+    ptx::LetNextKernelStart();
+  }
+  // Blocks without rows come last.
+  int used = 0;
+  for (int first = 0; first < p.blocks; first += Tile::kThreads) {
+    const int block = first + static_cast<int>(threadIdx.x);
+    used += __syncthreads_count(block < p.blocks && p.expert_of_block[block] < p.experts);
+  }
+  const int tiles = used * ((p.features + Tile::kFeatures - 1) / Tile::kFeatures);
+  const int steps = (p.size + kPanel - 1) / kPanel;
+  const int group = static_cast<int>(ptx::Uniform(threadIdx.x / kGroupThreads));
+  Turn<kStages> turn;
+
+  if (group == Tile::kGroups) {  // the warp that asks for panels
+    if (!ptx::ElectOne()) return;
+    int tile = blockIdx.x;
+    if (tile >= tiles) return;
+    int row, feature, expert;
+    const auto find = [&] {
+      const int block = tile % used;
+      row = block * Tile::kRows;
+      feature = tile / used * Tile::kFeatures;
+      expert = p.expert_of_block[block];
+    };
+    const auto load_weights = [&](int step) {
+      auto& stage = shared.stages[turn.stage];
+      uint64_t* full = &shared.full[turn.stage];
+      ptx::MbarrierArriveExpectTx(full, Tile::kStageBytes);
+      constexpr int kMaps = Tile::kGated ? 2 : 1;
+#pragma unroll
+      for (int i = 0; i < kMaps; ++i) {
+        ptx::TmaLoad4D(stage.weights + i * Tile::kFeatures * kPanelBytes, &maps.weights[i], full,
+                       step * kPanel, feature, expert, 0);
+      }
+    };
+    const auto load_rows = [&](int step) {
+      ptx::TmaLoad5D(shared.stages[turn.stage].rows, &maps.rows, &shared.full[turn.stage],
+                     step * kPanel, row, 0, 0, 0);
+    };
+    find();
+    const int ahead = min(kStages, steps);
+    for (int step = 0; step < ahead; ++step) {
+      load_weights(step);
+      turn.Advance();
+    }
+    if constexpr (!kIsFirst) ptx::WaitForPreviousKernel();
+    turn = {};
+    for (int step = 0; step < ahead; ++step) {
+      load_rows(step);
+      turn.Advance();
+    }
+    for (int step = ahead;; step = 0) {
+      for (; step < steps; ++step) {
+        ptx::MbarrierWait(&shared.empty[turn.stage], turn.phase ^ 1);
+        load_weights(step);
+        load_rows(step);
+        turn.Advance();
+      }
+      tile += gridDim.x;
+      if (tile >= tiles) return;
+      find();
+    }
+  }
+
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    float sums[kParts][Tile::kRows / 2];
+    const auto multiply = [&](int accumulate) {
+      ptx::MbarrierWait(&shared.full[turn.stage], turn.phase);
+      const auto& stage = shared.stages[turn.stage];
+      const uint64_t rows = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.rows));
+      ptx::WgmmaFence();
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        // Of the gated product all groups' first parts come first.
+        const int place = Tile::kGated ? part * Tile::kGroups + group : group * kParts + part;
+        const uint64_t weights = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.weights) +
+                                                              place * kPartRows * kPanelBytes);
+#pragma unroll
+        for (int i = 0; i < kPanel / kStep; ++i) {
+          Multiply<T>(sums[part], ptx::Advance(weights, i * kStep * 2),
+                      ptx::Advance(rows, i * kStep * 2), i > 0 ? 1 : accumulate);
+        }
+      }
+      ptx::WgmmaCommit();
+    };
+    multiply(0);
+    int before = turn.stage;
+    turn.Advance();
+    for (int step = 1; step < steps; ++step) {
+      multiply(1);
+      ptx::WgmmaWait<1>();
+      ptx::MbarrierArrive(&shared.empty[before]);
+      before = turn.stage;
+      turn.Advance();
+    }
+    ptx::WgmmaWait<0>();
+    ptx::MbarrierArrive(&shared.empty[before]);
+
+    const int64_t row = int64_t{tile % used} * Tile::kRows;
+    const int feature = tile / used * Tile::kFeatures + group * (Tile::kFeatures / Tile::kGroups);
+    if constexpr (Tile::kGated) {
+#pragma unroll
+      for (int i = 0; i < Tile::kRows / 2; ++i) sums[0][i] = Swiglu(sums[0][i], sums[1][i]);
+      Store<T, Tile::kRows>(sums[0], p, row, feature);
+    } else {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        Store<T, Tile::kRows>(sums[part], p, row, feature + part * kPartRows);
+      }
+    }
+  }
+}
+
+Status MakeWeightMap(const GroupedMlpParams& p, const void* data, int64_t features, int64_t size,
+                     int box, CUtensorMap* map) {
+  const cuuint64_t line = size * 2, expert = features * line;
+  return MakeMap<4>(p.dtype, data,
+                    {static_cast<cuuint64_t>(size), static_cast<cuuint64_t>(features),
+                     static_cast<cuuint64_t>(p.experts), 1},
+                    {line, expert, expert}, {kPanel, static_cast<cuuint32_t>(box), 1, 1},
+                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, map);
+}
+
+template <typename T, typename Tile>
+Status LaunchProduct(const GroupedMlpParams& p, int multiprocessors, cudaStream_t stream) {
+  constexpr bool kGated = Tile::kGated;
+  const int64_t size = kGated ? p.hidden_size : p.expert_size;
+  const int64_t features = kGated ? p.expert_size : p.hidden_size;
+  const Product product{.size = static_cast<int>(size),
+                        .features = static_cast<int>(features),
+                        .blocks = static_cast<int>(p.blocks),
+                        .experts = static_cast<int>(p.experts),
+                        .expert_of_block = p.expert_of_block,
+                        .out = kGated ? p.act : p.out};
+  Maps maps{};
+  const void* weights[] = {kGated ? p.gate : p.down, p.up};
+  Status status;
+  for (int i = 0; i < (kGated ? 2 : 1) && status.ok(); ++i) {
+    status = MakeWeightMap(p, weights[i], features, size, Tile::kFeatures, &maps.weights[i]);
+  }
+  if (status.ok()) {
+    const cuuint64_t line = size * 2, all = p.blocks * p.rows * line;
+    status = MakeMap<5>(
+        p.dtype, kGated ? p.tokens : p.act,
+        {static_cast<cuuint64_t>(size), static_cast<cuuint64_t>(p.blocks * p.rows), 1, 1, 1},
+        {line, all, all, all}, {kPanel, Tile::kRows, 1, 1, 1}, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        &maps.rows);
+  }
+  if (!status.ok()) return status;
+  const int64_t tiles = p.blocks * ((features + Tile::kFeatures - 1) / Tile::kFeatures);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(multiprocessors, tiles));
+  const auto kernel = Kernel<T, Tile, kGated>;
+  // All that there is, for either product, or the second one would not find its half.
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return Failed("shared memory", error);
+  return Launch(kernel, dim3(blocks), Tile::kThreads,
+                static_cast<int>(sizeof(SharedMemory<Tile>)) + kAlignment, 1, stream, product,
+                maps);
+}
+
+template <typename T, int kRows>
+Status LaunchBoth(const GroupedMlpParams& p, int multiprocessors, cudaStream_t stream) {
+  const Status status = LaunchProduct<T, Tile<kRows, true>>(p, multiprocessors, stream);
+  return status.ok() ? LaunchProduct<T, Tile<kRows, false>>(p, multiprocessors, stream) : status;
+}
+
+template <typename T>
+Status LaunchFor(const GroupedMlpParams& p, int multiprocessors, cudaStream_t stream) {
+  switch (p.rows) {
+    case 16:
+      return LaunchBoth<T, 16>(p, multiprocessors, stream);
+    case 32:
+      return LaunchBoth<T, 32>(p, multiprocessors, stream);
+    case 64:
+      return LaunchBoth<T, 64>(p, multiprocessors, stream);
+    case 128:
+      return LaunchBoth<T, 128>(p, multiprocessors, stream);
+  }
+  return {StatusCode::kInvalidArgument,
+          "blocks must be of 16, 32, 64 or 128 rows, got " + std::to_string(p.rows)};
+}
+
+}  // namespace
+
+Status GroupedMlp(const GroupedMlpParams& p, cudaStream_t stream) {
+  if (p.blocks == 0 || p.experts == 0) return {};
+  for (const int64_t size : {p.hidden_size, p.expert_size}) {
+    if (size > 0 && size % kGroupedAlignment == 0 && size <= INT32_MAX / 2) continue;
+    return {StatusCode::kInvalidArgument, "sizes must be multiples of " +
+                                              std::to_string(kGroupedAlignment) + ", got " +
+                                              std::to_string(size)};
+  }
+  // Tiles are counted, and rows.
+  const int64_t largest = std::max(p.hidden_size, p.expert_size);
+  if (p.blocks * std::max<int64_t>(p.rows, largest / kPartRows + 1) > INT32_MAX / 2 ||
+      p.experts > INT32_MAX) {
+    return {StatusCode::kInvalidArgument, "too many blocks: " + std::to_string(p.blocks)};
+  }
+  for (const void* data : {p.tokens, p.gate, p.up, p.down, static_cast<const void*>(p.act)}) {
+    if (reinterpret_cast<uintptr_t>(data) % 16 == 0) continue;
+    return {StatusCode::kInvalidArgument, "rows and weights must be aligned to 16 bytes"};
+  }
+  int multiprocessors = 0;
+  const Status status = FindDevice(&multiprocessors);
+  if (!status.ok()) return status;
+  return p.dtype == DType::kBF16 ? LaunchFor<__nv_bfloat16>(p, multiprocessors, stream)
+                                 : LaunchFor<__half>(p, multiprocessors, stream);
+}
+
+}  // namespace flashmla::sm90
