@@ -9,7 +9,8 @@ another, the host waits for the last one.
 
 Where there are few tokens, all layers are one call of kernels, and the logits are another
 (`flashmla_jax.models.few_tokens`). Beside such a step stands the same model with XLA's layers and
-logits, which attend with the op; and with gather + einsum in place of that. And what the memory
+logits, which attend with the op; and with gather + einsum in place of that (which brings the tokens
+of an FP8 cache back to bfloat16 when it has gathered them). And what the memory
 would allow: the weights that a step needs (all but the embedding, of the experts those that its
 tokens have chosen, which are counted in the same steps) and the cached tokens, read once at the
 bandwidth that was measured in the same run.
@@ -99,7 +100,7 @@ def full_cache(config: DeepSeekConfig, case: Case) -> fm.PagedKVCache:
         num_pages=case.batch * pages,
         batch=case.batch,
         max_pages_per_seq=pages,
-        dtype=case.cache if case.cache == "fp8" else jnp.dtype(case.cache),
+        dtype=case.cache,
     )
 
     @jax.jit

@@ -21,7 +21,8 @@ speculative sampling (arXiv:2302.01318).
 
 The device runs one program for chunks of prompts, one for decoding and, with drafts, one for
 verifying them, and others of these while somebody's tokens are drawn; besides them one that moves
-pages between owners. Lengths, tables, slots and sampling parameters are data. The scheduler is
+pages between owners, and one that copies the block table when a sequence may have filled a page.
+Lengths, tables, slots and sampling parameters are data. The scheduler is
 plain Python. It knows what the device's allocator will do, so it need not wait for it: without
 drafts a step is started before the tokens of the one before are read.
 
@@ -186,7 +187,8 @@ class _Result:
         new tokens each slot has, and which.
       runs: who took part, and how many tokens each has in the cache then (None: as many as before
         and those that it was given).
-      block_table: the cache's, then; None if no run had filled a page that it had not before.
+      block_table: the cache's, then, if prefixes are kept and a run may have filled a page; or
+        None.
     """
 
     outcome: jax.Array
@@ -194,8 +196,10 @@ class _Result:
     block_table: jax.Array | None = None
 
     def __post_init__(self) -> None:
-        """Has it sent to the host as soon as it is there."""
+        """Has them sent to the host as soon as they are there."""
         self.outcome.copy_to_host_async()
+        if self.block_table is not None:
+            self.block_table.copy_to_host_async()
 
 
 class _Sent:
@@ -375,7 +379,8 @@ class Engine:
         for kind in kinds:
             for draft in {0, self._draft}:
                 self._decode([], np.full((len(self._slots), draft), -1, np.int32), kind)
-        _copy(self.cache.block_table)
+        if self._keeps_prefixes:
+            _copy(self.cache.block_table)
         jax.block_until_ready(self.cache)
         self._results = results
         return self
@@ -676,11 +681,11 @@ class Engine:
         self._results.append(_Result(outcome, lengths, table))
 
     def _table_after(self, spans: Iterable[tuple[int, int]]) -> jax.Array | None:
-        """A copy of the block table, if a sequence may have come to the end of a page.
+        """A copy of the block table, if a sequence may have filled a page; it is for prefixes.
 
-        From so many tokens each has come to so many. The table itself is the next program's; as
-        one more result of every program it would lie elsewhere each time, and so would what a GPU's
-        kernels read, whose CUDA graph XLA had to make anew.
+        Each has grown from so many tokens to so many. The table itself is given to the next
+        program. Were it one more result of every program, it would lie elsewhere after each step,
+        and XLA would have to update the CUDA graph of the kernels that read it.
         """
         if self._keeps_prefixes and any(a // PAGE_SIZE < b // PAGE_SIZE for a, b in spans):
             return _copy(self.cache.block_table)

@@ -6,8 +6,8 @@ from jax.export import DisabledSafetyCheck
 
 from flashmla_jax.ops import _ffi, _sharding
 
-# cuDNN's attention, and Triton's kernels.
-_OF_JAX = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton")
+# cuDNN's attention.
+_OF_JAX = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
 def export_disabled_checks() -> list[DisabledSafetyCheck]:

@@ -35,7 +35,8 @@ class Sampling:
     Attributes:
       temperature: divides the logits; 0 takes the most likely token (greedy).
       top_p: only the most likely tokens are drawn from, as few as have this probability together
-        (nucleus sampling, arXiv:1904.09751); 1 is all of them.
+        (nucleus sampling, arXiv:1904.09751), and all that are as likely as the last of these; 1 is
+        all of them.
       seed: of the random numbers, of which the lower 32 bits count. Sequence i of a batch draws its
         t-th token with a key made from `seed + i` and t, so that it does not depend on its
         neighbours.
@@ -332,9 +333,11 @@ def sample(
     key: jax.Array, logits: jax.Array, temperature: jax.Array, top_p: jax.Array
 ) -> jax.Array:
     """Draws an index from float32[vocab] logits, as `Sampling` says: int32[]."""
-    logits = logits / temperature
-    # In are the tokens that are as likely as the nucleus's last one: the greatest value such that
-    # it and what is above it have top_p together. Sums round, so that top_p = 1 needs to be said.
+    # Both are above 0, though float32 may not tell them from it; the best token always stays in.
+    least = jnp.finfo(jnp.float32).tiny
+    temperature, top_p = jnp.maximum(temperature, least), jnp.maximum(top_p, least)
+    logits = (logits - jnp.max(logits)) / temperature
+    # Sums round, so that top_p = 1 needs to be said.
     is_in = (_in_order(logits) >= _nucleus_end(logits, top_p)) | (top_p >= 1)
     return jax.random.categorical(key, jnp.where(is_in, logits, -jnp.inf)).astype(jnp.int32)
 
@@ -346,11 +349,12 @@ def _in_order(x: jax.Array) -> jax.Array:
 
 
 def _nucleus_end(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The greatest number, `_in_order`, such that top_p is not below it: uint32[].
+    """The greatest number such that logits at or above it have `top_p` or more together: uint32[].
 
-    Its digits are found from the first one on, three bits at a time, by sums over what is not below
-    each of the seven numbers that it may be at least. That takes a GPU a third to three quarters of
-    what sorting does.
+    A number as `_in_order` makes them; 0 if rounding leaves all of them below `top_p`. Digit by
+    digit from the first, three bits at a time: of the seven candidates for a digit, as many as have
+    enough at or above them. On a GPU that is faster than to sort (NVIDIA H200, 2026-11-30, by 2.2,
+    3.1 and 1.4 times for 1, 32 and 128 rows of 102400).
     """
     numbers, p = _in_order(logits), jax.nn.softmax(logits)
     end = jnp.uint32(0)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_generate import CONFIG
 
+import flashmla_jax as fm
 from flashmla_jax.cache.layout import PAGE_SIZE
-from flashmla_jax.engine import Engine, _decode, _move_pages, _read, guess_next
+from flashmla_jax.engine import Engine, _copy, _decode, _move_pages, _read, guess_next
 from flashmla_jax.generate import GREEDY, Sampling, sample
 from flashmla_jax.models import deepseek, init_params
 
@@ -474,12 +475,12 @@ def test_programs_for_each_phase(model):
 
     There is one for runs of which none samples, and one for others.
     """
-    programs = (_read, _decode, _move_pages)
+    programs = (_read, _decode, _move_pages, _copy)
     before = [program._cache_size() for program in programs]
     engines = [make_engine(model, draft=draft).compile() for draft in (0, DRAFT)]
     compiled = [program._cache_size() for program in programs]
     # Of decoding, one without drafts and one with them; those of other tests are the same ones.
-    assert all(n - m <= most for n, m, most in zip(compiled, before, (2, 4, 1), strict=True))
+    assert all(n - m <= most for n, m, most in zip(compiled, before, (2, 4, 1, 1), strict=True))
     for engine in engines:
         for i, n in enumerate((1, 60, 200, 130, 190)):
             engine.submit(prompt_of(i % 3, n), 90 + 7 * i, sampling=Sampling(0.5 * (i % 2)))
@@ -487,6 +488,18 @@ def test_programs_for_each_phase(model):
         assert engine.stats.preemptions > 0
         assert engine.stats.prefix_tokens > 0
     assert [program._cache_size() for program in programs] == compiled
+
+
+@pytest.mark.parametrize(("prefix_cache", "copies"), [(True, 2), (False, 0)])
+def test_the_table_is_copied_when_a_page_is_full(model, monkeypatch, prefix_cache, copies):
+    """For those who begin alike; not in every step."""
+    copied = []
+    monkeypatch.setattr(fm.engine, "_copy", lambda table: (copied.append(1), _copy(table))[1])
+    engine = make_engine(model, prefix_cache=prefix_cache)
+    requests = [engine.submit(prompt_of(0, PAGE_SIZE - 4), PAGE_SIZE + 10)]
+    run(engine)
+    check_tokens(model, requests)
+    assert len(copied) == copies
 
 
 def test_who_waited_for_pages_finds_what_was_read_meanwhile(model):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_engine import CONFIG, DRAFT, check_tokens, make_engine, prompt_of, run
 
-from flashmla_jax.engine import _decode, _move_pages, _read
+from flashmla_jax.engine import _copy, _decode, _move_pages, _read
 from flashmla_jax.layers.mla import head_partitioning
 from flashmla_jax.models import init_params
 
@@ -35,7 +35,7 @@ def test_heads_divided(draft: int, mtp: int) -> None:
 
     params = init_params(config, jax.random.key(0), np.float32)
     sharded = jax.tree_util.tree_map_with_path(place, params)
-    programs = (_read, _decode, _move_pages)
+    programs = (_read, _decode, _move_pages, _copy)
     engine = make_engine((sharded, config), draft=draft).compile()
     assert engine.drafter == ("mtp" if mtp else "ngram" if draft else None)
     compiled = [program._cache_size() for program in programs]

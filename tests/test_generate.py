@@ -264,6 +264,19 @@ def test_nucleus(seed):
         np.testing.assert_array_equal(in_nucleus(top_p), logits >= values[end])
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1, 1e-38), (1, 1e-50), (1e-50, 1), (1e-38, 1), (1e-38, 1e-38)]
+)
+def test_what_is_next_to_zero(temperature, top_p):
+    """As far as float32 can tell: the most likely token is drawn."""
+    rng = np.random.default_rng(0)
+    draw, key = jax.jit(sample), jax.random.key(1)
+    for scale in (1, 1e30):
+        logits = (rng.standard_normal(500) * scale).astype(np.float32)
+        drawn = draw(key, logits, jnp.float32(temperature), jnp.float32(top_p))
+        assert drawn == logits.argmax()
+
+
 # --- Scores ----------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <bit>
 #include <climits>
 #include <cstdint>
 #include <string>
@@ -459,12 +460,12 @@ constexpr int kColumns = 2 * kLoads;
 constexpr int kColumnGroups = kHeadDimV / kColumns;
 static_assert(kNopeDim == kWarp / 2 * kPiece && kRopeDim == 2 * kWarp);
 
-// A warp brings a latent into an FP8 page, as cache/layout.py does, to the bit: a lane has 8
-// numbers of tile 2 i + lane / 16 in turn i.
+// A warp brings a latent into an FP8 page, as cache/layout.py does, to the bit but for NaN's sign:
+// a lane has 8 numbers of tile 2 i + lane / 16 in turn i.
 template <int kEach>
 __device__ __forceinline__ void StoreFp8(const __nv_bfloat16 (&latent)[kEach][kPiece],
                                          void* token) {
-  constexpr uint32_t kLeast = 0x3d378034;  // 448 / 10000, as everything here in single precision
+  constexpr auto kLeast = std::bit_cast<uint32_t>(static_cast<float>(1e-4 * 448));  // of a tile
   constexpr uint32_t kInfinity = 0x7f800000, kOne = 1 << 23, kMantissaOf448 = 0x600000;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -485,10 +486,10 @@ __device__ __forceinline__ void StoreFp8(const __nv_bfloat16 (&latent)[kEach][kP
     scale -= 8 * kOne;
     uint32_t inverse = 254 * kOne - scale;
     if (largest >= kInfinity) scale = inverse = 0x7fc00000;
+    const float factor = __uint_as_float(inverse);
     uint32_t codes[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = __uint_as_float(inverse);
       const float* x = numbers + half * kPiece / 2;
       codes[half] = ptx::ToE4m3(x[0] * factor, x[1] * factor) |
                     ptx::ToE4m3(x[2] * factor, x[3] * factor) << 16;

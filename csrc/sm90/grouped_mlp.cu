@@ -3,13 +3,14 @@
 // Two products, in which weights are the long side and rows the short one: in wgmma's terms 64 rows
 // of weights times 16 to 128 tokens, both as they lie in memory. With few tokens for each expert
 // the time is that of reading the weights, once. So one warp does nothing but ask for them: a ring
-// of panels, 64 numbers of all of a tile's rows, that goes on from one tile to the next, while a
+// of stages, some panels of all of a tile's rows, that goes on from one tile to the next, while a
 // warpgroup multiplies what has come and writes results from its registers.
 //
 // Every multiprocessor has one thread block, which walks over tiles: a block of rows and some of
-// its features. Blocks are next to each other, those of one expert too, so that a second block
-// finds its weights in the L2 cache. The second product's thread blocks find room beside those of
-// the first, and have their first weights on the way when the last of those end.
+// its features. All features of a block follow each other, and then those of the next block, often
+// of the same expert: what tiles have in common is in the L2 cache. The second product's thread
+// blocks begin where the first one's have ended, and have their first weights on the way when the
+// last of those end.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,6 +19,7 @@
 #include <string>
 #include <type_traits>
 
+#include "sm90/attention/common.cuh"
 #include "sm90/attention/launch.cuh"
 #include "sm90/kernels.h"
 #include "sm90/ptx.cuh"
@@ -28,10 +30,9 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kGroupThreads = 128;
-constexpr int kPartRows = 64;  // of weights, in one wgmma
-constexpr int kPanel = 64;     // numbers of a row in a stage: a line of 128 bytes, swizzled
-constexpr int kStep = 16;      // of which wgmma multiplies so many at once
-constexpr int kPanelBytes = kPanel * 2;
+constexpr int kPartRows = 64;           // of weights, in one wgmma
+constexpr int kStep = 16;               // numbers of a row that one wgmma multiplies
+constexpr int kLineBytes = kPanel * 2;  // of a row: a line, swizzled
 
 // A tile: of each warpgroup kParts times kPartRows rows of weights. Of the gated product the first
 // part belongs to the gate, and the other one to what it multiplies.
@@ -43,19 +44,21 @@ struct Tile {
   static constexpr int kGroups = kRows > 64 ? 2 : 1;
   // Where there is little to read besides weights, small tiles end together.
   static constexpr int kParts = kGated || kRows > 32 ? 2 : 1;
+  // Where weights are what there is to read, two lines of a row follow each other, as memory has
+  // it.
+  static constexpr int kPanels = kRows > 64 ? 1 : 2;
   static constexpr int kWeightRows = kGroups * kParts * kPartRows;
   static constexpr int kFeatures = kGated ? kWeightRows / 2 : kWeightRows;
   static constexpr int kThreads = kGroups * kGroupThreads + kWarp;
-  static constexpr int kStageBytes = (kWeightRows + kRows) * kPanelBytes;
-  // Half of a multiprocessor's shared memory, where the next product's block is to have the other.
-  static constexpr int kStages = (kGroups == 1 ? 110 : 200) * 1024 / kStageBytes;
+  static constexpr int kStageBytes = kPanels * (kWeightRows + kRows) * kLineBytes;
+  static constexpr int kStages = 220 * 1024 / kStageBytes;
 };
 
 template <typename Tile>
 struct SharedMemory {
   struct Stage {
-    uint8_t weights[Tile::kWeightRows * kPanelBytes];
-    uint8_t rows[Tile::kRows * kPanelBytes];
+    uint8_t weights[Tile::kPanels][Tile::kWeightRows * kLineBytes];
+    uint8_t rows[Tile::kPanels][Tile::kRows * kLineBytes];
   };
   Stage stages[Tile::kStages];
   uint64_t full[Tile::kStages];
@@ -104,15 +107,6 @@ __device__ __forceinline__ void Multiply(float (&d)[64], uint64_t a, uint64_t b,
   ptx::WgmmaM64N128<T>(d, a, b, accumulate);
 }
 
-__device__ __forceinline__ uint32_t PackPair(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t PackPair(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 __device__ __forceinline__ float Swiglu(float gate, float up) {
   return gate / (1 + __expf(-gate)) * up;
 }
@@ -130,7 +124,7 @@ __device__ __forceinline__ void Store(const float (&d)[kRows / 2], const Product
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float* x = d + 4 * j + 2 * half;
-      const uint32_t pair = ptx::Transpose(PackPair(T{}, x[0], x[1]));
+      const uint32_t pair = ptx::Transpose(Pack(T{}, x[0], x[1]));
       if (feature + 8 * half < p.features) {
         *reinterpret_cast<uint32_t*>(out + int64_t{8} * j * p.features + 8 * half) = pair;
       }
@@ -141,10 +135,10 @@ __device__ __forceinline__ void Store(const float (&d)[kRows / 2], const Product
 // kIsFirst: nothing may be read before the kernel before has ended. Of the second product only the
 // rows come from there.
 template <typename T, typename Tile, bool kIsFirst>
-__global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kGroups)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     Kernel(const Product p, const __grid_constant__ Maps maps) {
   extern __shared__ uint8_t unaligned[];
-  constexpr int kStages = Tile::kStages, kParts = Tile::kParts;
+  constexpr int kStages = Tile::kStages, kPanels = Tile::kPanels, kParts = Tile::kParts;
   auto& shared = *reinterpret_cast<SharedMemory<Tile>*>(
       unaligned + (kAlignment - ptx::SmemAddress(unaligned) % kAlignment) % kAlignment);
   if (threadIdx.x == 0) {
@@ -165,8 +159,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kGroups)
     const int block = first + static_cast<int>(threadIdx.x);
     used += __syncthreads_count(block < p.blocks && p.expert_of_block[block] < p.experts);
   }
-  const int tiles = used * ((p.features + Tile::kFeatures - 1) / Tile::kFeatures);
-  const int steps = (p.size + kPanel - 1) / kPanel;
+  const int tiles_each = (p.features + Tile::kFeatures - 1) / Tile::kFeatures;
+  const int tiles = used * tiles_each;
+  const int steps = (p.size + kPanels * kPanel - 1) / (kPanels * kPanel);
   const int group = static_cast<int>(ptx::Uniform(threadIdx.x / kGroupThreads));
   Turn<kStages> turn;
 
@@ -176,9 +171,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kGroups)
     if (tile >= tiles) return;
     int row, feature, expert;
     const auto find = [&] {
-      const int block = tile % used;
+      const int block = tile / tiles_each;
       row = block * Tile::kRows;
-      feature = tile / used * Tile::kFeatures;
+      feature = tile % tiles_each * Tile::kFeatures;
       expert = p.expert_of_block[block];
     };
     const auto load_weights = [&](int step) {
@@ -188,13 +183,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kGroups)
       constexpr int kMaps = Tile::kGated ? 2 : 1;
 #pragma unroll
       for (int i = 0; i < kMaps; ++i) {
-        ptx::TmaLoad4D(stage.weights + i * Tile::kFeatures * kPanelBytes, &maps.weights[i], full,
-                       step * kPanel, feature, expert, 0);
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          ptx::TmaLoad4D(stage.weights[panel] + i * Tile::kFeatures * kLineBytes, &maps.weights[i],
+                         full, (step * kPanels + panel) * kPanel, feature, expert, 0);
+        }
       }
     };
     const auto load_rows = [&](int step) {
-      ptx::TmaLoad5D(shared.stages[turn.stage].rows, &maps.rows, &shared.full[turn.stage],
-                     step * kPanel, row, 0, 0, 0);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        ptx::TmaLoad5D(shared.stages[turn.stage].rows[panel], &maps.rows, &shared.full[turn.stage],
+                       (step * kPanels + panel) * kPanel, row, 0, 0, 0);
+      }
     };
     find();
     const int ahead = min(kStages, steps);
@@ -226,18 +227,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kGroups)
     const auto multiply = [&](int accumulate) {
       ptx::MbarrierWait(&shared.full[turn.stage], turn.phase);
       const auto& stage = shared.stages[turn.stage];
-      const uint64_t rows = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.rows));
       ptx::WgmmaFence();
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        // Of the gated product all groups' first parts come first.
-        const int place = Tile::kGated ? part * Tile::kGroups + group : group * kParts + part;
-        const uint64_t weights = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.weights) +
-                                                              place * kPartRows * kPanelBytes);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const uint64_t rows = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.rows[panel]));
 #pragma unroll
-        for (int i = 0; i < kPanel / kStep; ++i) {
-          Multiply<T>(sums[part], ptx::Advance(weights, i * kStep * 2),
-                      ptx::Advance(rows, i * kStep * 2), i > 0 ? 1 : accumulate);
+        for (int part = 0; part < kParts; ++part) {
+          // Of the gated product all groups' first parts come first.
+          const int place = Tile::kGated ? part * Tile::kGroups + group : group * kParts + part;
+          const uint64_t weights = ptx::Descriptor<ptx::KMajor>(
+              ptx::SmemAddress(stage.weights[panel]) + place * kPartRows * kLineBytes);
+#pragma unroll
+          for (int i = 0; i < kPanel / kStep; ++i) {
+            Multiply<T>(sums[part], ptx::Advance(weights, i * kStep * 2),
+                        ptx::Advance(rows, i * kStep * 2), panel + i > 0 ? 1 : accumulate);
+          }
         }
       }
       ptx::WgmmaCommit();
@@ -255,8 +259,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kGroups)
     ptx::WgmmaWait<0>();
     ptx::MbarrierArrive(&shared.empty[before]);
 
-    const int64_t row = int64_t{tile % used} * Tile::kRows;
-    const int feature = tile / used * Tile::kFeatures + group * (Tile::kFeatures / Tile::kGroups);
+    const int64_t row = int64_t{tile / tiles_each} * Tile::kRows;
+    const int feature =
+        tile % tiles_each * Tile::kFeatures + group * (Tile::kFeatures / Tile::kGroups);
     if constexpr (Tile::kGated) {
 #pragma unroll
       for (int i = 0; i < Tile::kRows / 2; ++i) sums[0][i] = Swiglu(sums[0][i], sums[1][i]);
@@ -308,12 +313,7 @@ Status LaunchProduct(const GroupedMlpParams& p, int multiprocessors, cudaStream_
   if (!status.ok()) return status;
   const int64_t tiles = p.blocks * ((features + Tile::kFeatures - 1) / Tile::kFeatures);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(multiprocessors, tiles));
-  const auto kernel = Kernel<T, Tile, kGated>;
-  // All that there is, for either product, or the second one would not find its half.
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess) return Failed("shared memory", error);
-  return Launch(kernel, dim3(blocks), Tile::kThreads,
+  return Launch(Kernel<T, Tile, kGated>, dim3(blocks), Tile::kThreads,
                 static_cast<int>(sizeof(SharedMemory<Tile>)) + kAlignment, 1, stream, product,
                 maps);
 }

@@ -269,7 +269,7 @@ __device__ __forceinline__ float2 FromE4m3(uint32_t codes) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
-// The nearest codes of two numbers up to 448, which have no sign where they are NaN.
+// The nearest codes of two numbers of magnitudes up to 448; 0x7f for NaN.
 __device__ __forceinline__ uint32_t ToE4m3(float low, float high) {
   uint16_t codes;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));

@@ -806,9 +806,11 @@ def absorb(params: Params, config: DeepSeekConfig) -> dict[str, Any]:
       The same, after `mla.absorb` and `mla.transpose_kernels`; with an empty `one_device` if all
       of them are arrays on one device, for steps of a few tokens (`models.few_tokens`). Divide
       parameters over devices before, not afterwards; and to differentiate such steps, or logits of
-      so few tokens, drop it. Parameters that come from here are given back as they are.
+      so few tokens, drop it. Parameters that come from here are given back as they are, without
+      `one_device` if it was dropped.
     """
-    if "w_uk" in params["layers"][0]["self_attn"]["kv_b_proj"]:
+    attention = params["layers"][0]["self_attn"]
+    if "w_uk" in attention["kv_b_proj"] and "weight" in attention["o_proj"]:
         return dict(params)
 
     def absorb_layer(layer: Params) -> dict[str, Any]:

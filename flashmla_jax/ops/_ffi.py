@@ -36,7 +36,8 @@ HOPPER: Final = "9.0"
 
 # The FFI targets. Exported programs outlive a release, and call them by these names. A name ends in
 # a version, to be raised when operands, results (the GPU workspace is some of them), attributes or
-# what they mean change: a program of before then finds no such target, and is never misread. The
+# what they mean change: a program of before then finds no such target, and is never misread. (Where
+# a target takes more than it did, programs of before mean the same, and it keeps its name.) The
 # same names stand in csrc/ffi/handlers.h; a test compares them.
 DENSE_DECODE: Final = "flashmla_dense_decode_v1"
 CACHE_APPEND: Final = "flashmla_cache_append_v2"

@@ -198,7 +198,7 @@ def run_few_tokens() -> None:
     import jax
     import test_few_tokens
 
-    for name in ("V3", "small"):
+    for name in ("V3", "heads", "small"):
         config = test_few_tokens.CONFIGS[name]
         for seed, (batch, s_q) in enumerate([(1, 1), (2, 2)]):
             for cache_dtype in (None, "fp8"):

@@ -11,7 +11,7 @@ from small_model import CONFIG, check_best, make_params
 from test_engine import make_engine, prompt_of, run_streamed
 
 from flashmla_jax.cache.layout import PAGE_SIZE
-from flashmla_jax.engine import Engine, Request, _decode, _move_pages, _read
+from flashmla_jax.engine import Engine, Request, _copy, _decode, _move_pages, _read
 from flashmla_jax.generate import GREEDY, Sampling
 from flashmla_jax.models import deepseek, few_tokens
 
@@ -32,7 +32,7 @@ def addresses(engine: Engine) -> list[int]:
     return [pool.unsafe_buffer_pointer() for pool in engine.cache.pages]
 
 
-def check(dtype: Any, slots: int, draft: int, drafter: Any) -> None:
+def check(dtype: Any, slots: int, draft: int, drafter: Any, cache_dtype: Any = None) -> None:
     """Requests with beginnings in common, and too few pages for all of them.
 
     Who is preempted goes on from the tokens that it has, which nothing changes any more. All are
@@ -44,12 +44,14 @@ def check(dtype: Any, slots: int, draft: int, drafter: Any) -> None:
     with jax.default_device(CPU):
         params = make_params(0.25 if draft else 2.0, dtype)
         model = deepseek.absorb(jax.device_put(params, device), CONFIG), CONFIG
-    engine = make_engine(model, num_pages=6, slots=slots, draft=draft, drafter=drafter).compile()
+    engine = make_engine(
+        model, num_pages=6, slots=slots, draft=draft, drafter=drafter, cache_dtype=cache_dtype
+    ).compile()
     ids = jnp.zeros((slots, 1 + draft), jnp.int32)
     is_one_call = dtype == jnp.bfloat16 and ids.size <= few_tokens.MAX_TOKENS
     assert few_tokens.applies(*model, ids, engine.cache) == is_one_call
 
-    programs = (_read, _decode, _move_pages)
+    programs = (_read, _decode, _move_pages, _copy)
     compiled = [program._cache_size() for program in programs]
     pools = addresses(engine)
     shared, wanted = prompt_of(0, 2 * PAGE_SIZE), []
@@ -76,5 +78,6 @@ def check(dtype: Any, slots: int, draft: int, drafter: Any) -> None:
     ("slots", "draft", "drafter"),
     [(3, 0, None), (2, 1, "ngram"), (2, 1, "mtp"), (3, 2, "ngram"), (3, 2, "mtp")],
 )
-def test_requests(slots: int, draft: int, drafter: Any) -> None:
-    check(jnp.bfloat16, slots, draft, drafter)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "fp8"])
+def test_requests(slots: int, draft: int, drafter: Any, cache_dtype: str) -> None:
+    check(jnp.bfloat16, slots, draft, drafter, cache_dtype)
