@@ -198,17 +198,36 @@ def run_few_tokens() -> None:
     import jax
     import test_few_tokens
 
-    for name in ("V3", "heads", "small"):
-        config = test_few_tokens.CONFIGS[name]
-        for seed, (batch, s_q) in enumerate([(1, 1), (2, 2)]):
-            for cache_dtype in (None, "fp8"):
-                test_few_tokens.check(config, batch, s_q, seed, jax.numpy.bfloat16, cache_dtype)
-        print(f"few tokens, {name}: correct", flush=True)
+    for name, shape, cache_dtype in (
+        ("V3", (1, 1), None),
+        ("V3", (2, 2), "fp8"),
+        ("heads", (1, 1), "fp8"),
+        ("small", (2, 2), None),
+        ("small", (1, 1), "fp8"),
+    ):
+        config, dtype = test_few_tokens.CONFIGS[name], jax.numpy.bfloat16
+        test_few_tokens.check(config, *shape, int(shape == (2, 2)), dtype, cache_dtype)
+        print(f"few tokens, {name}, {shape}, cache {cache_dtype}: correct", flush=True)
     test_few_tokens.check_logits((2, 2), 4288, 320, jax.numpy.bfloat16)
     print("logits of few tokens: correct", flush=True)
 
 
-GROUPS = {"attention": run_attention, "cache": run_cache, "few tokens": run_few_tokens}
+def run_experts() -> None:
+    """Blocks of rows and their experts."""
+    import jax
+    import test_moe_on_a_gpu
+
+    for rows in (16, 64, 128):
+        test_moe_on_a_gpu.test_blocks(rows, jax.numpy.bfloat16)
+        print(f"experts, blocks of {rows} rows: correct", flush=True)
+
+
+GROUPS = {
+    "attention": run_attention,
+    "cache": run_cache,
+    "few tokens": run_few_tokens,
+    "experts": run_experts,
+}
 
 
 def run_cases() -> None:
@@ -269,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sanitizer = find_sanitizer()
     tools = arguments.tool or TOOLS
     runs = [(tool, group) for group in GROUPS for tool in tools]
-    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(9) as pool:
+    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(12) as pool:
         # Without a tool, and to compile all programs.
         list(pool.map(lambda group: run_tool([], "no tool", group, cache), GROUPS))
 

@@ -271,7 +271,7 @@ def test_what_is_lowered_for_a_gpu(monkeypatch, is_built):
             lambda x: x.update(dtype=dtype) if x.dtype == jnp.float32 else x,
             {**shapes, "weights": weights},
         )
-        traced = jax.jit(moe.routed_experts).trace(**shapes)
+        traced = jax.jit(lambda **case: moe.routed_experts(**case)).trace(**shapes)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     for dtype in (jnp.bfloat16, jnp.float16):
