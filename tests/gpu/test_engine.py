@@ -18,14 +18,14 @@ from flashmla_jax.models import deepseek, few_tokens
 CPU = jax.devices("cpu")[0]
 
 
-def check_tokens(params: Any, requests: list[Request]) -> None:
+def check_tokens(params: Any, requests: list[Request], is_fp8: bool) -> None:
     """All tokens that were asked for are there, and the best up to rounding."""
     for request in requests:
         assert len(request.tokens) == request.max_new_tokens
     prompts, tokens, samplings = zip(
         *((request.prompt, request.tokens, request.sampling) for request in requests), strict=True
     )
-    check_best(params, CONFIG, prompts, tokens, samplings)
+    check_best(params, CONFIG, prompts, tokens, samplings, is_fp8)
 
 
 def addresses(engine: Engine) -> list[int]:
@@ -70,7 +70,7 @@ def check(dtype: Any, slots: int, draft: int, drafter: Any, cache_dtype: Any = N
     assert any(0 < len(tokens) < len(requests[i].tokens) for i, tokens in victims)
     assert engine.stats.prefix_tokens > 0
     assert 0 < engine.stats.accepted < engine.stats.drafted or not draft
-    check_tokens(params, requests)
+    check_tokens(params, requests, cache_dtype == "fp8")
 
 
 @pytest.mark.gpu
