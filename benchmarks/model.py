@@ -72,7 +72,7 @@ CONFIG = DeepSeekConfig(
 
 FOOTNOTE = f"""\
 A step of up to {few_tokens.MAX_TOKENS} tokens is one call of kernels for all layers, and one for
-the logits; with more, layers and logits are XLA's anyway."""
+the logits; with more, layers and logits are XLA's anyway, but for attention and experts."""
 ENGINE = """\
 The same in the engine, with requests that come together: tokens a second while all decode, and how
 fast their prompts of {context} tokens were read before, in chunks of {chunk}."""

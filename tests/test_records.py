@@ -114,7 +114,7 @@ def test_kernels_are_clean() -> None:
     content = json.loads((record.RESULTS / "sanitizer_nvidia_h200.json").read_text())
     assert content["results"].keys() == {"memcheck", "racecheck", "synccheck"}
     for groups in content["results"].values():
-        assert groups.keys() == {"attention", "cache", "few tokens"}
+        assert groups.keys() == {"attention", "cache", "few tokens", "experts"}
         assert all(group["clean"] for group in groups.values()), groups
 
 
