@@ -196,7 +196,7 @@ struct GroupedMlpParams {
   DType dtype;
 
   const void* tokens;              // [blocks, rows, hidden_size]
-  const int32_t* expert_of_block;  // [blocks]; those past the last expert come last, of no block
+  const int32_t* expert_of_block;  // [blocks]; of those without rows, which come last, no expert's
   const void* gate;                // [experts, expert_size, hidden_size]
   const void* up;
   const void* down;  // [experts, hidden_size, expert_size]
@@ -204,6 +204,7 @@ struct GroupedMlpParams {
   void* act;         // workspace [blocks, rows, expert_size]
 };
 inline constexpr int kGroupedAlignment = 8;  // of both sizes
+inline constexpr int kMaxGroupedSize = 1048576;
 
 inline constexpr int kAppendAlignment = 16;  // bytes
 

@@ -115,7 +115,7 @@ def test_disabled_checks() -> None:
     ours = {*_ffi.TARGETS, _ffi.FEW_TOKENS, _ffi.FEW_LOGITS, _ffi.GROUPED_MLP, *_sharding.TARGETS}
     assert ours < set(names)
     assert all(re.fullmatch(r"flashmla_[a-z_]+_v\d+", name) for name in ours)
-    assert all(name.startswith(("__cudnn$", "__gpu$")) for name in set(names) - ours)
+    assert all(name.startswith("__cudnn$") for name in set(names) - ours)
     with pytest.raises(ValueError, match=_ffi.DENSE_DECODE):
         export.export(jax.jit(causal), platforms=BOTH)(*attend_shapes(2, 4, 3))
 

@@ -267,9 +267,9 @@ inline xffi::Error Unpack(xffi::AnyBuffer tokens, xffi::Buffer<xffi::S32> expert
         check("down", down, {experts, hidden, size}),
         check("out", out, {p->blocks, p->rows, hidden}),
         check("act", act, {p->blocks, p->rows, size})}) {
-    if (!wrong.empty())
-      return bad("of tokens " + Describe("", tokens) + " and experts " + Describe("", gate) +
-                 ", unexpected " + wrong);
+    if (wrong.empty()) continue;
+    return bad("beside " + Describe("tokens", tokens) + " and " + Describe("gate", gate) +
+               ", all of one type, unexpected " + wrong);
   }
   const auto owners = expert_of_block.dimensions();
   if (owners.size() != 1 || owners[0] != p->blocks) {

@@ -32,6 +32,7 @@
 #include "sm90/few_tokens.h"
 #include "sm90/page_row.cuh"
 #include "sm90/ptx.cuh"
+#include "sm90/swiglu.cuh"
 
 namespace flashmla::sm90 {
 namespace {
@@ -803,10 +804,6 @@ __global__ void __launch_bounds__(kThreads) ValuesKernel(const __grid_constant__
 }
 
 // --- Experts ---------------------------------------------------------------------------------
-
-__device__ __forceinline__ float Swiglu(float gate, float up) {
-  return gate / (1 + __expf(-gate)) * up;
-}
 
 // The scores of the experts, in single precision, one of a block.
 template <typename T, int kTokens>

@@ -2,9 +2,10 @@
 //
 // Two products, in which weights are the long side and rows the short one: in wgmma's terms 64 rows
 // of weights times 16 to 128 tokens, both as they lie in memory. With few tokens for each expert
-// the time is that of reading the weights, once. So one warp does nothing but ask for them: a ring
-// of stages, some panels of all of a tile's rows, that goes on from one tile to the next, while a
-// warpgroup multiplies what has come and writes results from its registers.
+// the time is that of reading the weights, once for each block. So one warp does nothing but ask
+// for them: a ring of stages, a line or two of all of a tile's rows, that goes on from one tile to
+// the next, while one or two warpgroups multiply what has come and write results from their
+// registers.
 //
 // Every multiprocessor has one thread block, which walks over tiles: a block of rows and some of
 // its features. All features of a block follow each other, and then those of the next block, often
@@ -23,6 +24,7 @@
 #include "sm90/attention/launch.cuh"
 #include "sm90/kernels.h"
 #include "sm90/ptx.cuh"
+#include "sm90/swiglu.cuh"
 #include "sm90/tensor_map.cuh"
 
 namespace flashmla::sm90 {
@@ -30,8 +32,10 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kGroupThreads = 128;
-constexpr int kPartRows = 64;           // of weights, in one wgmma
-constexpr int kStep = 16;               // numbers of a row that one wgmma multiplies
+constexpr int kPartRows = 64;        // of weights, in one wgmma
+constexpr int kStep = 16;            // numbers of a row that one wgmma multiplies
+constexpr int kAlignment = 1024;     // of swizzled lines; dynamic shared memory is not so aligned
+constexpr int kBarrierBytes = 1024;  // at most
 constexpr int kLineBytes = kPanel * 2;  // of a row: a line, swizzled
 
 // A tile: of each warpgroup kParts times kPartRows rows of weights. Of the gated product the first
@@ -46,25 +50,25 @@ struct Tile {
   static constexpr int kParts = kGated || kRows > 32 ? 2 : 1;
   // Where weights are what there is to read, two lines of a row follow each other, as memory has
   // it.
-  static constexpr int kPanels = kRows > 64 ? 1 : 2;
+  static constexpr int kLines = kRows > 64 ? 1 : 2;
   static constexpr int kWeightRows = kGroups * kParts * kPartRows;
   static constexpr int kFeatures = kGated ? kWeightRows / 2 : kWeightRows;
   static constexpr int kThreads = kGroups * kGroupThreads + kWarp;
-  static constexpr int kStageBytes = kPanels * (kWeightRows + kRows) * kLineBytes;
-  static constexpr int kStages = 220 * 1024 / kStageBytes;
+  static constexpr int kStageBytes = kLines * (kWeightRows + kRows) * kLineBytes;
+  static constexpr int kStages = (kMaxSharedBytes - kAlignment - kBarrierBytes) / kStageBytes;
+  static_assert(kStages >= 3, "two for products that are under way, and one that is loaded");
 };
 
-template <typename Tile>
+template <typename Shape>
 struct SharedMemory {
   struct Stage {
-    uint8_t weights[Tile::kPanels][Tile::kWeightRows * kLineBytes];
-    uint8_t rows[Tile::kPanels][Tile::kRows * kLineBytes];
+    uint8_t weights[Shape::kLines][Shape::kWeightRows * kLineBytes];
+    uint8_t rows[Shape::kLines][Shape::kRows * kLineBytes];
   };
-  Stage stages[Tile::kStages];
-  uint64_t full[Tile::kStages];
-  uint64_t empty[Tile::kStages];
+  Stage stages[Shape::kStages];
+  uint64_t full[Shape::kStages];
+  uint64_t empty[Shape::kStages];
 };
-constexpr int kAlignment = 1024;  // of swizzled panels; dynamic shared memory is not so aligned
 
 struct Product {
   int size;      // numbers of a row
@@ -107,8 +111,14 @@ __device__ __forceinline__ void Multiply(float (&d)[64], uint64_t a, uint64_t b,
   ptx::WgmmaM64N128<T>(d, a, b, accumulate);
 }
 
-__device__ __forceinline__ float Swiglu(float gate, float up) {
-  return gate / (1 + __expf(-gate)) * up;
+// Sums are read by nothing that comes before this.
+template <int kParts, int kEach>
+__device__ __forceinline__ void KeepAfter(float (&sums)[kParts][kEach]) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) asm volatile("" : "+f"(sums[part][i])::"memory");
+  }
 }
 
 // A warpgroup's part of a product, 64 features of all rows, from a thread's accumulators: of
@@ -132,69 +142,72 @@ __device__ __forceinline__ void Store(const float (&d)[kRows / 2], const Product
   }
 }
 
-// kIsFirst: nothing may be read before the kernel before has ended. Of the second product only the
-// rows come from there.
-template <typename T, typename Tile, bool kIsFirst>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+// Of the first product, the gated one, nothing may be read before the kernel before has ended; of
+// the second one only the rows come from there.
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     Kernel(const Product p, const __grid_constant__ Maps maps) {
   extern __shared__ uint8_t unaligned[];
-  constexpr int kStages = Tile::kStages, kPanels = Tile::kPanels, kParts = Tile::kParts;
-  auto& shared = *reinterpret_cast<SharedMemory<Tile>*>(
+  constexpr int kStages = Shape::kStages, kLines = Shape::kLines, kParts = Shape::kParts;
+  auto& shared = *reinterpret_cast<SharedMemory<Shape>*>(
       unaligned + (kAlignment - ptx::SmemAddress(unaligned) % kAlignment) % kAlignment);
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
       ptx::MbarrierInit(&shared.full[i], 1);
-      ptx::MbarrierInit(&shared.empty[i], Tile::kGroups * kGroupThreads);
+      ptx::MbarrierInit(&shared.empty[i], Shape::kGroups * kGroupThreads);
     }
     ptx::FenceMbarrierInit();
   }
-  if constexpr (kIsFirst) {
+  if constexpr (Shape::kGated) {
     ptx::WaitForPreviousKernel();
     ptx::LetNextKernelStart();
   }
   // Blocks without rows come last.
   int used = 0;
-  for (int first = 0; first < p.blocks; first += Tile::kThreads) {
+  for (int first = 0; first < p.blocks; first += Shape::kThreads) {
     const int block = first + static_cast<int>(threadIdx.x);
     used += __syncthreads_count(block < p.blocks && p.expert_of_block[block] < p.experts);
   }
-  const int tiles_each = (p.features + Tile::kFeatures - 1) / Tile::kFeatures;
+  const int tiles_each = (p.features + Shape::kFeatures - 1) / Shape::kFeatures;
   const int tiles = used * tiles_each;
-  const int steps = (p.size + kPanels * kPanel - 1) / (kPanels * kPanel);
+  const int steps = (p.size + kLines * kPanel - 1) / (kLines * kPanel);
   const int group = static_cast<int>(ptx::Uniform(threadIdx.x / kGroupThreads));
   Turn<kStages> turn;
 
-  if (group == Tile::kGroups) {  // the warp that asks for panels
+  if (group == Shape::kGroups) {  // the warp that asks for panels
     if (!ptx::ElectOne()) return;
     int tile = blockIdx.x;
-    if (tile >= tiles) return;
+    if (tile >= tiles) {  // this grid may not end before the one that it depends on
+      if constexpr (!Shape::kGated) ptx::WaitForPreviousKernel();
+      return;
+    }
     int row, feature, expert;
     const auto find = [&] {
       const int block = tile / tiles_each;
-      row = block * Tile::kRows;
-      feature = tile % tiles_each * Tile::kFeatures;
+      row = block * Shape::kRows;
+      feature = tile % tiles_each * Shape::kFeatures;
       expert = p.expert_of_block[block];
     };
     const auto load_weights = [&](int step) {
       auto& stage = shared.stages[turn.stage];
       uint64_t* full = &shared.full[turn.stage];
-      ptx::MbarrierArriveExpectTx(full, Tile::kStageBytes);
-      constexpr int kMaps = Tile::kGated ? 2 : 1;
+      ptx::MbarrierArriveExpectTx(full, Shape::kStageBytes);
+      constexpr int kMaps = Shape::kGated ? 2 : 1;
 #pragma unroll
       for (int i = 0; i < kMaps; ++i) {
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          ptx::TmaLoad4D(stage.weights[panel] + i * Tile::kFeatures * kLineBytes, &maps.weights[i],
-                         full, (step * kPanels + panel) * kPanel, feature, expert, 0);
+        for (int panel = 0; panel < kLines; ++panel) {
+          ptx::TmaLoad4D(stage.weights[panel] + i * Shape::kFeatures * kLineBytes, &maps.weights[i],
+                         full, (step * kLines + panel) * kPanel, feature, expert, 0);
         }
       }
     };
     const auto load_rows = [&](int step) {
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
+      for (int panel = 0; panel < kLines; ++panel) {
         ptx::TmaLoad5D(shared.stages[turn.stage].rows[panel], &maps.rows, &shared.full[turn.stage],
-                       (step * kPanels + panel) * kPanel, row, 0, 0, 0);
+                       (step * kLines + panel) * kPanel, row, 0, 0, 0);
       }
     };
     find();
@@ -203,7 +216,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       load_weights(step);
       turn.Advance();
     }
-    if constexpr (!kIsFirst) ptx::WaitForPreviousKernel();
+    if constexpr (!Shape::kGated) ptx::WaitForPreviousKernel();
     turn = {};
     for (int step = 0; step < ahead; ++step) {
       load_rows(step);
@@ -223,18 +236,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    float sums[kParts][Tile::kRows / 2];
+    float sums[kParts][Shape::kRows / 2];
     const auto multiply = [&](int accumulate) {
       ptx::MbarrierWait(&shared.full[turn.stage], turn.phase);
       const auto& stage = shared.stages[turn.stage];
       ptx::WgmmaFence();
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
+      for (int panel = 0; panel < kLines; ++panel) {
         const uint64_t rows = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.rows[panel]));
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           // Of the gated product all groups' first parts come first.
-          const int place = Tile::kGated ? part * Tile::kGroups + group : group * kParts + part;
+          const int place = Shape::kGated ? part * Shape::kGroups + group : group * kParts + part;
           const uint64_t weights = ptx::Descriptor<ptx::KMajor>(
               ptx::SmemAddress(stage.weights[panel]) + place * kPartRows * kLineBytes);
 #pragma unroll
@@ -257,19 +270,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       turn.Advance();
     }
     ptx::WgmmaWait<0>();
+    KeepAfter(sums);
     ptx::MbarrierArrive(&shared.empty[before]);
 
-    const int64_t row = int64_t{tile / tiles_each} * Tile::kRows;
+    const int64_t row = int64_t{tile / tiles_each} * Shape::kRows;
     const int feature =
-        tile % tiles_each * Tile::kFeatures + group * (Tile::kFeatures / Tile::kGroups);
-    if constexpr (Tile::kGated) {
+        tile % tiles_each * Shape::kFeatures + group * (Shape::kFeatures / Shape::kGroups);
+    if constexpr (Shape::kGated) {
 #pragma unroll
-      for (int i = 0; i < Tile::kRows / 2; ++i) sums[0][i] = Swiglu(sums[0][i], sums[1][i]);
-      Store<T, Tile::kRows>(sums[0], p, row, feature);
+      for (int i = 0; i < Shape::kRows / 2; ++i) sums[0][i] = Swiglu(sums[0][i], sums[1][i]);
+      Store<T, Shape::kRows>(sums[0], p, row, feature);
     } else {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        Store<T, Tile::kRows>(sums[part], p, row, feature + part * kPartRows);
+        Store<T, Shape::kRows>(sums[part], p, row, feature + part * kPartRows);
       }
     }
   }
@@ -285,9 +299,9 @@ Status MakeWeightMap(const GroupedMlpParams& p, const void* data, int64_t featur
                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, map);
 }
 
-template <typename T, typename Tile>
+template <typename T, typename Shape>
 Status LaunchProduct(const GroupedMlpParams& p, int multiprocessors, cudaStream_t stream) {
-  constexpr bool kGated = Tile::kGated;
+  constexpr bool kGated = Shape::kGated;
   const int64_t size = kGated ? p.hidden_size : p.expert_size;
   const int64_t features = kGated ? p.expert_size : p.hidden_size;
   const Product product{.size = static_cast<int>(size),
@@ -300,21 +314,21 @@ Status LaunchProduct(const GroupedMlpParams& p, int multiprocessors, cudaStream_
   const void* weights[] = {kGated ? p.gate : p.down, p.up};
   Status status;
   for (int i = 0; i < (kGated ? 2 : 1) && status.ok(); ++i) {
-    status = MakeWeightMap(p, weights[i], features, size, Tile::kFeatures, &maps.weights[i]);
+    status = MakeWeightMap(p, weights[i], features, size, Shape::kFeatures, &maps.weights[i]);
   }
   if (status.ok()) {
     const cuuint64_t line = size * 2, all = p.blocks * p.rows * line;
     status = MakeMap<5>(
         p.dtype, kGated ? p.tokens : p.act,
         {static_cast<cuuint64_t>(size), static_cast<cuuint64_t>(p.blocks * p.rows), 1, 1, 1},
-        {line, all, all, all}, {kPanel, Tile::kRows, 1, 1, 1}, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        {line, all, all, all}, {kPanel, Shape::kRows, 1, 1, 1}, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         &maps.rows);
   }
   if (!status.ok()) return status;
-  const int64_t tiles = p.blocks * ((features + Tile::kFeatures - 1) / Tile::kFeatures);
+  const int64_t tiles = p.blocks * ((features + Shape::kFeatures - 1) / Shape::kFeatures);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(multiprocessors, tiles));
-  return Launch(Kernel<T, Tile, kGated>, dim3(blocks), Tile::kThreads,
-                static_cast<int>(sizeof(SharedMemory<Tile>)) + kAlignment, 1, stream, product,
+  return Launch(Kernel<T, Shape>, dim3(blocks), Shape::kThreads,
+                static_cast<int>(sizeof(SharedMemory<Shape>)) + kAlignment, 1, stream, product,
                 maps);
 }
 
@@ -345,10 +359,10 @@ Status LaunchFor(const GroupedMlpParams& p, int multiprocessors, cudaStream_t st
 Status GroupedMlp(const GroupedMlpParams& p, cudaStream_t stream) {
   if (p.blocks == 0 || p.experts == 0) return {};
   for (const int64_t size : {p.hidden_size, p.expert_size}) {
-    if (size > 0 && size % kGroupedAlignment == 0 && size <= INT32_MAX / 2) continue;
-    return {StatusCode::kInvalidArgument, "sizes must be multiples of " +
-                                              std::to_string(kGroupedAlignment) + ", got " +
-                                              std::to_string(size)};
+    if (size > 0 && size % kGroupedAlignment == 0 && size <= kMaxGroupedSize) continue;
+    return {StatusCode::kInvalidArgument,
+            "sizes must be multiples of " + std::to_string(kGroupedAlignment) + " and at most " +
+                std::to_string(kMaxGroupedSize) + ", got " + std::to_string(size)};
   }
   // Tiles are counted, and rows.
   const int64_t largest = std::max(p.hidden_size, p.expert_size);

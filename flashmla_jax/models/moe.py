@@ -6,11 +6,12 @@ others of its batch. What multiplies the rows depends on where, and on how many 
 - on a GPU, a few rows read their experts' weights in sums of products, which XLA fuses: a kernel
   per product, and no copy of a weight;
 - more rows are sorted by expert into blocks, each of which goes through its expert's MLP in kernels
-  of csrc/sm90/grouped_mlp.cu: they read the weights once, and only those that are needed;
+  of csrc/sm90/grouped_mlp.cu: they read weights once for each block, and only those they need;
 - elsewhere a loop takes block after block.
 
-All of it is for experts that a GPU has all of: the call of the kernels has no rule by which XLA
-could divide it. With experts that are divided over several GPUs it has not been tried.
+All of it is for experts that a GPU has all of: XLA cannot divide the call of the kernels, and would
+gather weights that are divided over several GPUs on each of them, in every layer. Inside
+`jax.shard_map` it is the loop, where something differs between devices.
 
 `jax.lax.ragged_dot` would be the grouped product, but on GPU and CPU XLA (of jax 0.9.1 to 0.12)
 makes it every expert for every row, of masked copies of all rows.
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from flashmla_jax.ops import _ffi
+from flashmla_jax.ops import _ffi, _sharding
 
 # On a GPU, up to how many rows each reads its expert's weights for itself.
 _FEW_ROWS = 16
@@ -102,11 +103,16 @@ def _combine(rows: jax.Array, tokens: jax.Array, shares: jax.Array) -> jax.Array
 
 
 def _has_kernels(weights: Experts, tokens: jax.Array) -> bool:
-    """Whether a GPU has the kernels for these arrays."""
+    """Whether a GPU has the kernels for these arrays.
+
+    They have to be built where a program is made: a machine without them exports the loop.
+    """
+    varies = any(_sharding.varying_axes(jax.typeof(x)) for x in (*weights, tokens))
     return (
         tokens.dtype in (jnp.bfloat16, jnp.float16)
         and all(weight.dtype == tokens.dtype for weight in weights)
-        and all(size % _ALIGNMENT == 0 for size in weights.gate.shape[1:])
+        and all(size > 0 and size % _ALIGNMENT == 0 for size in weights.gate.shape[1:])
+        and not varies
         and _ffi.why_no_kernel(_ffi.CUDA) is None
     )
 

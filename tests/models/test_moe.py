@@ -169,9 +169,26 @@ def oracle_experts(weights, tokens, experts, shares) -> np.ndarray:
     return out
 
 
-@pytest.fixture(params=["_loop", "_fused"])
-def run(request):
-    """Each way to multiply that any machine has."""
+def blocks_of_experts(target, results, **_):
+    """In place of the kernels' call: what they write, and NaN where they write nothing."""
+    assert target == _ffi.GROUPED_MLP
+    shapes = [(x.shape, x.dtype) for x in results]
+
+    def call(rows, expert_of_block, *weights):
+        gate, up, down = (x.at[expert_of_block].get(mode="fill") for x in weights)
+        act = jax.nn.silu(jnp.einsum("bri,boi->bro", rows, gate))
+        act *= jnp.einsum("bri,boi->bro", rows, up)
+        out = jnp.einsum("bri,boi->bro", act, down)
+        assert [(x.shape, x.dtype) for x in (out, act)] == shapes
+        return out, act
+
+    return call
+
+
+@pytest.fixture(params=["_loop", "_fused", "_grouped"])
+def run(request, monkeypatch):
+    """Each way to multiply, but for the kernels themselves."""
+    monkeypatch.setattr(jax.ffi, "ffi_call", blocks_of_experts)
     way = getattr(moe, request.param)
     return lambda **case: way(**jax.tree.map(jnp.asarray, case))
 
@@ -281,6 +298,24 @@ def test_what_is_lowered_for_a_gpu(monkeypatch, is_built):
     for other in (lowered(jnp.float32), lowered(jnp.bfloat16, size=12)):
         assert _ffi.GROUPED_MLP not in other
         assert "stablehlo.while" in other
+
+
+def test_inside_shard_map(monkeypatch):
+    """Tokens are divided, and experts are not: any machine lowers that, and runs the loop."""
+    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_: None)
+    case = make_experts(7, 30, 3)
+    case = {
+        name: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16 if x.dtype != int else x.dtype), x)
+        if name in ("weights", "tokens")
+        else jnp.asarray(x)
+        for name, x in case.items()
+    }
+    mesh = jax.sharding.Mesh(jax.devices("cpu")[:1], ("d",))
+    divided = jax.sharding.PartitionSpec("d")
+    specs = (jax.sharding.PartitionSpec(), divided, divided, divided)
+    run = jax.shard_map(moe.routed_experts, mesh=mesh, in_specs=specs, out_specs=divided)
+    out = jax.jit(run)(*case.values())
+    np.testing.assert_array_equal(out, jax.jit(moe._loop)(**case))
 
 
 def test_same_numbers_in_c():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flashmla_jax.export import export_disabled_checks
 from flashmla_jax.models import moe
 from flashmla_jax.ops import _ffi
 
@@ -44,6 +46,8 @@ def relative_error(got, want):
         (64, 2, 8, 2048, 1408),
         (64, 3, 6, 2048, 1408),
         (64, 128, 6, 2048, 1408),
+        (16, 160, 2, 192, 72),
+        (16, 400, 2, 192, 72),
         (8, 600, 2, 256, 96),
         (8, 3000, 2, 96, 160),
         (40, 90, 4, 8, 24),
@@ -63,12 +67,13 @@ def test_matches_the_loop(num_experts, num_tokens, k, hidden, size, dtype):
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_blocks(rows, dtype):
-    """Of every size, against float64; and what is nobody's is neither read nor written.
+    """Of every size, against float64; those of no expert are not written.
 
-    Experts without a block and blocks without an expert are NaN. There are several blocks of some
-    experts, and more tiles than a GPU has multiprocessors; sizes are no multiples of a tile's.
+    Experts without a block are NaN. There are several blocks of some experts, and more tiles than a
+    GPU has multiprocessors, of both products; sizes are no multiples of a tile's. Results take the
+    tokens' place, of which the second product needs nothing.
     """
-    hidden, size, experts, blocks = 328, 1032, 10, 30
+    hidden, size, experts, blocks = 1864, 1032, 10, 30
     rng = np.random.default_rng(rows)
     of_block = np.sort(rng.choice([0, 1, 3, 4, 8, 9], blocks - 7)).astype(np.int32)
     of_block = np.concatenate([of_block, np.full(7, experts, np.int32)])
@@ -79,15 +84,14 @@ def test_blocks(rows, dtype):
         return jnp.asarray(x, dtype)
 
     gate, up, down = weight(size, hidden), weight(size, hidden), weight(hidden, size)
-    tokens = rng.standard_normal((blocks, rows, hidden))
-    tokens[-7:] = np.nan
-    tokens = jnp.asarray(tokens, dtype)
+    tokens = jnp.asarray(rng.standard_normal((blocks, rows, hidden)), dtype)
     shapes = [jax.ShapeDtypeStruct((blocks, rows, n), dtype) for n in (hidden, size)]
-    call = jax.jit(jax.ffi.ffi_call(_ffi.GROUPED_MLP, shapes))
-    out, act = call(tokens, jnp.asarray(of_block), gate, up, down)
-    again = call(tokens, jnp.asarray(of_block), gate, up, down)[0]
+    call = jax.jit(jax.ffi.ffi_call(_ffi.GROUPED_MLP, shapes, input_output_aliases={0: 0}))
+    arguments = tokens, jnp.asarray(of_block), gate, up, down
+    (out, act), (again, _) = call(*arguments), call(*arguments)
     used = of_block < experts
-    np.testing.assert_array_equal(out[used], again[used])
+    np.testing.assert_array_equal(out, again)
+    np.testing.assert_array_equal(out[~used], tokens[~used])
     g, u, d, x = (np.asarray(array, np.float64) for array in (gate, up, down, tokens))
     for block in np.flatnonzero(used):
         expert = of_block[block]
@@ -97,6 +101,52 @@ def test_blocks(rows, dtype):
         assert relative_error(act[block], a) < tolerance
         exact = np.asarray(act[block], np.float64) @ d[expert].T
         assert relative_error(out[block], exact) < tolerance
+
+
+@pytest.mark.parametrize("share", [0.3, 1])
+def test_experts_that_are_nobodys(share):
+    """Of some rows, or of all: other calls' results are not in the way."""
+    weights, tokens, experts, shares = make(8, 100, 4, 256, 96, jnp.bfloat16)
+    is_nobodys = np.random.default_rng(1).random(experts.shape) < share
+    case = (
+        weights,
+        tokens,
+        jnp.where(is_nobodys, 8 + np.arange(4), experts),
+        jnp.where(is_nobodys, 0, shares),
+    )
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, case)
+    want = jax.jit(functools.partial(moe._loop, precision="highest"))(*exact)
+    run = jax.jit(lambda *case: [moe.routed_experts(*case) for _ in range(2)])
+    with_nan = jax.jit(lambda: jnp.full((64, 1024), jnp.nan, jnp.bfloat16))
+    for _ in range(3):
+        jax.block_until_ready([with_nan() for _ in range(50)])
+        for got in run(*case):
+            assert np.linalg.norm(np.asarray(got - want, np.float64)) <= 8e-3 * np.linalg.norm(want)
+
+
+def test_mapped():
+    weights, tokens, experts, shares = make(8, 90, 4, 256, 96, jnp.bfloat16)
+    split = [x.reshape(3, 30, *x.shape[1:]) for x in (tokens, experts, shares)]
+    run = jax.jit(jax.vmap(moe.routed_experts, (None, 0, 0, 0)))
+    got = run(weights, *split).reshape(tokens.shape)
+    want = jax.jit(moe.routed_experts)(weights, tokens, experts, shares)
+    assert relative_error(got, want) < 8e-3
+
+
+def test_exported_for_any_number_of_tokens():
+    (rows,) = jax.export.symbolic_shape("n")
+    weights, tokens, experts, shares = make(8, 90, 4, 256, 96, jnp.bfloat16)
+    shapes = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
+        *(jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in (tokens, experts, shares)),
+    ]
+    exported = jax.export.export(
+        jax.jit(moe.routed_experts), platforms=["cuda"], disabled_checks=export_disabled_checks()
+    )(*shapes)
+    assert _ffi.GROUPED_MLP in exported.mlir_module()
+    for number in (2, 90):
+        case = weights, tokens[:number], experts[:number], shares[:number]
+        assert relative_error(exported.call(*case), jax.jit(moe.routed_experts)(*case)) < 8e-3
 
 
 def test_no_block_is_used():
@@ -111,7 +161,7 @@ def test_no_block_is_used():
     ("change", "message"),
     [
         ({"rows": 8}, "blocks must be of 16, 32, 64 or 128 rows, got 8"),
-        ({"hidden": 60}, "sizes must be multiples of 8, got 60"),
+        ({"hidden": 60}, "sizes must be multiples of 8 and at most 1048576, got 60"),
         ({"down": 72}, r"unexpected down \[5, 64, 72\]"),
         ({"dtype": jnp.float32}, "tokens must be bfloat16 or float16"),
     ],
