@@ -10,8 +10,7 @@ others of its batch. What multiplies the rows depends on where, and on how many 
 - elsewhere a loop takes block after block.
 
 All of it is for experts that a GPU has all of: XLA cannot divide the call of the kernels, and would
-gather weights that are divided over several GPUs on each of them, in every layer. Inside
-`jax.shard_map` it is the loop, where something differs between devices.
+gather weights that are divided over several GPUs on each of them, in every layer.
 
 `jax.lax.ragged_dot` would be the grouped product, but on GPU and CPU XLA (of jax 0.9.1 to 0.12)
 makes it every expert for every row, of masked copies of all rows.
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from flashmla_jax.ops import _ffi, _sharding
+from flashmla_jax.ops import _ffi
 
 # On a GPU, up to how many rows each reads its expert's weights for itself.
 _FEW_ROWS = 16
@@ -107,12 +106,10 @@ def _has_kernels(weights: Experts, tokens: jax.Array) -> bool:
 
     They have to be built where a program is made: a machine without them exports the loop.
     """
-    varies = any(_sharding.varying_axes(jax.typeof(x)) for x in (*weights, tokens))
     return (
         tokens.dtype in (jnp.bfloat16, jnp.float16)
         and all(weight.dtype == tokens.dtype for weight in weights)
         and all(size > 0 and size % _ALIGNMENT == 0 for size in weights.gate.shape[1:])
-        and not varies
         and _ffi.why_no_kernel(_ffi.CUDA) is None
     )
 

@@ -191,20 +191,17 @@ def result_types(
     return tuple(types)
 
 
-def varying_axes(x: jax.core.ShapedArray) -> frozenset[str]:
-    """The mesh axes of a `shard_map` along which an array of this type differs."""
-    return x.vma if hasattr(x, "vma") else x.manual_axis_type.varying  # jax 0.9, and later
-
-
 def _varying(plain: jax.core.ShapedArray, operands: Sequence[Any]) -> jax.core.ShapedArray:
-    varying = frozenset[str]().union(*map(varying_axes, operands))
+    older = hasattr(plain, "vma")  # jax 0.9
+    axes = [x.vma if older else x.manual_axis_type.varying for x in operands]
+    varying = frozenset().union(*axes)
     if varying and any(map(is_symbolic_dim, plain.shape)):
         # It would be exported, but no JAX so far runs it: 0.12 ends the process.
         raise NotImplementedError(
             f"JAX cannot run exported programs with symbolic dimensions, here {plain.shape}, "
             "inside shard_map: export for sizes that are numbers"
         )
-    if hasattr(plain, "vma"):
+    if older:
         return plain.update(vma=varying)
     return plain.update(manual_axis_type=type(plain.manual_axis_type)(varying=varying))
 

@@ -301,7 +301,7 @@ def test_what_is_lowered_for_a_gpu(monkeypatch, is_built):
 
 
 def test_inside_shard_map(monkeypatch):
-    """Tokens are divided, and experts are not: any machine lowers that, and runs the loop."""
+    """Tokens differ between devices, and experts do not: kernels or not, that is a program."""
     monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_: None)
     case = make_experts(7, 30, 3)
     case = {
