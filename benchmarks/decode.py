@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import flashmla_jax as fm
-from benchmarks import append, cases, indexer, report, sparse, timing
+from benchmarks import append, cases, experts, indexer, report, sparse, timing
 from benchmarks.cases import Case
 from benchmarks.record import RESULTS, device_slug, has_hopper, write_record
 from flashmla_jax import reference
@@ -282,6 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["indexer"] = [indexer.measure(case) for case in indexer.CASES]
         for row in results["indexer"]:
             console.print({key: row[key] for key in ("case", "us", "gbps", "xla_us")})
+        layers, read_gbps = experts.weights(), results["ceilings"]["read_gbps"]
+        results["experts"] = [experts.measure(case, layers, read_gbps) for case in experts.CASES]
+        del layers
+        for row in results["experts"]:
+            console.print({key: row[key] for key in ("case", "us", "reading_us", "ragged_dot_us")})
         results["in_a_model"] = in_a_model()
         results["gpu"] = gpu_state()
         console.print(results["in_a_model"])

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 
-from benchmarks import append, cases, decode, indexer, sparse, timing
+from benchmarks import append, cases, decode, experts, indexer, sparse, timing
 from benchmarks.cases import Case
 
 on_the_cpu = pytest.mark.skipif(jax.devices()[0].platform != "cpu", reason="measures the CPU")
@@ -85,6 +85,9 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(sparse, "CASES", [sparse.Case(2, 1, 2, 5, 64)])
     monkeypatch.setattr(indexer, "CASES", [indexer.Case(2, 16384, fp8=True)])
     monkeypatch.setattr(indexer.Case, "calls", lambda _: 3)
+    monkeypatch.setattr(experts, "CASES", [experts.Case(20)])
+    for name, value in {"EXPERTS": 5, "CHOSEN": 3, "HIDDEN": 32, "SIZE": 48}.items():
+        monkeypatch.setattr(experts, name, value)
     monkeypatch.setattr(
         decode, "ceilings", lambda: {"read_gbps": 4000, "sustained_matmul_tflops": 600}
     )
@@ -111,6 +114,9 @@ def test_the_way_of_a_gpu(monkeypatch, tmp_path, capsys) -> None:
     (row,) = record["results"]["indexer"]
     assert row["us"] == row["xla_us"] == 12_000 / 3
     assert row["gbps"] == 1.2  # 2 * 16384 keys of 144 bytes in 4 ms
+    (row,) = record["results"]["experts"]
+    assert row["us"] == row["ragged_dot_us"] == 12_000 / experts.LAYERS
+    assert row["reading_us"] == round(5 * 3 * 32 * 48 * 2 / 4000 / 1e3, 2)
     assert record["results"]["gpu"] == {"clocks.sm": "1980 MHz"}
     assert "| 2 | 1 | 2 | 70 | 1500 us | 4000 us |" in capsys.readouterr().out
 
