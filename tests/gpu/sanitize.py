@@ -213,13 +213,23 @@ def run_few_tokens() -> None:
 
 
 def run_experts() -> None:
-    """Blocks of rows and their experts."""
+    """Tokens that make blocks of 16, 64 and 128 rows for their experts."""
+    import functools
+
     import jax
     import test_moe_on_a_gpu
 
-    for rows in (16, 64, 128):
-        test_moe_on_a_gpu.test_blocks(rows, jax.numpy.bfloat16)
-        print(f"experts, blocks of {rows} rows: correct", flush=True)
+    from flashmla_jax.models import moe
+
+    for tokens in (16, 200, 400):
+        case = test_moe_on_a_gpu.make(8, tokens, 2, 328, 1032, jax.numpy.bfloat16)
+        exact = jax.tree.map(
+            lambda x: x.astype("float32") if x.dtype == jax.numpy.bfloat16 else x, case
+        )
+        want = jax.jit(functools.partial(moe._loop, precision="highest"))(*exact)
+        error = test_moe_on_a_gpu.relative_error(jax.jit(moe.routed_experts)(*case), want)
+        assert error < 8e-3, (tokens, error)
+        print(f"experts of {tokens} tokens: correct", flush=True)
 
 
 GROUPS = {
