@@ -22,9 +22,9 @@ speculative sampling (arXiv:2302.01318).
 The device runs one program for chunks of prompts, one for decoding and, with drafts, one for
 verifying them, and others of these while somebody's tokens are drawn; besides them one that moves
 pages between owners, and one that copies the block table when a sequence may have filled a page.
-Lengths, tables, slots and sampling parameters are data. The scheduler is
-plain Python. It knows what the device's allocator will do, so it need not wait for it: without
-drafts a step is started before the tokens of the one before are read.
+Lengths, tables, slots and sampling parameters are data. The scheduler is plain Python. It knows
+what the device's allocator will do, so it need not wait for it: without drafts a step is started
+before the tokens of the one before are read.
 
 The multi-token prediction module has a layer of the same cache. Of a token it needs the hidden
 state and the token after it, which are both there when the token has been read: the next one is in

@@ -264,6 +264,7 @@ def score(
     cache = _make_cache(params, config, np.array([length]), None)
     if prefill < length - 1:
         params = deepseek.absorb(params, config)
+    model = FlatModel.of(params, config)
 
     parts: list[jax.Array] = []
     if prefill > 0:
@@ -271,10 +272,10 @@ def score(
         padded = np.zeros((1, _padded(prefill) + 1), np.int32)
         padded[0, : min(prefill + 1, length)] = tokens[: prefill + 1]
         lengths = np.array([prefill], np.int32)
-        logprobs, cache = _score_prompt(params, config, padded, lengths, cache)
+        logprobs, cache = _score_prompt(model, padded, lengths, cache)
         parts.append(logprobs[: min(prefill, length - 1)])
     for t in range(prefill, length - 1):
-        logprob, cache = _score_token(params, config, tokens[None, t : t + 2], cache)
+        logprob, cache = _score_token(model, tokens[None, t : t + 2], cache)
         parts.append(logprob)
     return np.concatenate([np.zeros(0, np.float32), *jax.device_get(parts)])
 
@@ -398,23 +399,23 @@ def _continue(
     return jnp.where(active, rules.choose(logits, count), -1), logits, cache, ok
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def _score_prompt(
-    params: Params, config: DeepSeekConfig, ids: jax.Array, lengths: jax.Array, cache: PagedKVCache
+    model: FlatModel, ids: jax.Array, lengths: jax.Array, cache: PagedKVCache
 ) -> tuple[jax.Array, PagedKVCache]:
     """float32[s]: the log-probability of `ids[0, t + 1]` for every t, ids int32[1, s + 1]."""
     logits, cache, _ = deepseek.prefill(
-        params, config, ids[:, :-1], lengths, cache, all_positions=True
+        model.params, model.config, ids[:, :-1], lengths, cache, all_positions=True
     )
     return _logprobs(logits[0], ids[0, 1:]), cache
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def _score_token(
-    params: Params, config: DeepSeekConfig, ids: jax.Array, cache: PagedKVCache
+    model: FlatModel, ids: jax.Array, cache: PagedKVCache
 ) -> tuple[jax.Array, PagedKVCache]:
     """float32[1]: the log-probability of `ids[0, 1]` after `ids[0, 0]`, ids int32[1, 2]."""
-    logits, cache, _ = deepseek.decode_step(params, config, ids[:, :1], cache)
+    logits, cache, _ = deepseek.decode_step(model.params, model.config, ids[:, :1], cache)
     return _logprobs(logits[0], ids[0, 1:]), cache
 
 

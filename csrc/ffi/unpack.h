@@ -244,8 +244,9 @@ inline xffi::Error Unpack(xffi::AnyBuffer tokens, xffi::Buffer<xffi::S32> expert
   };
   const auto dims = tokens.dimensions();
   const auto dtype = ToDType(tokens.element_type());
-  if (dims.size() != 3)
+  if (dims.size() != 3) {
     return bad("expected tokens [blocks, rows, hidden], got " + Describe("tokens", tokens));
+  }
   if (!dtype || *dtype == DType::kF32) return bad("tokens must be bfloat16 or float16");
   if (gate.dimensions().size() != 3) {
     return bad("expected gate [experts, size, hidden], got " + Describe("gate", gate));

@@ -68,6 +68,7 @@ struct SharedMemory {
   Stage stages[Shape::kStages];
   uint64_t full[Shape::kStages];
   uint64_t empty[Shape::kStages];
+  static_assert(2 * sizeof(full) <= kBarrierBytes);
 };
 
 struct Product {
@@ -82,34 +83,6 @@ struct Maps {
   CUtensorMap weights[2];  // [experts, features, size], the gate first
   CUtensorMap rows;        // [blocks * rows, size]
 };
-
-// Whose turn it is in the ring.
-template <int kStages>
-struct Turn {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
-
-template <typename T>
-__device__ __forceinline__ void Multiply(float (&d)[8], uint64_t a, uint64_t b, int accumulate) {
-  ptx::WgmmaM64<T, 0>(d, a, b, accumulate);
-}
-template <typename T>
-__device__ __forceinline__ void Multiply(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
-  ptx::WgmmaM64<T, 0>(d, a, b, accumulate);
-}
-template <typename T>
-__device__ __forceinline__ void Multiply(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-  ptx::WgmmaM64N64<T>(d, a, b, accumulate);
-}
-template <typename T>
-__device__ __forceinline__ void Multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-  ptx::WgmmaM64N128<T>(d, a, b, accumulate);
-}
 
 // Sums are read by nothing that comes before this.
 template <int kParts, int kEach>
@@ -173,9 +146,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int tiles = used * tiles_each;
   const int steps = (p.size + kLines * kPanel - 1) / (kLines * kPanel);
   const int group = static_cast<int>(ptx::Uniform(threadIdx.x / kGroupThreads));
-  Turn<kStages> turn;
+  Ring<kStages> ring;
 
-  if (group == Shape::kGroups) {  // the warp that asks for panels
+  if (group == Shape::kGroups) {  // the warp that asks for lines
     if (!ptx::ElectOne()) return;
     int tile = blockIdx.x;
     if (tile >= tiles) {  // this grid may not end before the one that it depends on
@@ -190,44 +163,44 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       expert = p.expert_of_block[block];
     };
     const auto load_weights = [&](int step) {
-      auto& stage = shared.stages[turn.stage];
-      uint64_t* full = &shared.full[turn.stage];
+      auto& stage = shared.stages[ring.slot];
+      uint64_t* full = &shared.full[ring.slot];
       ptx::MbarrierArriveExpectTx(full, Shape::kStageBytes);
       constexpr int kMaps = Shape::kGated ? 2 : 1;
 #pragma unroll
       for (int i = 0; i < kMaps; ++i) {
 #pragma unroll
-        for (int panel = 0; panel < kLines; ++panel) {
-          ptx::TmaLoad4D(stage.weights[panel] + i * Shape::kFeatures * kLineBytes, &maps.weights[i],
-                         full, (step * kLines + panel) * kPanel, feature, expert, 0);
+        for (int line = 0; line < kLines; ++line) {
+          ptx::TmaLoad4D(stage.weights[line] + i * Shape::kFeatures * kLineBytes, &maps.weights[i],
+                         full, (step * kLines + line) * kPanel, feature, expert, 0);
         }
       }
     };
     const auto load_rows = [&](int step) {
 #pragma unroll
-      for (int panel = 0; panel < kLines; ++panel) {
-        ptx::TmaLoad5D(shared.stages[turn.stage].rows[panel], &maps.rows, &shared.full[turn.stage],
-                       (step * kLines + panel) * kPanel, row, 0, 0, 0);
+      for (int line = 0; line < kLines; ++line) {
+        ptx::TmaLoad5D(shared.stages[ring.slot].rows[line], &maps.rows, &shared.full[ring.slot],
+                       (step * kLines + line) * kPanel, row, 0, 0, 0);
       }
     };
     find();
     const int ahead = min(kStages, steps);
     for (int step = 0; step < ahead; ++step) {
       load_weights(step);
-      turn.Advance();
+      ring.Advance();
     }
     if constexpr (!Shape::kGated) ptx::WaitForPreviousKernel();
-    turn = {};
+    ring = {};
     for (int step = 0; step < ahead; ++step) {
       load_rows(step);
-      turn.Advance();
+      ring.Advance();
     }
     for (int step = ahead;; step = 0) {
       for (; step < steps; ++step) {
-        ptx::MbarrierWait(&shared.empty[turn.stage], turn.phase ^ 1);
+        ptx::MbarrierWait(&shared.empty[ring.slot], ring.parity ^ 1);
         load_weights(step);
         load_rows(step);
-        turn.Advance();
+        ring.Advance();
       }
       tile += gridDim.x;
       if (tile >= tiles) return;
@@ -238,36 +211,36 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     float sums[kParts][Shape::kRows / 2];
     const auto multiply = [&](int accumulate) {
-      ptx::MbarrierWait(&shared.full[turn.stage], turn.phase);
-      const auto& stage = shared.stages[turn.stage];
+      ptx::MbarrierWait(&shared.full[ring.slot], ring.parity);
+      const auto& stage = shared.stages[ring.slot];
       ptx::WgmmaFence();
 #pragma unroll
-      for (int panel = 0; panel < kLines; ++panel) {
-        const uint64_t rows = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.rows[panel]));
+      for (int line = 0; line < kLines; ++line) {
+        const uint64_t rows = ptx::Descriptor<ptx::KMajor>(ptx::SmemAddress(stage.rows[line]));
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           // Of the gated product all groups' first parts come first.
           const int place = Shape::kGated ? part * Shape::kGroups + group : group * kParts + part;
           const uint64_t weights = ptx::Descriptor<ptx::KMajor>(
-              ptx::SmemAddress(stage.weights[panel]) + place * kPartRows * kLineBytes);
+              ptx::SmemAddress(stage.weights[line]) + place * kPartRows * kLineBytes);
 #pragma unroll
           for (int i = 0; i < kPanel / kStep; ++i) {
-            Multiply<T>(sums[part], ptx::Advance(weights, i * kStep * 2),
-                        ptx::Advance(rows, i * kStep * 2), panel + i > 0 ? 1 : accumulate);
+            ptx::WgmmaM64<T, 0>(sums[part], ptx::Advance(weights, i * kStep * 2),
+                                ptx::Advance(rows, i * kStep * 2), line + i > 0 ? 1 : accumulate);
           }
         }
       }
       ptx::WgmmaCommit();
     };
     multiply(0);
-    int before = turn.stage;
-    turn.Advance();
+    int before = ring.slot;
+    ring.Advance();
     for (int step = 1; step < steps; ++step) {
       multiply(1);
       ptx::WgmmaWait<1>();
       ptx::MbarrierArrive(&shared.empty[before]);
-      before = turn.stage;
-      turn.Advance();
+      before = ring.slot;
+      ring.Advance();
     }
     ptx::WgmmaWait<0>();
     KeepAfter(sums);

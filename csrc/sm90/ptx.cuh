@@ -684,27 +684,8 @@ __device__ __forceinline__ void WgmmaM64N128(float* d, uint64_t a, uint64_t b) {
                : "l"(a), "l"(b));
 }
 
-// d[64 x 128] (+)= a[64 x 16] b[128 x 16]^T, both K-major in shared memory.
-template <typename T>
-__device__ __forceinline__ void WgmmaM64N128(float (&d)[64], uint64_t a, uint64_t b,
-                                             int accumulate) {
-#define FLASHMLA_WGMMA(TYPE)                                                    \
-  asm volatile(                                                                 \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                              \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE " " FLASHMLA_D64_TEXT \
-      "%64, %65, p, 1, 1, 0, 0;\n}\n"                                           \
-      : FLASHMLA_D64(d)                                                         \
-      : "l"(a), "l"(b), "r"(accumulate))
-  if constexpr (std::is_same_v<T, __half>) {
-    FLASHMLA_WGMMA("f16.f16");
-  } else {
-    FLASHMLA_WGMMA("bf16.bf16");
-  }
-#undef FLASHMLA_WGMMA
-}
-
-// d[64 x N] (+)= a[64 x 16] b[N x 16]^T for N = 16 and 32, b K-major in shared memory, a K-major
-// or, with kTransposeA, MN-major.
+// d[64 x N] (+)= a[64 x 16] b[N x 16]^T for N = 16, 32, 64 and 128, b K-major in shared memory, a
+// K-major or, with kTransposeA and N up to 32, MN-major.
 template <typename T, int kTransposeA>
 __device__ __forceinline__ void WgmmaM64(float (&d)[8], uint64_t a, uint64_t b, int accumulate) {
 #define FLASHMLA_WGMMA(TYPE)                             \
@@ -732,6 +713,29 @@ __device__ __forceinline__ void WgmmaM64(float (&d)[16], uint64_t a, uint64_t b,
       "%16, %17, p, 1, 1, %19, 0;\n}\n"                                           \
       : FLASHMLA_D16(d, 0)                                                        \
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA))
+  if constexpr (std::is_same_v<T, __half>) {
+    FLASHMLA_WGMMA("f16.f16");
+  } else {
+    FLASHMLA_WGMMA("bf16.bf16");
+  }
+#undef FLASHMLA_WGMMA
+}
+
+template <typename T, int kTransposeA>
+__device__ __forceinline__ void WgmmaM64(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(kTransposeA == 0);
+  WgmmaM64N64<T>(d, a, b, accumulate);
+}
+template <typename T, int kTransposeA>
+__device__ __forceinline__ void WgmmaM64(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(kTransposeA == 0);
+#define FLASHMLA_WGMMA(TYPE)                                                    \
+  asm volatile(                                                                 \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                              \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE " " FLASHMLA_D64_TEXT \
+      "%64, %65, p, 1, 1, 0, 0;\n}\n"                                           \
+      : FLASHMLA_D64(d)                                                         \
+      : "l"(a), "l"(b), "r"(accumulate))
   if constexpr (std::is_same_v<T, __half>) {
     FLASHMLA_WGMMA("f16.f16");
   } else {

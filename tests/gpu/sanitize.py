@@ -214,8 +214,6 @@ def run_few_tokens() -> None:
 
 def run_experts() -> None:
     """Tokens that make blocks of 16, 64 and 128 rows for their experts."""
-    import functools
-
     import jax
     import test_moe_on_a_gpu
 
@@ -223,11 +221,8 @@ def run_experts() -> None:
 
     for tokens in (16, 200, 400):
         case = test_moe_on_a_gpu.make(8, tokens, 2, 328, 1032, jax.numpy.bfloat16)
-        exact = jax.tree.map(
-            lambda x: x.astype("float32") if x.dtype == jax.numpy.bfloat16 else x, case
-        )
-        want = jax.jit(functools.partial(moe._loop, precision="highest"))(*exact)
-        error = test_moe_on_a_gpu.relative_error(jax.jit(moe.routed_experts)(*case), want)
+        out, want = jax.jit(moe.routed_experts)(*case), test_moe_on_a_gpu.exact(case)
+        error = test_moe_on_a_gpu.relative_error(out, want)
         assert error < 8e-3, (tokens, error)
         print(f"experts of {tokens} tokens: correct", flush=True)
 

@@ -33,6 +33,16 @@ def make(num_experts, num_tokens, k, hidden, size, dtype):
     return weights, tokens, jnp.asarray(experts, jnp.int32), shares
 
 
+def in_float32(case):
+    """The same numbers: what is not of float32 or of integers is brought there."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype.itemsize == 2 else x, case)
+
+
+def exact(case):
+    """By the loop, in float32."""
+    return jax.jit(functools.partial(moe._loop, precision="highest"))(*in_float32(case))
+
+
 def relative_error(got, want):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -59,9 +69,7 @@ def test_matches_the_loop(num_experts, num_tokens, k, hidden, size, dtype):
     run = jax.jit(moe.routed_experts)
     text = run.lower(*case).as_text()
     assert (_ffi.GROUPED_MLP in text) == (num_tokens * k > moe._FEW_ROWS)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, case)
-    want = jax.jit(functools.partial(moe._loop, precision="highest"))(*exact)
-    assert relative_error(run(*case), want) < (8e-3 if dtype == jnp.bfloat16 else 1e-3)
+    assert relative_error(run(*case), exact(case)) < (8e-3 if dtype == jnp.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
@@ -99,8 +107,8 @@ def test_blocks(rows, dtype):
         a = a / (1 + np.exp(-a)) * (x[block] @ u[expert].T)
         tolerance = 4e-3 if dtype == jnp.bfloat16 else 5e-4
         assert relative_error(act[block], a) < tolerance
-        exact = np.asarray(act[block], np.float64) @ d[expert].T
-        assert relative_error(out[block], exact) < tolerance
+        product = np.asarray(act[block], np.float64) @ d[expert].T
+        assert relative_error(out[block], product) < tolerance
 
 
 @pytest.mark.parametrize("share", [0.3, 1])
@@ -114,8 +122,7 @@ def test_experts_that_are_nobodys(share):
         jnp.where(is_nobodys, 8 + np.arange(4), experts),
         jnp.where(is_nobodys, 0, shares),
     )
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, case)
-    want = jax.jit(functools.partial(moe._loop, precision="highest"))(*exact)
+    want = exact(case)
     run = jax.jit(lambda *case: [moe.routed_experts(*case) for _ in range(2)])
     with_nan = jax.jit(lambda: jnp.full((64, 1024), jnp.nan, jnp.bfloat16))
     for _ in range(3):
@@ -150,11 +157,12 @@ def test_exported_for_any_number_of_tokens():
 
 
 def test_no_block_is_used():
-    of_block = jnp.full(3, 5, jnp.int32)
-    gate, down = jnp.zeros((5, 64, 64), jnp.bfloat16), jnp.zeros((5, 64, 64), jnp.bfloat16)
-    shapes = [jax.ShapeDtypeStruct((3, 16, 64), jnp.bfloat16)] * 2
-    call = jax.jit(jax.ffi.ffi_call(_ffi.GROUPED_MLP, shapes))
-    jax.block_until_ready(call(jnp.zeros((3, 16, 64), jnp.bfloat16), of_block, gate, gate, down))
+    """Then nothing is written: the tokens, in whose place results would be, are as they were."""
+    of_block, tokens = jnp.full(3, 5, jnp.int32), jnp.ones((3, 16, 64), jnp.bfloat16)
+    weight = jnp.zeros((5, 64, 64), jnp.bfloat16)
+    shapes = [jax.ShapeDtypeStruct(tokens.shape, tokens.dtype)] * 2
+    call = jax.jit(jax.ffi.ffi_call(_ffi.GROUPED_MLP, shapes, input_output_aliases={0: 0}))
+    np.testing.assert_array_equal(call(tokens, of_block, weight, weight, weight)[0], tokens)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +187,6 @@ def test_bad_arguments(change, message):
 
 def test_derivative():
     case = make(8, 100, 2, 64, 32, jnp.bfloat16)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, case)
 
     def loss(run, weights, tokens, experts, shares):
         return jnp.sum(run(weights, tokens, experts, shares).astype(jnp.float32) ** 2)
@@ -188,6 +195,6 @@ def test_derivative():
         return jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1, 3)))(*case)
 
     got = gradient(moe.routed_experts, case)
-    want = gradient(functools.partial(moe._loop, precision="highest"), exact)
+    want = gradient(functools.partial(moe._loop, precision="highest"), in_float32(case))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(x, y) < 3e-2

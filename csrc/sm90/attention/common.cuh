@@ -24,6 +24,20 @@ static_assert(kPanels == kPanelsV + 1);
 enum Unit : int { kLeftHalf, kRightHalf, kRope, kUnits };
 inline constexpr int kHalfPanels = kPanelsV / 2;
 
+// A place in a ring of kSize, and the parity of the round.
+template <int kSize>
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance(int by = 1) {
+    slot += by;
+    if (slot >= kSize) {
+      slot -= kSize;
+      parity ^= 1;
+    }
+  }
+};
+
 __device__ __forceinline__ uint32_t Pack(__nv_bfloat16, float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);

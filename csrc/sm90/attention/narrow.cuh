@@ -64,20 +64,6 @@ struct Maps {
   CUtensorMap queries;  // the queries in boxes of a panel of a tile
 };
 
-// A place in a ring of kSize, and the parity of the round.
-template <int kSize>
-struct Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Advance(int by = 1) {
-    slot += by;
-    if (slot >= kSize) {
-      slot -= kSize;
-      parity ^= 1;
-    }
-  }
-};
-
 // The panels of a block follow each other in the ring: those of V, then RoPE.
 template <int kRows>
 __device__ inline void LoadPages(const DenseDecodeParams& p, const CUtensorMap& map,
