@@ -32,10 +32,9 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kGroupThreads = 128;
-constexpr int kPartRows = 64;        // of weights, in one wgmma
-constexpr int kStep = 16;            // numbers of a row that one wgmma multiplies
-constexpr int kAlignment = 1024;     // of swizzled lines; dynamic shared memory is not so aligned
-constexpr int kBarrierBytes = 1024;  // at most
+constexpr int kPartRows = 64;           // of weights, in one wgmma
+constexpr int kStep = 16;               // numbers of a row that one wgmma multiplies
+constexpr int kBarrierBytes = 1024;     // at most
 constexpr int kLineBytes = kPanel * 2;  // of a row: a line, swizzled
 
 // A tile: of each warpgroup kParts times kPartRows rows of weights. Of the gated product the first
@@ -51,11 +50,13 @@ struct Tile {
   // Where weights are what there is to read, two lines of a row follow each other, as memory has
   // it.
   static constexpr int kLines = kRows > 64 ? 1 : 2;
+  // An expert with many rows has several blocks, which read the same weights.
+  static constexpr uint64_t kPolicy = kRows > 64 ? ptx::kEvictNormal : ptx::kEvictFirst;
   static constexpr int kWeightRows = kGroups * kParts * kPartRows;
   static constexpr int kFeatures = kGated ? kWeightRows / 2 : kWeightRows;
   static constexpr int kThreads = kGroups * kGroupThreads + kWarp;
   static constexpr int kStageBytes = kLines * (kWeightRows + kRows) * kLineBytes;
-  static constexpr int kStages = (kMaxSharedBytes - kAlignment - kBarrierBytes) / kStageBytes;
+  static constexpr int kStages = (kMaxSharedBytes - kBarrierBytes) / kStageBytes;
   static_assert(kStages >= 3, "two for products that are under way, and one that is loaded");
 };
 
@@ -120,11 +121,11 @@ __device__ __forceinline__ void Store(const float (&d)[kRows / 2], const Product
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     Kernel(const Product p, const __grid_constant__ Maps maps) {
-  extern __shared__ uint8_t unaligned[];
+  extern __shared__ __align__(1024) uint8_t raw[];
   constexpr int kStages = Shape::kStages, kLines = Shape::kLines, kParts = Shape::kParts;
-  auto& shared = *reinterpret_cast<SharedMemory<Shape>*>(
-      unaligned + (kAlignment - ptx::SmemAddress(unaligned) % kAlignment) % kAlignment);
+  auto& shared = *reinterpret_cast<SharedMemory<Shape>*>(raw);
   if (threadIdx.x == 0) {
+    if (ptx::SmemAddress(raw) % 1024 != 0) __trap();  // swizzled lines need it
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
       ptx::MbarrierInit(&shared.full[i], 1);
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
         for (int line = 0; line < kLines; ++line) {
           ptx::TmaLoad4D(stage.weights[line] + i * Shape::kFeatures * kLineBytes, &maps.weights[i],
-                         full, (step * kLines + line) * kPanel, feature, expert, 0);
+                         full, (step * kLines + line) * kPanel, feature, expert, 0, Shape::kPolicy);
         }
       }
     };
@@ -301,8 +302,7 @@ Status LaunchProduct(const GroupedMlpParams& p, int multiprocessors, cudaStream_
   const int64_t tiles = p.blocks * ((features + Shape::kFeatures - 1) / Shape::kFeatures);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(multiprocessors, tiles));
   return Launch(Kernel<T, Shape>, dim3(blocks), Shape::kThreads,
-                static_cast<int>(sizeof(SharedMemory<Shape>)) + kAlignment, 1, stream, product,
-                maps);
+                static_cast<int>(sizeof(SharedMemory<Shape>)), 1, stream, product, maps);
 }
 
 template <typename T, int kRows>

@@ -413,16 +413,18 @@ __device__ __forceinline__ void TmaLoad5D(void* destination, const CUtensorMap* 
       : "memory");
 }
 
-// For what is read once: the L2 cache gives it up first.
+// What is read once the L2 cache gives up first; other things when their turn comes.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+inline constexpr uint64_t kEvictNormal = 0x1000000000000000;
 
-// The same, of such.
+// The same, of what is read once unless `policy` says otherwise.
 __device__ __forceinline__ void TmaLoad4D(void* destination, const CUtensorMap* map,
-                                          uint64_t* barrier, int c0, int c1, int c2, int c3) {
+                                          uint64_t* barrier, int c0, int c1, int c2, int c3,
+                                          uint64_t policy = kEvictFirst) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(SmemAddress(destination)),
-      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst)
+      "l"(map), "r"(SmemAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
       : "memory");
 }
 // The same, to that place in each block of the cluster whose bit is set in `blocks`; the barriers
