@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from flashmla_jax.models import moe
+from flashmla_jax.ops import routed_experts as moe
 
 # Of DeepSeek-V2-Lite.
 EXPERTS, CHOSEN, HIDDEN, SIZE = 64, 6, 2048, 1408

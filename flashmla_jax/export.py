@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from jax.export import DisabledSafetyCheck
 
-from flashmla_jax.ops import _ffi, _sharding
+from flashmla_jax.ops import (
+    _ffi,
+    _sharding,
+    routed_experts,  # noqa: F401 - registers its target, which exported programs may call
+)
 
 # cuDNN's attention.
 _OF_JAX = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")

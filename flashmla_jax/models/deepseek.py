@@ -16,7 +16,7 @@ more: it reads the hidden state of each token beside the embedding of the token 
 (`mtp_extend`, `mtp_decode`), and has a layer of the cache to itself, the one after the model's.
 
 Parameters are nested dicts with the checkpoint's names and Flax's leaves, kernels `[in, out]`;
-those of routed experts lie as in the checkpoint, see `flashmla_jax.models.moe`:
+those of routed experts lie as in the checkpoint, see `flashmla_jax.ops.routed_experts`:
 
     embed_tokens.embedding                      [vocab, hidden]
     layers[i].input_layernorm.scale             [hidden]
@@ -76,7 +76,8 @@ from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.layers import dsa, mla
 from flashmla_jax.layers.indexer import IndexerConfig
 from flashmla_jax.layers.mla import MLAConfig, Params, YarnScaling
-from flashmla_jax.models import few_tokens, moe
+from flashmla_jax.models import few_tokens
+from flashmla_jax.ops.routed_experts import Experts, routed_experts
 
 _State = TypeVar("_State")
 
@@ -963,8 +964,8 @@ def _moe(params: Params, config: DeepSeekConfig, x: jax.Array) -> jax.Array:
         is_identity = experts >= config.n_routed_experts
         identity = jnp.where(is_identity, shares, 0).sum(axis=-1, keepdims=True)
         shares = jnp.where(is_identity, 0, shares)
-    kernels = moe.Experts.of(params["experts"])
-    out = moe.routed_experts(kernels, tokens, experts, shares, _precision(tokens.dtype))
+    kernels = Experts.of(params["experts"])
+    out = routed_experts(kernels, tokens, experts, shares, _precision(tokens.dtype))
     if config.zero_expert_num:
         out = out + (identity * tokens).astype(out.dtype)
     out = out.reshape(x.shape)

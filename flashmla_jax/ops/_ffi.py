@@ -50,7 +50,7 @@ INDEX_TOPK: Final = "flashmla_index_topk_v1"
 # Of models.few_tokens, on a GPU only.
 FEW_TOKENS: Final = "flashmla_few_tokens_v2"
 FEW_LOGITS: Final = "flashmla_few_logits_v1"
-# Of models.moe, on a GPU only.
+# Of routed_experts, on a GPU only.
 GROUPED_MLP: Final = "flashmla_grouped_mlp_v1"
 TARGETS: Final = (
     DENSE_DECODE,
@@ -231,7 +231,13 @@ def register_lowerings(
             # A module for several platforms takes this way only on those that have none of theirs.
             name = platform or "/".join(p for p in module.platforms if p not in kernels)
             reason = why_no_kernel(name, elsewhere=module.lowering_parameters.for_export)
-            if platform and _sharding.is_divided(ctx):
+            if sharding.summed and _sharding.is_partly_manual(ctx):
+                # There the partitioner numbers devices in ways of its own, which sums do not know.
+                reason = (
+                    f"{primitive} is inside shard_map over some axes of the mesh and divided by "
+                    "XLA over others; over all axes, or outside shard_map, kernels run"
+                )
+            elif platform and _sharding.is_divided(ctx):
                 runs = "reference" if reason else " ".join(TARGETS)
                 return lower_divided(platform, runs, ctx, *operands, **params)
             if reason is None and lower_kernel is not None:

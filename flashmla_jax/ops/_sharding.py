@@ -16,6 +16,7 @@ the same way.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import functools
 import itertools
@@ -29,8 +30,9 @@ import numpy as np
 from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flashmla_jax._private import xla_bridge
 from flashmla_jax._private import xla_client as xla
@@ -46,6 +48,7 @@ VERSION = "v2"
 _REVISION = 2
 
 Axes = tuple[str, ...]
+Groups = tuple[tuple[int, ...], ...]  # of devices
 
 
 def _factors(axis: str) -> Axes:
@@ -65,17 +68,24 @@ class Rule:
     results: tuple[Axes, ...]
     divided: Axes
     """The axes that may be divided. All others are whole on every device."""
-    pool: str
-    """The operand that is too large to be gathered: its other axes must be whole beforehand."""
     small: tuple[str, ...]
     """The operands that may be gathered without a word."""
     advice: str
     """What to do about an axis that cannot be divided."""
+    pool: str | None = None
+    """The operand that is too large to be gathered: its other axes must be whole beforehand."""
+    summed: Axes = ()
+    """Divided axes that the result is a sum over, which devices add up, each with its part."""
 
     @property
     def leading(self) -> str:
         """The operand whose sharding the others follow."""
         return next(operand for operand in self.operands if operand != self.pool)
+
+    @property
+    def leading_summed(self) -> str:
+        """Of those with axes that the result is a sum over."""
+        return next(x for x, axes in self.operands.items() if set(self.summed) <= set(axes))
 
     def over(self, mapped: tuple[bool, ...]) -> Rule:
         """The rule with mapped axes in front, as _mapped.py has them. They may be divided."""
@@ -98,6 +108,8 @@ class Rule:
             for axes, shape in zip(self.operands.values(), operands, strict=True)
             for axis, n in zip(axes, shape, strict=True)
         }
+        if "h_kv" not in size:
+            return size
         group = size.get("h_q", size["h_kv"]) // size["h_kv"]
         return size | {"kv_head": size["h_kv"], "group": group}
 
@@ -111,11 +123,23 @@ class Rule:
 def is_divided(ctx: Any) -> bool:
     """Whether a lowering's program runs on several devices, among which XLA divides arrays."""
     context = ctx.module_context.axis_context
-    if hasattr(context, "manual_axes"):  # inside `shard_map`
-        # Of nested ones, jax 0.9 has only the inner one's axes here, and all in the types.
-        manual = {*context.manual_axes, *ctx.avals_in[0].sharding.mesh.manual_axes}
+    if manual := _manual_axes(ctx):
         return not set(context.mesh.axis_names) <= manual
     return (getattr(context, "num_devices", None) or 1) > 1
+
+
+def is_partly_manual(ctx: Any) -> bool:
+    """Whether `shard_map` divides arrays over some axes of the mesh, and XLA over others."""
+    return bool(_manual_axes(ctx)) and is_divided(ctx)
+
+
+def _manual_axes(ctx: Any) -> set[str]:
+    """The axes of the `shard_map`s that a lowering is for the inside of."""
+    context = ctx.module_context.axis_context
+    if not hasattr(context, "manual_axes"):
+        return set()
+    # Of nested ones, jax 0.9 has only the inner one's axes here, and all in the types.
+    return {*context.manual_axes, *ctx.avals_in[0].sharding.mesh.manual_axes}
 
 
 def register(primitive: Primitive, rule: Rule, name: str) -> Callable[..., Any]:
@@ -140,7 +164,7 @@ def register(primitive: Primitive, rule: Rule, name: str) -> Callable[..., Any]:
     )
 
     def lower(platform: str, kernels: str, ctx: Any, *operands: Any, **params: Any) -> Any:
-        over = rule.over(params["mapped"])
+        over = rule.over(params.get("mapped", ()))
         shapes = [x.shape for x in ctx.avals_in]
         if not all(isinstance(size, int) for shape in shapes for size in shape):
             raise NotImplementedError(
@@ -321,6 +345,7 @@ class _Layout:
     def __init__(self, rule: Rule, sizes: dict[str, int], axes: Axes, sharding: Any) -> None:
         self.uneven: list[str] = []  # axes that stay whole, because they cannot be divided so
         self._rule = rule
+        self._sizes = sizes
         self._factors: list[str] = []
         # Devices by their parts of each factor; then those that have the same parts; then those
         # that a `shard_map` around this op divides arrays over.
@@ -353,6 +378,45 @@ class _Layout:
     def parts(self) -> int:
         """Into how many parts the work is divided."""
         return 1 if self._devices is None else math.prod(self._devices.shape[:-2])
+
+    def divided_by(self, other: _Layout) -> _Layout:
+        """Devices that have the same parts here share the work by the other's parts.
+
+        They do so as far as they have different ones of them, in the same order: all where the two
+        divide over different axes of a mesh, and none where over the same.
+        """
+        if self._devices is None:
+            return other
+        if other._devices is None or not other._factors:
+            return self
+        (factor,) = other._factors
+        parts = other._devices.reshape(len(other._devices), -1)
+        part_of = np.zeros(parts.max() + 1, np.int64)
+        part_of[parts] = np.arange(len(parts))[:, None]
+        owned = part_of[self._devices]
+        order = np.argsort(owned, axis=-2, kind="stable")
+        owned = np.take_along_axis(owned, order, axis=-2)
+        copies = owned.shape[-2]
+        count = len(np.unique(owned[..., 0][(0,) * (owned.ndim - 2)]))
+        even = np.repeat(np.arange(count), copies // count)
+        rank = (np.diff(owned, axis=-2, prepend=owned[..., :1, :]) > 0).cumsum(axis=-2)
+        if copies % count or not (rank == even[:, None]).all() or self._sizes[factor] % count:
+            return self
+        devices = np.take_along_axis(self._devices, order, axis=-2)
+        new = copy.copy(self)
+        new._factors = [*self._factors, factor]
+        new._devices = devices.reshape(*devices.shape[:-2], count, copies // count, -1)
+        return new
+
+    def sums(self) -> Groups:
+        """The devices that add up their results, if there are several."""
+        summed = [i for i, x in enumerate(self._factors) if x in self._rule.summed]
+        if self._devices is None or not summed:
+            return ()
+        rest = [i for i in range(self._devices.ndim) if i not in summed]
+        groups = self._devices.transpose(rest + summed)
+        groups = groups.reshape(-1, math.prod(groups.shape[len(rest) :]))
+        return tuple(map(tuple, groups.tolist())) if groups.shape[1] > 1 else ()
 
     def sharding(self, axes: Axes) -> Any:
         """That of an array."""
@@ -401,7 +465,7 @@ def _partition(
 ) -> tuple[bytes, list[Any], Any]:
     """The program for one device, and how its operands and results are to be divided."""
     platform, params, *_ = ast.literal_eval(config.decode())
-    rule = rule.over(params["mapped"])
+    rule = rule.over(params.get("mapped", ()))
     shapes = [x.dimensions() for x in operands]
     sizes = rule.sizes(shapes)
     several = result.is_tuple()
@@ -412,21 +476,26 @@ def _partition(
     ]
     # Where results are to be whole and queries are not, results travel, and work is divided.
     layout = max(layouts, key=lambda x: x.parts)
+    if rule.summed:
+        place = list(rule.operands).index(rule.leading_summed)
+        axes = rule.operands[rule.leading_summed]
+        layouts.append(_Layout(rule, sizes, axes, operand_shardings[place]))
+        layout = layouts[-1].divided_by(layout)
     needed = [layout.sharding(axes) for axes in rule.operands.values()]
     given = [layout.sharding(axes) for axes in rule.results]
     _explain_uneven(sizes, layouts)
     for name, before, after in zip(rule.operands, operand_shardings, needed, strict=True):
         _check(rule, name, before, after)
-    pool = rule.operands[rule.pool]
+    pool = rule.operands[rule.pool] if rule.pool else None
     for axes, before, after in zip(rule.results, given, wanted, strict=True):
         if axes == pool and (moved := _moved(before, after, len(axes))):
-            raise ValueError(_conflict(rule, moved[0]))
+            raise ValueError(_conflict(rule, moved[0], axes[moved[0]]))
     local = tuple(
         (tuple(sharding.tile(x).dimensions()), np.dtype(x.numpy_dtype()))
         for sharding, x in zip(needed, operands, strict=True)
     )
     return (
-        _program(primitive, platform, tuple(sorted(params.items())), local),
+        _program(primitive, platform, tuple(sorted(params.items())), local, layout.sums()),
         needed,
         xla.HloSharding.tuple_sharding(result, given) if several else given[0],
     )
@@ -437,7 +506,7 @@ def _infer(
 ) -> Any:
     """How results are divided where operands are; Shardy has its own rule for this."""
     _, params, *_ = ast.literal_eval(config.decode())
-    rule = rule.over(params["mapped"])
+    rule = rule.over(params.get("mapped", ()))
     sizes = rule.sizes([x.dimensions() for x in operands])
     axes = next(iter(rule.operands.values()))
     layout = _Layout(rule, sizes, axes, operand_shardings[0])
@@ -462,7 +531,7 @@ def _check(rule: Rule, operand: str, given: Any, needed: Any) -> None:
     if operand == rule.pool:
         for dimension in moved:
             if axes[dimension] in rule.divided:
-                raise ValueError(_conflict(rule, dimension))
+                raise ValueError(_conflict(rule, dimension, axes[dimension]))
             raise ValueError(f"{rule.problem(operand, dimension)}. {rule.advice}")
         for dimension, axis in enumerate(axes):
             parts, wanted = (_parts_along(x, dimension) for x in (given, needed))
@@ -480,10 +549,16 @@ def _check(rule: Rule, operand: str, given: Any, needed: Any) -> None:
         if operand not in rule.small and axes[dimension] not in rule.divided:
             problem = rule.problem(operand, dimension)
             warnings.warn(f"{problem}. XLA gathers it.", stacklevel=2)
+        elif operand not in rule.small and axes[dimension] in rule.summed:
+            warnings.warn(
+                f"{operand} is divided along axis {dimension} ({axes[dimension]}) otherwise than "
+                f"{rule.leading_summed}: XLA moves it between devices at every call. Divide them "
+                "alike.",
+                stacklevel=2,
+            )
 
 
-def _conflict(rule: Rule, dimension: int) -> str:
-    axis = rule.operands[rule.pool][dimension]
+def _conflict(rule: Rule, dimension: int, axis: str) -> str:
     return (
         f"{rule.pool} is divided along axis {dimension} ({axis}) otherwise than {rule.leading} or "
         "the results are, so that XLA would move it between devices: divide them alike"
@@ -519,8 +594,40 @@ def _program(
     platform: str,
     params: tuple[tuple[str, Any], ...],
     operands: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...],
+    sums: Groups,
 ) -> bytes:
-    op = functools.partial(primitive.bind, **dict(params))
+    def op(*operands: jax.Array) -> list[jax.Array]:
+        results = primitive.bind(*operands, **dict(params))
+        return [_sum_p.bind(x, groups=sums) for x in results] if sums else results
+
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands]
-    lowered = jax.jit(op).trace(*shapes).lower(lowering_platforms=(platform,))
+    # Within `jax.set_mesh`, jax 0.12 would make it a program for all devices of that mesh.
+    with jax.set_mesh(Mesh(jax.local_devices()[:1], ("one",), axis_types=(AxisType.Auto,))):
+        lowered = jax.jit(op).trace(*shapes).lower(lowering_platforms=(platform,))
     return mlir.module_to_bytecode(lowered.compiler_ir())
+
+
+# The sum over devices, where there are no named axes, as `psum` would have them.
+_sum_p = Primitive("sum_over_devices")
+_sum_p.def_abstract_eval(lambda x, groups: x)
+
+
+def _lower_sum(ctx: Any, x: Any, *, groups: Groups) -> Any:
+    del ctx
+    call = stablehlo.AllReduceOp(
+        [x.type],
+        [x],
+        replica_groups=ir.Attribute.parse(
+            f"dense<{list(map(list, groups))}> : tensor<{len(groups)}x{len(groups[0])}xi64>"
+        ),
+        channel_handle=stablehlo.ChannelHandle.get(handle=1, type=1),  # the partitioner numbers it
+        use_global_device_ids=True,
+    )
+    scalar = ir.RankedTensorType.get([], ir.RankedTensorType(x.type).element_type)
+    block = call.regions[0].blocks.append(scalar, scalar)
+    with ir.InsertionPoint(block):
+        stablehlo.return_([stablehlo.add(*block.arguments)])
+    return call.results
+
+
+mlir.register_lowering(_sum_p, _lower_sum)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import experts, model
-from flashmla_jax.models import moe
+from flashmla_jax.ops import routed_experts as moe
 
 
 def test_the_published_sizes() -> None:

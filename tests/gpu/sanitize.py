@@ -215,14 +215,14 @@ def run_few_tokens() -> None:
 def run_experts() -> None:
     """Tokens that make blocks of 16, 64 and 128 rows for their experts."""
     import jax
-    import test_moe_on_a_gpu
+    import test_routed_experts_on_a_gpu
 
-    from flashmla_jax.models import moe
+    from flashmla_jax.ops import routed_experts as moe
 
     for tokens in (16, 200, 400):
-        case = test_moe_on_a_gpu.make(8, tokens, 2, 328, 1032, jax.numpy.bfloat16)
-        out, want = jax.jit(moe.routed_experts)(*case), test_moe_on_a_gpu.exact(case)
-        error = test_moe_on_a_gpu.relative_error(out, want)
+        case = test_routed_experts_on_a_gpu.make(8, tokens, 2, 328, 1032, jax.numpy.bfloat16)
+        out, want = jax.jit(moe.routed_experts)(*case), test_routed_experts_on_a_gpu.exact(case)
+        error = test_routed_experts_on_a_gpu.relative_error(out, want)
         assert error < 8e-3, (tokens, error)
         print(f"experts of {tokens} tokens: correct", flush=True)
 

@@ -1,11 +1,10 @@
-"""The mixture of experts against NumPy in float64."""
+"""The routers against NumPy in float64."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -15,13 +14,11 @@ import pytest
 from jaxprs import has_precision, products
 
 from flashmla_jax.cache.paged import PagedKVCache
-from flashmla_jax.models import deepseek, init_params, moe
+from flashmla_jax.models import deepseek, init_params
 from flashmla_jax.models.deepseek import DeepSeekConfig
-from flashmla_jax.ops import _ffi
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-ROOT = Path(__file__).parents[2]
 GOLDENS = Path(__file__).parent / "goldens"
 V3_JSON = json.loads((GOLDENS / "deepseek_v3" / "config.json").read_text())
 V2_JSON = json.loads((GOLDENS / "deepseek_v2_lite" / "config.json").read_text())
@@ -133,194 +130,6 @@ def test_weights_that_vanish_are_divided_safely():
     params = {"kernel": np.full((1, 8), -200, np.float32), "e_score_correction_bias": np.zeros(8)}
     _, weights = deepseek._route(params, config, np.ones((3, 1), np.float32))
     np.testing.assert_array_equal(weights, 0)
-
-
-# --- The experts ---------------------------------------------------------------------------------
-
-
-HIDDEN, SIZE = 32, 64
-
-
-def make_experts(num_experts: int, num_tokens: int, k: int, seed: int = 0) -> dict:
-    rng = np.random.default_rng(seed)
-
-    def weight(*shape: int) -> np.ndarray:
-        return rng.standard_normal((num_experts, *shape)).astype(np.float32) * 0.2
-
-    return {
-        "weights": moe.Experts(weight(SIZE, HIDDEN), weight(SIZE, HIDDEN), weight(HIDDEN, SIZE)),
-        "tokens": rng.standard_normal((num_tokens, HIDDEN)).astype(np.float32) * 0.3,
-        "experts": np.stack(
-            [rng.permutation(num_experts)[:k].astype(np.int32) for _ in range(num_tokens)]
-        ),
-        "shares": rng.random((num_tokens, k)).astype(np.float32),
-    }
-
-
-def oracle_experts(weights, tokens, experts, shares) -> np.ndarray:
-    """Token by token and expert by expert, in float64; experts past the last give nothing."""
-    gate, up, down = (weight.astype(np.float64) for weight in weights)
-    out = np.zeros(tokens.shape)
-    for t, x in enumerate(tokens.astype(np.float64)):
-        for e, share in zip(experts[t], shares[t].astype(np.float64), strict=True):
-            if e < len(gate):
-                g = gate[e] @ x
-                out[t] += share * (down[e] @ (g / (1 + np.exp(-g)) * (up[e] @ x)))
-    return out
-
-
-def blocks_of_experts(target, results, **_):
-    """In place of the kernels' call: what they write, and NaN where they write nothing."""
-    assert target == _ffi.GROUPED_MLP
-    shapes = [(x.shape, x.dtype) for x in results]
-
-    def call(rows, expert_of_block, *weights):
-        gate, up, down = (x.at[expert_of_block].get(mode="fill") for x in weights)
-        act = jax.nn.silu(jnp.einsum("bri,boi->bro", rows, gate))
-        act *= jnp.einsum("bri,boi->bro", rows, up)
-        out = jnp.einsum("bri,boi->bro", act, down)
-        assert [(x.shape, x.dtype) for x in (out, act)] == shapes
-        return out, act
-
-    return call
-
-
-@pytest.fixture(params=["_loop", "_fused", "_grouped"])
-def run(request, monkeypatch):
-    """Each way to multiply, but for the kernels themselves."""
-    monkeypatch.setattr(jax.ffi, "ffi_call", blocks_of_experts)
-    way = getattr(moe, request.param)
-    return lambda **case: way(**jax.tree.map(jnp.asarray, case))
-
-
-@pytest.mark.parametrize(
-    "routing", ["random", "all to the same", "few tokens", "nobody's", "sorted"]
-)
-def test_experts_match_float64(run, routing, monkeypatch):
-    num_tokens, k, num_experts = (3, 2, 40) if routing == "few tokens" else (150, 3, 7)
-    case = make_experts(num_experts, num_tokens, k)
-    if routing == "all to the same":
-        case["experts"][:] = [4, 1, 6]
-    if routing in ("nobody's", "sorted"):
-        case["experts"][::2, 1] = 7 + np.arange(75)  # past the last
-        case["shares"][::2, 1] = 0
-    if routing == "sorted":
-        monkeypatch.setattr(moe, "_ROWS_COUNTED", 0)
-    out = jax.jit(lambda case: run(**case))(case)
-    np.testing.assert_allclose(out, oracle_experts(**case), atol=1e-5)
-
-
-@pytest.mark.parametrize("what", ["weights", "tokens", "shares"])
-def test_the_derivative_is_that_of_the_definition(run, what):
-    """Along a random direction, against differences of the float64 sum."""
-    case = make_experts(5, 9, 2)
-    rng = np.random.default_rng(7)
-    upwards = rng.standard_normal((9, HIDDEN))
-    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), case[what])
-
-    def loss(x):
-        return (run(**{**case, what: x}) * upwards).sum()
-
-    gradient = jax.jit(jax.grad(loss))(case[what])
-    slope = sum(
-        np.vdot(g, d)
-        for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
-    )
-
-    def moved(step: float) -> float:
-        x = jax.tree.map(lambda x, d: x + step * d.astype(np.float64), case[what], direction)
-        return float((oracle_experts(**{**case, what: x}) * upwards).sum())
-
-    assert slope == pytest.approx((moved(1e-4) - moved(-1e-4)) / 2e-4, rel=1e-4)
-
-
-def test_experts_have_no_capacity(run):
-    """A token's output does not depend on those beside it, however many want its experts."""
-    case = make_experts(4, 60, 2)
-    case["experts"][:] = [1, 2]
-    alone = {name: case[name][:1] for name in ("tokens", "experts", "shares")}
-    np.testing.assert_allclose(
-        run(**case)[:1], run(weights=case["weights"], **alone), rtol=1e-5, atol=1e-6
-    )
-
-
-def shapes_of(num_experts: int) -> dict:
-    """Six tokens of a decode step, which choose four experts each."""
-    return {
-        "weights": moe.Experts(*(jax.ShapeDtypeStruct((num_experts, 8, 8), jnp.float32),) * 3),
-        "tokens": jax.ShapeDtypeStruct((6, 8), jnp.float32),
-        "experts": jax.ShapeDtypeStruct((6, 4), jnp.int32),
-        "shares": jax.ShapeDtypeStruct((6, 4), jnp.float32),
-    }
-
-
-def test_experts_do_not_multiply_every_token_with_every_expert():
-    """The loop runs over blocks of rows, whose number does not follow that of the experts."""
-
-    def num_blocks(num_experts: int) -> int:
-        jaxpr = jax.make_jaxpr(lambda case: moe._loop(**case))(shapes_of(num_experts)).jaxpr
-        (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
-        return scan.params["length"]
-
-    assert num_blocks(256) == num_blocks(64) == 24  # one for each of 6 x 4 rows at most
-
-
-def test_on_the_cpu_a_step_does_not_read_every_expert():
-    """Temporary memory would hold masked rows for each of them."""
-    compiled = jax.jit(moe.routed_experts).lower(**shapes_of(256)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 256 * 24 * 8 * 4 / 4
-
-
-@pytest.mark.parametrize("is_built", [True, False])
-def test_what_is_lowered_for_a_gpu(monkeypatch, is_built):
-    """More rows than a sum of products is for: the kernels, where there are any, or the loop."""
-    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_: None if is_built else "there is none")
-
-    def lowered(dtype, size=8):
-        shapes = shapes_of(256)
-        weights = shapes["weights"]
-        weights = weights._replace(
-            gate=weights.gate.update(shape=(256, size, 8)),
-            up=weights.up.update(shape=(256, size, 8)),
-            down=weights.down.update(shape=(256, 8, size)),
-        )
-        shapes = jax.tree.map(
-            lambda x: x.update(dtype=dtype) if x.dtype == jnp.float32 else x,
-            {**shapes, "weights": weights},
-        )
-        traced = jax.jit(lambda **case: moe.routed_experts(**case)).trace(**shapes)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    for dtype in (jnp.bfloat16, jnp.float16):
-        text = lowered(dtype)
-        assert (_ffi.GROUPED_MLP in text) == is_built
-        assert ("stablehlo.while" in text) != is_built
-    for other in (lowered(jnp.float32), lowered(jnp.bfloat16, size=12)):
-        assert _ffi.GROUPED_MLP not in other
-        assert "stablehlo.while" in other
-
-
-def test_inside_shard_map(monkeypatch):
-    """Tokens differ between devices, and experts do not: kernels or not, that is a program."""
-    monkeypatch.setattr(_ffi, "why_no_kernel", lambda *_: None)
-    case = make_experts(7, 30, 3)
-    case = {
-        name: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16 if x.dtype != int else x.dtype), x)
-        if name in ("weights", "tokens")
-        else jnp.asarray(x)
-        for name, x in case.items()
-    }
-    mesh = jax.sharding.Mesh(jax.devices("cpu")[:1], ("d",))
-    divided = jax.sharding.PartitionSpec("d")
-    specs = (jax.sharding.PartitionSpec(), divided, divided, divided)
-    run = jax.shard_map(moe.routed_experts, mesh=mesh, in_specs=specs, out_specs=divided)
-    out = jax.jit(run)(*case.values())
-    np.testing.assert_array_equal(out, jax.jit(moe._loop)(**case))
-
-
-def test_same_numbers_in_c():
-    text = (ROOT / "csrc" / "params.h").read_text()
-    assert re.findall(r"kGroupedAlignment = (\d+);", text) == [str(moe._ALIGNMENT)]
 
 
 # --- Float32 is exact ----------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from flashmla_jax.export import export_disabled_checks
-from flashmla_jax.models import moe
 from flashmla_jax.ops import _ffi
+from flashmla_jax.ops import routed_experts as moe
 
 pytestmark = pytest.mark.gpu
 
