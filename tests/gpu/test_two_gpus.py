@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -19,6 +20,11 @@ from test_parallel import deal_out
 from test_sharding import LENGTHS, append_problem, assert_sharded, collectives, pool_copies, put
 
 from flashmla_jax import cache_append, flash_mla_with_kvcache, parallel
+from flashmla_jax.ops import _ffi
+from flashmla_jax.ops import routed_experts as moe
+
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
+import test_routed_experts_on_a_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,6 +67,24 @@ def test_append_in_place(heads: str | None) -> None:
     assert collectives(compiled) == []
     assert pool_copies(compiled, operands[0]) == []
     np.testing.assert_array_equal(append(*arrays), expected)
+
+
+@pytest.mark.parametrize("over", ["experts", "sizes"])
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_routed_experts(num_tokens: int, over: str) -> None:
+    """Nothing travels but the sums."""
+    case = test_routed_experts_on_a_gpu.make(8, num_tokens, 4, 256, 96, jnp.bfloat16)
+    mesh = make_mesh(d=2)
+    gate, down = (P("d"),) * 2 if over == "experts" else (P(None, "d"), P(None, None, "d"))
+    weights = moe.Experts(*put(mesh, case[0], (gate, gate, down)))
+    arrays = put(mesh, case[1:], (P(), P(), P()))
+    run = jax.jit(moe.routed_experts)
+    compiled = run.lower(weights, *arrays).compile()
+    assert [f"f32[{num_tokens},256]" in line for line in collectives(compiled)] == [True]
+    assert (_ffi.GROUPED_MLP in compiled.as_text()) == (num_tokens > 1 or over == "experts")
+    out = run(weights, *arrays)
+    want = test_routed_experts_on_a_gpu.exact(case)
+    assert test_routed_experts_on_a_gpu.relative_error(out, want) < 8e-3
 
 
 @pytest.mark.parametrize("scheme", ["head", "batch", "context"])

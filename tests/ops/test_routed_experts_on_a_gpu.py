@@ -131,6 +131,28 @@ def test_experts_that_are_nobodys(share):
             assert np.linalg.norm(np.asarray(got - want, np.float64)) <= 8e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 90])
+@pytest.mark.parametrize("parts", [1, 4, 8])
+def test_some_of_the_experts(num_tokens, parts):
+    """What each device has of them gives its part of the sum; the others' are not read."""
+    weights, *rows = case = make(8, num_tokens, 4, 256, 96, jnp.bfloat16)
+    here = 8 // parts
+
+    @functools.partial(jax.jit, static_argnames="part")
+    def of(part, weights, rows):
+        some = jax.tree.map(lambda x: x[part * here : (part + 1) * here], weights)
+        numbers = jnp.arange(part * here, (part + 1) * here, dtype=jnp.int32)
+        params = {"num_experts": 8, "precision": None}
+        return moe.routed_experts_p.bind(*rows, numbers, *some, **params)[0]
+
+    outs = [of(part, weights, rows) for part in range(parts)]
+    assert all(out.dtype == jnp.float32 for out in outs)
+    assert relative_error(sum(outs), exact(case)) < 8e-3
+    for part, out in enumerate(outs):
+        theirs = np.asarray(rows[1]) // here == part
+        assert (np.asarray(out).any(axis=1) == theirs.any(axis=1)).all()
+
+
 def test_mapped():
     weights, tokens, experts, shares = make(8, 90, 4, 256, 96, jnp.bfloat16)
     split = [x.reshape(3, 30, *x.shape[1:]) for x in (tokens, experts, shares)]
