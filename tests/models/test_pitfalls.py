@@ -17,7 +17,7 @@ from golden import load_golden
 
 from flashmla_jax.layers import mha, mla
 from flashmla_jax.layers.mla import MLAConfig, YarnScaling
-from flashmla_jax.models import deepseek, moe
+from flashmla_jax.models import deepseek
 from flashmla_jax.models.deepseek import DeepSeekConfig
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -54,7 +54,7 @@ def _quick(monkeypatch) -> None:
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v), None
 
-    monkeypatch.setattr(moe, "routed_experts", experts)
+    monkeypatch.setattr(deepseek, "routed_experts", experts)
     monkeypatch.setattr(mha, "attention", attention)
 
 
