@@ -5,17 +5,22 @@ from __future__ import annotations
 import jax
 
 
-def products(jaxpr) -> list:
-    """The products of a program, those of its inner programs included."""
+def calls(jaxpr, *names: str) -> list:
+    """The equations of some primitives, those of inner programs included."""
     found = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
+        if eqn.primitive.name in names:
             found.append(eqn)
         for inner in jax.tree.leaves(list(eqn.params.values())):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                found += products(inner)
+                found += calls(inner, *names)
     return found
+
+
+def products(jaxpr) -> list:
+    """The products of a program."""
+    return calls(jaxpr, "dot_general", "ragged_dot_general")
 
 
 def has_precision(product, precision: jax.lax.Precision | None) -> bool:

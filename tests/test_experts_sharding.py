@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import elsewhere, make_mesh, meshes, run_on_eight_devices
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small_model import CONFIG
 from test_sharding import assert_sharded, collectives, kinds
 
 from flashmla_jax.models import deepseek, init_params
@@ -58,24 +61,25 @@ def put(mesh: Mesh, case: dict[str, Any], gate: P, down: P, tokens: P) -> dict[s
 
 def largest_that_travels(compiled: Any) -> int:
     """The numbers of the largest array that devices send each other."""
-    shapes = re.findall(r"\w+\[([\d,]*)\]\S* (?:all|coll|reduce)", "\n".join(collectives(compiled)))
+    results = [re.split(r" (?:all|collective|reduce)-", line)[0] for line in collectives(compiled)]
+    shapes = re.findall(r"\w+\[([\d,]+)\]", "\n".join(results))
     return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 
 
-# The mesh, how `gate` and `up`, `down` and the tokens are divided, and into how many parts the
-# tokens still are where they are multiplied.
+# The mesh, how `gate` and `up`, `down` and the tokens are divided, into how many parts the tokens
+# still are where they are multiplied, and whether they travel before.
 CASES = {
-    "experts": ({"x": 8}, P("x"), P("x"), WHOLE, 1),
-    "sizes": ({"x": 8}, P(None, "x"), P(None, None, "x"), WHOLE, 1),
-    "experts and sizes": ({"x": 4, "y": 2}, P("x", "y"), P("x", None, "y"), WHOLE, 1),
-    "experts over two axes, turned": ({"x": 4, "y": 2}, P(("y", "x")), P(("y", "x")), WHOLE, 1),
-    "tokens": ({"x": 8}, WHOLE, WHOLE, P("x"), 8),
-    "experts, and tokens beside": ({"x": 4, "y": 2}, P("x"), P("x"), P("y"), 2),
-    "experts, and tokens over the same": ({"x": 8}, P("x"), P("x"), P("x"), 1),
-    "experts, and tokens over more": ({"x": 4, "y": 2}, P("x"), P("x"), P(("x", "y")), 2),
-    "experts, and tokens over more, turned": ({"x": 4, "y": 2}, P("x"), P("x"), P(("y", "x")), 2),
-    "tokens over some": ({"x": 2, "y": 2, "z": 2}, P("x"), P("x"), P("y"), 2),
-    "nothing": ({"x": 8}, WHOLE, WHOLE, WHOLE, 1),
+    "experts": ({"x": 8}, P("x"), P("x"), WHOLE, 1, False),
+    "sizes": ({"x": 8}, P(None, "x"), P(None, None, "x"), WHOLE, 1, False),
+    "experts and sizes": ({"x": 4, "y": 2}, P("x", "y"), P("x", None, "y"), WHOLE, 1, False),
+    "over two axes, turned": ({"x": 4, "y": 2}, P(("y", "x")), P(("y", "x")), WHOLE, 1, False),
+    "tokens": ({"x": 8}, WHOLE, WHOLE, P("x"), 8, False),
+    "tokens beside": ({"x": 4, "y": 2}, P("x"), P("x"), P("y"), 2, False),
+    "tokens over some": ({"x": 2, "y": 2, "z": 2}, P("x"), P("x"), P("y"), 2, False),
+    "tokens over the same": ({"x": 8}, P("x"), P("x"), P("x"), 1, True),
+    "tokens over more": ({"x": 4, "y": 2}, P("x"), P("x"), P(("x", "y")), 2, True),
+    "tokens over more, turned": ({"x": 4, "y": 2}, P("x"), P("x"), P(("y", "x")), 2, True),
+    "nothing": ({"x": 8}, WHOLE, WHOLE, WHOLE, 1, False),
 }
 
 
@@ -83,7 +87,7 @@ CASES = {
 @kinds
 @pytest.mark.parametrize("name", CASES)
 def test_divided(name: str, kind: AxisType) -> None:
-    sizes, gate, down, tokens, parts = CASES[name]
+    sizes, gate, down, tokens, parts, travel = CASES[name]
     mesh, case = make_mesh(kind, **sizes), make()
     placed = put(mesh, case, gate, down, tokens)
     run = jax.jit(lambda **case: moe.routed_experts(**case))
@@ -100,12 +104,49 @@ def test_divided(name: str, kind: AxisType) -> None:
     sums = [line for line in collectives(compiled) if "all-reduce" in line]
     divides = math.prod(mesh.shape[axis] for axis in axes_of(gate))
     assert len(sums) == (divides > 1)
+    assert (len(collectives(compiled)) > len(sums)) == travel
     for line in sums:
         assert f"f32[{TOKENS // parts},{HIDDEN}]" in line
         assert len(re.search(r"replica_groups=\{\{([\d,]+)\}", line)[1].split(",")) == divides
-    # What multiplies: rows of so many tokens, and a device's part of the weights.
-    shape = placed["weights"].gate.sharding.shard_shape((EXPERTS, SIZE, HIDDEN))
-    assert f"f32[{','.join(map(str, shape))}]" in compiled.as_text()
+
+
+@meshes
+@pytest.mark.parametrize("number", [8, 6])
+def test_devices_in_any_order(number: int) -> None:
+    """All of them, or some."""
+    devices = np.array(jax.devices())[np.random.default_rng(number).permutation(8)[:number]]
+    mesh = Mesh(devices.reshape(2, -1), ("x", "y"))
+    case = make()
+    run = jax.jit(lambda **case: moe.routed_experts(**case))
+    specs = (
+        (P("x"), P("x"), P("y")),
+        (P(None, "x"), P(None, None, "x"), WHOLE),
+        (P("x"), P("x"), P(("y", "x"))),
+    )
+    for gate, down, tokens in specs:
+        out = run(**put(mesh, case, gate, down, tokens))
+        np.testing.assert_allclose(out, oracle_experts(**case), atol=1e-5)
+
+
+@kinds
+def test_one_device(kind: AxisType) -> None:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(kind,), devices=jax.devices("cpu")[:1])
+    case = make()
+    placed = put(mesh, case, P("x"), P("x"), P("x"))
+    out = jax.jit(lambda **case: moe.routed_experts(**case))(**placed)
+    np.testing.assert_allclose(out, oracle_experts(**case), atol=1e-5)
+    assert_sharded(out, mesh, P("x"))
+
+
+@meshes
+def test_precision_is_that_around_the_program() -> None:
+    """Though XLA asks for the products of each device later, and from elsewhere."""
+    placed = put(make_mesh(x=8), make(), P("x"), P("x"), WHOLE)
+    run = jax.jit(lambda **case: moe.routed_experts(**case))
+    for precision in (None, "highest", None):
+        with jax.default_matmul_precision(precision):
+            text = run.lower(**placed).compile().as_text()
+        assert ("operand_precision={highest,highest}" in text) == (precision is not None)
 
 
 def axes_of(spec: P) -> list[str]:
@@ -176,6 +217,27 @@ def test_sizes_that_do_not_come_out_even() -> None:
 
 
 @meshes
+def test_inside_shard_map_over_all_that_divides() -> None:
+    """Other axes are of one device: it is the op, and nothing travels."""
+    case = make()
+    mesh = make_mesh(x=8, y=1)
+    run = jax.shard_map(
+        lambda *case: moe.routed_experts(*case),
+        mesh=mesh,
+        in_specs=(WHOLE, P("x"), P("x"), P("x")),
+        out_specs=P("x"),
+        axis_names={"x"},
+    )
+    placed = put(mesh, case, WHOLE, WHOLE, P("x"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ffi._warn_once.cache_clear()
+        compiled = jax.jit(run).lower(*placed.values()).compile()
+    assert collectives(compiled) == []
+    np.testing.assert_allclose(jax.jit(run)(*placed.values()), oracle_experts(**case), atol=1e-5)
+
+
+@meshes
 @pytest.mark.parametrize("manual", ["x", "y"])
 def test_beside_shard_map(manual: str) -> None:
     """Tokens divided by `shard_map` over one axis of the mesh, experts by XLA over the other.
@@ -200,16 +262,42 @@ def test_beside_shard_map(manual: str) -> None:
 
 
 @meshes
-def test_mapped_and_differentiated() -> None:
+@kinds
+@pytest.mark.parametrize("over", [P(), P("y"), P(None, "y")], ids=str)
+def test_mapped(over: P, kind: AxisType) -> None:
+    """The mapped axis or the tokens may be divided, too."""
     case = make()
-    mesh = make_mesh(x=8)
-    placed = put(mesh, case, P("x"), P("x"), WHOLE)
-    rows = [placed[name].reshape(4, 12, -1) for name in ("tokens", "experts", "shares")]
-    run = jax.vmap(moe.routed_experts, (None, 0, 0, 0))
-    compiled = jax.jit(run).lower(placed["weights"], *rows).compile()
+    mesh = make_mesh(kind, x=4, y=2)
+    weights = put(mesh, case, P("x"), P("x"), WHOLE)["weights"]
+    rows = [
+        jax.device_put(case[name].reshape(4, 12, -1), NamedSharding(mesh, over))
+        for name in ("tokens", "experts", "shares")
+    ]
+    run = jax.jit(jax.vmap(moe.routed_experts, (None, 0, 0, 0)))
+    compiled = run.lower(weights, *rows).compile()
     assert largest_that_travels(compiled) <= TOKENS * HIDDEN
-    out = jax.jit(run)(placed["weights"], *rows).reshape(TOKENS, HIDDEN)
-    np.testing.assert_allclose(out, oracle_experts(**case), atol=1e-5)
+    out = run(weights, *rows)
+    whole = np.asarray(out).reshape(TOKENS, HIDDEN)
+    np.testing.assert_allclose(whole, oracle_experts(**case), atol=1e-5)
+    if kind is AxisType.Explicit:
+        assert_sharded(out, mesh, over)
+    tokens = jnp.asarray(case["tokens"][:12])
+    shared = jax.jit(jax.vmap(moe.routed_experts, (None, None, 0, 0)))(weights, tokens, *rows[1:])
+    for number, each in enumerate(np.asarray(shared)):
+        part = slice(12 * number, 12 * number + 12)
+        chosen = {name: case[name][part] for name in ("experts", "shares")}
+        want = oracle_experts(case["weights"], case["tokens"][:12], **chosen)
+        np.testing.assert_allclose(each, want, atol=1e-5)
+
+
+@meshes
+@kinds
+@pytest.mark.parametrize("name", ["experts and sizes", "tokens beside", "tokens over the same"])
+def test_derivative(name: str, kind: AxisType) -> None:
+    """Of divided arrays it is that of one device's."""
+    sizes, gate, down, tokens, *_ = CASES[name]
+    case = make()
+    placed = put(make_mesh(kind, **sizes), case, gate, down, tokens)
 
     def loss(weights: moe.Experts, tokens: jax.Array, case: dict[str, Any]) -> jax.Array:
         rest = {name: case[name] for name in ("experts", "shares")}
@@ -228,8 +316,6 @@ def test_mapped_and_differentiated() -> None:
 @meshes
 def test_a_model() -> None:
     """Weights of a whole model that are placed by a rule: its logits are those of one device."""
-    from small_model import CONFIG
-
     params = init_params(CONFIG, jax.random.key(0), jnp.float32)
     mesh = make_mesh(x=4, y=2)
 
@@ -260,6 +346,11 @@ def test_on_gpus_devices_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         ((2, HIDDEN, SIZE), dtype),
     )
     params = (("num_experts", EXPERTS), ("precision", None))
-    groups = ((0, 1, 2, 3), (4, 5, 6, 7))
-    text = str(_sharding._program(moe.routed_experts_p, "cuda", params, operands, groups))
+    groups = ((0, 2, 1, 3), (4, 5, 6, 7))
+    make = _sharding._program.__wrapped__
+    with mlir.make_ir_context():
+        program = make(moe.routed_experts_p, "cuda", params, operands, groups)
+        text = str(ir.Module.parse(program))
     assert _ffi.GROUPED_MLP in text
+    assert "replica_groups = dense<[[0, 2, 1, 3], [4, 5, 6, 7]]>" in text
+    assert "while" not in text

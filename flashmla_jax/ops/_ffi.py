@@ -238,7 +238,7 @@ def register_lowerings(
                     "XLA over others; over all axes, or outside shard_map, kernels run"
                 )
             elif platform and _sharding.is_divided(ctx):
-                runs = "reference" if reason else " ".join(TARGETS)
+                runs = "reference" if reason else " ".join((*TARGETS, GROUPED_MLP))
                 return lower_divided(platform, runs, ctx, *operands, **params)
             if reason is None and lower_kernel is not None:
                 return lower_kernel(ctx, *operands, **params)

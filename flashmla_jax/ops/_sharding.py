@@ -16,6 +16,7 @@ the same way.
 from __future__ import annotations
 
 import ast
+import concurrent.futures
 import copy
 import dataclasses
 import functools
@@ -32,7 +33,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flashmla_jax._private import xla_bridge
 from flashmla_jax._private import xla_client as xla
@@ -84,7 +85,7 @@ class Rule:
 
     @property
     def leading_summed(self) -> str:
-        """Of those with axes that the result is a sum over."""
+        """The first operand with all axes of `summed`, as which others with them are divided."""
         return next(x for x, axes in self.operands.items() if set(self.summed) <= set(axes))
 
     def over(self, mapped: tuple[bool, ...]) -> Rule:
@@ -124,7 +125,7 @@ def is_divided(ctx: Any) -> bool:
     """Whether a lowering's program runs on several devices, among which XLA divides arrays."""
     context = ctx.module_context.axis_context
     if manual := _manual_axes(ctx):
-        return not set(context.mesh.axis_names) <= manual
+        return any(size > 1 for name, size in context.mesh.shape.items() if name not in manual)
     return (getattr(context, "num_devices", None) or 1) > 1
 
 
@@ -600,11 +601,15 @@ def _program(
         results = primitive.bind(*operands, **dict(params))
         return [_sum_p.bind(x, groups=sums) for x in results] if sums else results
 
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands]
-    # Within `jax.set_mesh`, jax 0.12 would make it a program for all devices of that mesh.
-    with jax.set_mesh(Mesh(jax.local_devices()[:1], ("one",), axis_types=(AxisType.Auto,))):
+    def make() -> bytes:
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands]
         lowered = jax.jit(op).trace(*shapes).lower(lowering_platforms=(platform,))
-    return mlir.module_to_bytecode(lowered.compiler_ir())
+        return mlir.module_to_bytecode(lowered.compiler_ir())
+
+    # A thread has none of what is set around the program that is compiled: with `jax.set_mesh`, jax
+    # 0.12 would make this, too, a program for all devices of that mesh.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 # The sum over devices, where there are no named axes, as `psum` would have them.

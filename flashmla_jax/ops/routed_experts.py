@@ -10,8 +10,8 @@ others of its batch. What multiplies the rows depends on where, and on how many 
 - elsewhere a loop takes block after block.
 
 Weights may be divided over devices: the experts, the size of their MLPs, or both. Each device then
-has its part of every sum, and devices add up what they have; no weight leaves its device. Tokens
-may be divided over other axes of a mesh. (Derivatives are XLA's to divide.)
+has its part of every sum, and devices add up what they have; no weight that is divided so leaves
+its device. Tokens may be divided over other axes of a mesh. (Derivatives are XLA's to divide.)
 
 `jax.lax.ragged_dot` would be the grouped product, but on GPU and CPU XLA (of jax 0.9.1 to 0.12)
 makes it every expert for every row, of masked copies of all rows.
@@ -20,7 +20,7 @@ makes it every expert for every row, of masked copies of all rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -60,37 +60,67 @@ def routed_experts(
     """The weighted sum of each token's experts.
 
     Args:
-      weights: of all experts.
-      tokens: [tokens, hidden].
-      experts: int32[tokens, k], each token's different experts. Numbers past the last one are
+      weights: of all experts. They may be divided over devices along the experts, along the size of
+        their MLPs, or along both, and all three alike.
+      tokens: [num_tokens, hidden].
+      experts: int32[num_tokens, k], each token's different experts. Numbers past the last one are
         nobody's, and their shares 0.
-      shares: float32[tokens, k].
-      precision: of the products in the loop.
+      shares: float32[num_tokens, k].
+      precision: of the products in the loop; by default JAX's.
 
     Returns:
-      [tokens, hidden] in the dtype of `tokens`.
+      [num_tokens, hidden] in the dtype of `tokens`. Sums are of float32.
+
+    Raises:
+      ValueError: shapes contradict each other, or there is no expert.
     """
+    _check_shapes(weights, tokens, experts, shares)
     if experts.size == 0:
         return jnp.zeros_like(tokens)
-    return _routed(precision, weights, tokens, experts, shares).astype(tokens.dtype)
+    # Its name: a program for several devices has it in writing, and not what is set around it.
+    name: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if precision is not None:
+        name = precision.name.lower()
+    return _routed(name, weights, tokens, experts, shares).astype(tokens.dtype)
+
+
+def _check_shapes(
+    weights: Experts, tokens: jax.Array, experts: jax.Array, shares: jax.Array
+) -> None:
+    num_experts, size, hidden = weights.gate.shape
+    if num_experts < 1:
+        raise ValueError(f"there must be an expert, got gate {weights.gate.shape}")
+    if weights.up.shape != weights.gate.shape:
+        raise ValueError(f"up must be as gate {weights.gate.shape}, got {weights.up.shape}")
+    if weights.down.shape != (num_experts, hidden, size):
+        expected = num_experts, hidden, size
+        raise ValueError(f"down must be {expected}, got {weights.down.shape}")
+    if tokens.ndim != 2 or tokens.shape[1] != hidden:
+        raise ValueError(f"tokens must be [num_tokens, {hidden}], got {tokens.shape}")
+    if experts.ndim != 2 or experts.shape[0] != tokens.shape[0]:
+        raise ValueError(f"experts must be [{tokens.shape[0]}, k], got {experts.shape}")
+    if shares.shape != experts.shape:
+        raise ValueError(f"shares must be as experts {experts.shape}, got {shares.shape}")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _routed(
-    precision: jax.lax.Precision | None,
+    precision: str | None,
     weights: Experts,
     tokens: jax.Array,
     experts: jax.Array,
     shares: jax.Array,
 ) -> jax.Array:
-    """The sum in float32."""
+    """The sum, before it is rounded."""
     num_experts = weights.gate.shape[0]
     numbers = jnp.arange(num_experts, dtype=jnp.int32)
     operands = tokens, experts, shares, numbers, *weights
-    (out,) = routed_experts_p.bind(
-        *operands, num_experts=num_experts, precision=precision and precision.name.lower()
-    )
+    (out,) = routed_experts_p.bind(*operands, num_experts=num_experts, precision=precision)
     return out
+
+
+def _dtype_of_sums(tokens: Any) -> Any:
+    return jnp.promote_types(tokens.dtype, jnp.float32)
 
 
 # --- Abstract evaluation ---------------------------------------------------------------------
@@ -115,10 +145,28 @@ _SHARDING = _sharding.Rule(
 
 
 def _abstract_eval(*operands: Any, **_: Any) -> tuple[jax.core.ShapedArray, ...]:
-    return _sharding.result_types(_SHARDING, operands, [(operands[0].shape, jnp.float32)])
+    tokens = operands[0]
+    return _sharding.result_types(_SHARDING, operands, [(tokens.shape, _dtype_of_sums(tokens))])
 
 
 routed_experts_p = _ffi.define_primitive("routed_experts", _abstract_eval)
+
+
+def _auto(
+    function: Callable[..., jax.Array], *axes: tuple[jax.Array, int] | None
+) -> Callable[..., jax.Array]:
+    """`function` with XLA's choice of shardings inside, where a mesh is explicit.
+
+    Its result is divided as such axes of others are, None standing for one that is whole.
+    """
+    sharding = _sharding.of_axes(*axes)
+    if sharding is None:
+        return function
+    explicit = sharding.mesh.explicit_axes
+    out: Callable[..., jax.Array] = jax.sharding.auto_axes(
+        function, axes=explicit, out_sharding=sharding
+    )
+    return out
 
 
 # --- A few rows ------------------------------------------------------------------------------
@@ -134,11 +182,13 @@ def _fused(weights: Experts, tokens: jax.Array, experts: jax.Array, shares: jax.
 
     rows = jnp.repeat(tokens, experts.shape[1], axis=0)
     hidden = jax.nn.silu(dot(rows, weights.gate)) * dot(rows, weights.up)
-    return _combine(dot(hidden, weights.down), shares)
+    return _combine(dot(hidden, weights.down), tokens, shares)
 
 
-def _combine(rows: jax.Array, shares: jax.Array) -> jax.Array:
-    return (rows.reshape(*shares.shape, rows.shape[-1]) * shares[..., None]).sum(axis=1)
+def _combine(rows: jax.Array, tokens: jax.Array, shares: jax.Array) -> jax.Array:
+    dtype = _dtype_of_sums(tokens)
+    rows = rows.reshape(*shares.shape, rows.shape[-1]).astype(dtype)
+    return (rows * shares[..., None].astype(dtype)).sum(axis=1)
 
 
 # --- Blocks of rows --------------------------------------------------------------------------
@@ -201,9 +251,12 @@ def _in_blocks(blocks: _Blocks, tokens: jax.Array, experts: jax.Array) -> jax.Ar
     return rows.reshape(blocks.expert_of_block.shape[0], -1, tokens.shape[1])
 
 
-def _from_blocks(out: jax.Array, blocks: _Blocks, shares: jax.Array) -> jax.Array:
+def _from_blocks(
+    out: jax.Array, blocks: _Blocks, tokens: jax.Array, shares: jax.Array
+) -> jax.Array:
     out = out.reshape(-1, out.shape[-1])
-    return _combine(out.at[blocks.slot_of_row].get(mode="fill", fill_value=0), shares)
+    rows = out.at[blocks.slot_of_row].get(mode="fill", fill_value=0)
+    return _combine(rows, tokens, shares)
 
 
 def _loop(
@@ -215,11 +268,11 @@ def _loop(
     among: int | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
+    """`among`: how many experts there are, where these are some of them."""
     num_experts = weights.gate.shape[0]
     blocks = _sorted_by_expert(experts.reshape(-1), num_experts, among or num_experts, least=8)
 
-    def apply(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, expert = inputs
+    def apply(x: jax.Array, expert: jax.Array) -> jax.Array:
         gate, up, down = (weight[expert] for weight in weights)
 
         def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -227,9 +280,18 @@ def _loop(
 
         return dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
 
-    expert_of_block = jnp.minimum(blocks.expert_of_block, num_experts - 1)
-    out = jax.lax.map(apply, (_in_blocks(blocks, tokens, experts), expert_of_block))
-    return _from_blocks(out, blocks, shares)
+    def apply_if_used(x: jax.Array, expert: jax.Array) -> jax.Array:
+        shape = jax.eval_shape(apply, x, expert)
+        zeros = functools.partial(jnp.zeros, shape.shape, shape.dtype)
+        return jax.lax.cond(expert < num_experts, apply, lambda *_: zeros(), x, expert)
+
+    rows, expert_of_block = _in_blocks(blocks, tokens, experts), blocks.expert_of_block
+    if among in (None, num_experts):  # nearly all blocks are used
+        expert_of_block = jnp.minimum(expert_of_block, num_experts - 1)
+        out = jax.lax.map(lambda block: apply(*block), (rows, expert_of_block))
+    else:
+        out = jax.lax.map(lambda block: apply_if_used(*block), (rows, expert_of_block))
+    return _from_blocks(out, blocks, tokens, shares)
 
 
 def _grouped(
@@ -246,7 +308,7 @@ def _grouped(
     act = jax.ShapeDtypeStruct((*rows.shape[:-1], weights.gate.shape[1]), rows.dtype)
     out = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
     call = jax.ffi.ffi_call(_ffi.GROUPED_MLP, (out, act))
-    return _from_blocks(call(rows, blocks.expert_of_block, *weights)[0], blocks, shares)
+    return _from_blocks(call(rows, blocks.expert_of_block, *weights)[0], blocks, tokens, shares)
 
 
 # --- Lowerings -------------------------------------------------------------------------------
@@ -261,19 +323,21 @@ def _call(
     num_experts: int,
     precision: str | None,
     on_gpu: bool,
+    kernels: bool = False,
 ) -> list[jax.Array]:
     """The op with some of the experts, or all."""
-    kernels = Experts(*weights)
-    here = kernels.gate.shape[0]
-    if here < num_experts:
+    here = Experts(*weights)
+    count = here.gate.shape[0]
+    run: Callable[..., jax.Array] = functools.partial(_loop, among=num_experts, precision=precision)
+    if kernels and _fits_kernels(here, tokens):
+        run = functools.partial(_grouped, among=num_experts)
+    if count < num_experts:
         experts = experts - numbers[0]
-        is_here = (experts >= 0) & (experts < here)
-        experts, shares = jnp.where(is_here, experts, here), jnp.where(is_here, shares, 0)
+        is_here = (experts >= 0) & (experts < count)
+        experts, shares = jnp.where(is_here, experts, count), jnp.where(is_here, shares, 0)
     elif on_gpu and not is_symbolic_dim(experts.size) and experts.size <= _FEW_ROWS:
-        return [_fused(kernels, tokens, experts, shares)]
-    loop = functools.partial(_loop, precision=precision)
-    run = _grouped if on_gpu and _fits_kernels(kernels, tokens) else loop
-    return [run(kernels, tokens, experts, shares, among=num_experts)]
+        run = _fused
+    return [_auto(run, (tokens, 0), None)(here, tokens, experts, shares)]
 
 
 def _fits_kernels(weights: Experts, tokens: jax.Array) -> bool:
@@ -284,12 +348,22 @@ def _fits_kernels(weights: Experts, tokens: jax.Array) -> bool:
     )
 
 
-_loop_call = functools.partial(_call, on_gpu=False)
+def _reference(*operands: jax.Array, **params: Any) -> list[jax.Array]:
+    """Where there are no kernels, on GPUs, too."""
+    on_gpu, elsewhere = (
+        functools.partial(_call, on_gpu=on_gpu, **params) for on_gpu in (True, False)
+    )
+    out: list[jax.Array] = jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
+    return out
+
 
 _ffi.register_lowerings(
     routed_experts_p,
-    kernels={_ffi.CPU: _loop_call, _ffi.CUDA: functools.partial(_call, on_gpu=True)},
-    reference=_loop_call,
+    kernels={
+        _ffi.CPU: functools.partial(_call, on_gpu=False),
+        _ffi.CUDA: functools.partial(_call, on_gpu=True, kernels=True),
+    },
+    reference=_reference,
     sharding=_SHARDING,
     name="flashmla_routed_experts",
 )
@@ -314,13 +388,19 @@ def _batch(
             return routed_experts_p.bind(*each, **params)
 
         return jax.lax.map(one, [x for x, m in zip(operands, mapped, strict=True) if m])
-    own = [
-        x if m else jnp.broadcast_to(x, (size, *x.shape))
-        for x, m in zip(operands[:3], mapped, strict=False)
-    ]
-    rows = [x.reshape(-1, x.shape[-1]) for x in own]
-    (out,) = routed_experts_p.bind(*rows, *operands[3:], **params)
-    return [out.reshape(own[0].shape)]
+
+    def together(*operands: jax.Array) -> jax.Array:
+        own = [
+            x if m else jnp.broadcast_to(x, (size, *x.shape))
+            for x, m in zip(operands[:3], mapped, strict=False)
+        ]
+        rows = [x.reshape(-1, x.shape[-1]) for x in own]
+        (out,) = routed_experts_p.bind(*rows, *operands[3:], **params)
+        return out.reshape(own[0].shape)
+
+    tokens = operands[0]
+    axes = ((tokens, 0), (tokens, 1)) if mapped[0] else (None, (tokens, 0))
+    return [_auto(together, *axes, None)(*operands)]
 
 
 _ffi.register_batching(routed_experts_p, _batch)
@@ -330,18 +410,21 @@ _ffi.register_batching(routed_experts_p, _batch)
 
 
 @_routed.defjvp
-def _routed_jvp(
-    precision: jax.lax.Precision | None, primals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
+def _routed_jvp(precision: str | None, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """The derivative is that of the loop."""
     weights, tokens, experts, shares = primals
     d_weights, d_tokens, _, d_shares = tangents
 
-    def loop(weights: Experts, tokens: jax.Array, shares: jax.Array) -> jax.Array:
-        return _loop(weights, tokens, experts, shares, precision=precision)
+    def loop(inputs: tuple[Experts, jax.Array, jax.Array], experts: jax.Array) -> jax.Array:
+        weights, tokens, shares = inputs
 
-    inputs = weights, tokens, shares
-    out, tangent = jax.jvp(loop, inputs, (d_weights, d_tokens, d_shares))
+        def run(*operands: Any) -> jax.Array:
+            return _loop(*operands, precision=precision)
+
+        return _auto(run, (tokens, 0), None)(weights, tokens, experts, shares)
+
+    inputs = (weights, tokens, shares), (d_weights, d_tokens, d_shares)
+    out, tangent = jax.jvp(lambda x: loop(x, experts), inputs[:1], inputs[1:])
     kernels = functools.partial(_routed, precision)
     out = jax.lax.platform_dependent(
         out, *primals, cuda=lambda _, *primals: kernels(*primals), default=lambda out, *_: out

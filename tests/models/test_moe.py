@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxprs import has_precision, products
+from jaxprs import calls, has_precision, products
 
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.models import deepseek, init_params
@@ -158,6 +158,8 @@ def test_a_float32_model_asks_for_float32_products():
     ):
         eqns = products(jaxpr.jaxpr)
         assert len(eqns) >= least
+        (experts,) = calls(jaxpr.jaxpr, "routed_experts")
+        assert experts.params["precision"] == "highest"
         for eqn in eqns:
             if eqn.invars[0].aval.dtype == jnp.float32:
                 assert has_precision(eqn, jax.lax.Precision.HIGHEST), eqn

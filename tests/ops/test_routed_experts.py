@@ -156,8 +156,10 @@ def test_what_is_lowered_for_a_gpu(monkeypatch, is_built):
         _ffi, "why_no_kernel", lambda *_, **__: None if is_built else "there is none"
     )
 
-    def lowered(dtype, size=8):
+    def lowered(dtype, size=8, num_tokens=6):
         shapes = shapes_of(256)
+        for name in ("tokens", "experts", "shares"):
+            shapes[name] = shapes[name].update(shape=(num_tokens, *shapes[name].shape[1:]))
         weights = shapes["weights"]
         weights = weights._replace(
             gate=weights.gate.update(shape=(256, size, 8)),
@@ -178,6 +180,9 @@ def test_what_is_lowered_for_a_gpu(monkeypatch, is_built):
     for other in (lowered(jnp.float32), lowered(jnp.bfloat16, size=12)):
         assert _ffi.GROUPED_MLP not in other
         assert "stablehlo.while" in other
+    few = lowered(jnp.bfloat16, num_tokens=3)
+    assert _ffi.GROUPED_MLP not in few
+    assert "stablehlo.while" not in few
 
 
 def test_inside_shard_map(monkeypatch):
@@ -196,6 +201,52 @@ def test_inside_shard_map(monkeypatch):
     run = jax.shard_map(moe.routed_experts, mesh=mesh, in_specs=specs, out_specs=divided)
     out = jax.jit(run)(*case.values())
     np.testing.assert_array_equal(out, jax.jit(moe._loop)(**case).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_sums_are_of_float32(dtype, mapped):
+    """Whatever is given; only then they are rounded."""
+    case = make_experts(5, 40, 4)
+    case = {
+        name: x if name == "experts" else jax.tree.map(lambda x: jnp.asarray(x, dtype), x)
+        for name, x in case.items()
+    }
+    rows = [case[name] for name in ("tokens", "experts", "shares")]
+    run = moe.routed_experts
+    if mapped:
+        rows = [x.reshape(2, 20, -1) for x in rows]
+        run = jax.vmap(run, (None, 0, 0, 0))
+    out = run(case["weights"], *rows)
+    assert out.dtype == dtype
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), case)
+    want = oracle_experts(**{**exact, "experts": case["experts"]})
+    epsilon = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64).reshape(want.shape), want, rtol=epsilon, atol=2 * epsilon
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": (6, SIZE, HIDDEN)}, "up must be as gate"),
+        ({"down": (7, SIZE, HIDDEN)}, "down must be"),
+        ({"tokens": (9, SIZE)}, r"tokens must be \[num_tokens, 32\], got \(9, 64\)"),
+        ({"experts": (8, 2)}, r"experts must be \[9, k\], got \(8, 2\)"),
+        ({"shares": (9, 3)}, r"shares must be as experts \(9, 2\), got \(9, 3\)"),
+        ({"gate": (0, SIZE, HIDDEN)}, "there must be an expert"),
+    ],
+)
+def test_bad_shapes(change, message):
+    case = {**make_experts(7, 9, 2)}
+    for name, shape in change.items():
+        if name in ("gate", "up", "down"):
+            case["weights"] = case["weights"]._replace(**{name: np.zeros(shape, np.float32)})
+        else:
+            case[name] = np.zeros(shape, case[name].dtype)
+    with pytest.raises(ValueError, match=message):
+        moe.routed_experts(**case)
 
 
 def test_same_numbers_in_c():
