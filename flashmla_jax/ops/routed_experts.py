@@ -398,9 +398,8 @@ def _batch(
         (out,) = routed_experts_p.bind(*rows, *operands[3:], **params)
         return out.reshape(own[0].shape)
 
-    tokens = operands[0]
-    axes = ((tokens, 0), (tokens, 1)) if mapped[0] else (None, (tokens, 0))
-    return [_auto(together, *axes, None)(*operands)]
+    leading = operands[mapped.index(True)]
+    return [_auto(together, (leading, 0), (leading, 1), None)(*operands)]
 
 
 _ffi.register_batching(routed_experts_p, _batch)
