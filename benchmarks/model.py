@@ -295,6 +295,10 @@ def serve(config: DeepSeekConfig, params: Any, requests: int, context: int) -> d
         chunk=CHUNK,
     ).compile(draws=False)
     rng = np.random.default_rng(0)
+    # When programs first run, the device and the host make ready for them.
+    engine.submit(rng.integers(config.vocab_size, size=CHUNK + 1), 4, stop_tokens=())
+    while engine.step():
+        pass
     running = [
         engine.submit(rng.integers(config.vocab_size, size=context), most, stop_tokens=())
         for _ in range(requests)

@@ -200,7 +200,7 @@ def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["requests"], row["context"], row["chunk"]) == (3, 70, 32)
     assert row["prompt_tokens_per_s"] > 0
     assert row["tokens_per_s"] == statistics.median(row["samples_tokens_per_s"])
-    assert engines[0].stats.read_tokens == 3 * 70
+    assert engines[0].stats.read_tokens == 3 * 70 + 32 + 1
     measured = np.array(tokens[-model.SAMPLES * model.STEPS - 1 :])
     assert measured.shape == (model.SAMPLES * model.STEPS + 1, 3)
     assert measured[0].all()
