@@ -6,13 +6,10 @@ import jax
 import numpy as np
 import pytest
 from devices import elsewhere, make_mesh, meshes, run_on_eight_devices
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from test_engine import CONFIG, DRAFT, check_tokens, make_engine, prompt_of, run
 
 from flashmla_jax.engine import _copy, _decode, _move_pages, _read
-from flashmla_jax.layers.mla import head_partitioning
-from flashmla_jax.models import init_params
+from flashmla_jax.models import init_params, tensor_parallel
 
 
 @elsewhere
@@ -22,18 +19,17 @@ def test_on_eight_devices() -> None:
 
 @meshes
 @pytest.mark.parametrize(("draft", "mtp"), [(0, 0), (DRAFT, 0), (DRAFT, 1)])
-def test_heads_divided(draft: int, mtp: int) -> None:
+def test_tensor_parallel(draft: int, mtp: int) -> None:
     """The cache is on all devices, and each program is compiled once."""
-    mesh = make_mesh(heads=2)
     config = dataclasses.replace(CONFIG, num_nextn_predict_layers=mtp)
-    specs = {name: P(*axes) for name, axes in head_partitioning(config.mla, "heads").items()}
+    params = init_params(config, jax.random.key(0), np.float32)
+    mesh = make_mesh(model=2, expert=4)
+    sharding_of = tensor_parallel(config, mesh, "model", "expert")
 
     def place(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
-        names = [getattr(key, "key", None) for key in path]
-        spec = specs.get(names[-2], P()) if "self_attn" in names else P()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return jax.device_put(leaf, sharding_of(name, leaf.shape))
 
-    params = init_params(config, jax.random.key(0), np.float32)
     sharded = jax.tree_util.tree_map_with_path(place, params)
     programs = (_read, _decode, _move_pages, _copy)
     engine = make_engine((sharded, config), draft=draft).compile()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -15,13 +16,16 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import deserialize
 from safetensors.numpy import save_file
+from test_sharding import collectives
 
+from flashmla_jax import PagedKVCache
 from flashmla_jax.models import (
     DeepSeekConfig,
     checkpoint,
     deepseek,
     load_checkpoint,
     save_checkpoint,
+    tensor_parallel,
 )
 
 CONFIG = DeepSeekConfig(
@@ -234,3 +238,69 @@ def test_one_device_of_many(saved):
 def test_shardings_that_are_none(saved):
     with pytest.raises(ValueError, match=r"for embed_tokens\.embedding \(16, 160\), it gives None"):
         load_checkpoint(saved, shardings=lambda name, shape: None)
+
+
+# --- Tensor parallelism -----------------------------------------------------------------------
+
+
+@meshes
+@pytest.mark.parametrize("expert_axis", [None, "expert"])
+def test_tensor_parallel(saved, mesh, expert_axis):
+    """What every device has, what its steps send, and that logits are those of one device."""
+    shardings = tensor_parallel(CONFIG, mesh, "model", expert_axis)
+    _, whole = load_checkpoint(saved, dtype=np.float32)
+    _, params = load_checkpoint(saved, dtype=np.float32, shardings=shardings)
+    absorbed = deepseek.absorb(params, CONFIG)
+    for divided in (params, absorbed):
+        layer = divided["layers"][1]
+        for block, parts in (
+            (divided["lm_head"], 2),
+            (layer["self_attn"]["kv_b_proj"], 2),
+            (layer["self_attn"]["q_b_proj"], 2),
+            (layer["self_attn"]["o_proj"], 2),
+            (layer["mlp"]["shared_experts"], 2),
+            (divided["layers"][0]["mlp"], 2),
+            (layer["mlp"]["experts"], 8 if expert_axis else 2),
+        ):
+            for leaf in jax.tree.leaves(block):
+                assert all(x.data.size * parts == leaf.size for x in leaf.addressable_shards)
+
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 5))
+    forward = jax.jit(deepseek.forward, static_argnames="config")
+    expected = forward(whole, config=CONFIG, ids=ids)
+    np.testing.assert_allclose(forward(params, config=CONFIG, ids=ids), expected, atol=1e-5)
+
+    cache = PagedKVCache.create(
+        num_layers=2, num_pages=3, batch=3, max_pages_per_seq=1, dtype=np.float32
+    )
+    cache = jax.device_put(cache, NamedSharding(mesh, P()))
+    step = jax.jit(deepseek.decode_step, static_argnames="config")
+    for divided in (params, absorbed):
+        compiled = step.lower(divided, config=CONFIG, ids=ids[:, :1], cache=cache).compile()
+        # After attention, dense MLP or shared experts, and routed experts: an activation.
+        sent = collectives(compiled)
+        assert 0 < len(sent) <= 2 + 2 + 1
+        for line in sent:
+            results, _ = line.split(" all-reduce(")
+            assert set(re.findall(r"f32\[([\d,]+)\]", results)) <= {"3,1,160", "3,160"}, line
+        now = cache
+        for i in range(ids.shape[1]):
+            logits, now, ok = step(divided, config=CONFIG, ids=ids[:, i : i + 1], cache=now)
+            assert ok.all()
+            np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=1e-4)
+
+
+@meshes
+@pytest.mark.parametrize(
+    ("change", "axes", "message"),
+    [
+        ({}, ("tensor",), "axis='tensor' is none of the mesh's axes"),
+        ({}, ("model", "pipeline"), "expert_axis='pipeline' is none"),
+        ({}, ("model", "model"), "must be two axes, both are 'model'"),
+        ({"num_attention_heads": 5}, ("model",), "num_attention_heads=5 does not divide into mod"),
+        ({"n_routed_experts": 6}, ("model", "expert"), "n_routed_experts=6 does not divide into"),
+    ],
+)
+def test_what_cannot_be_divided(mesh, change, axes, message):
+    with pytest.raises(ValueError, match=message):
+        tensor_parallel(dataclasses.replace(CONFIG, **change), mesh, *axes)
