@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
@@ -33,6 +34,7 @@ from flashmla_jax.models import (
     load_checkpoint,
     load_tokenizer,
     save_checkpoint,
+    tensor_parallel,
 )
 from flashmla_jax.serve_bench import Load, check_plot, serve
 
@@ -257,6 +259,13 @@ def _add_model(parser: argparse.ArgumentParser, dtype_help: str) -> None:
         "--checkpoint", type=Path, required=True, metavar="DIR", help="in Hugging Face's format"
     )
     parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide every layer over the first N devices; default 1",
+    )
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -302,7 +311,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    config, params = _load(args.checkpoint, args.dtype)
+    config, params = _load(args.checkpoint, args.dtype, args.devices)
     logprobs = score(params, config, args.ids, args.prefill)
     if args.json:
         print(json.dumps({"logprobs": logprobs.tolist()}))
@@ -324,7 +333,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.check and args.fp8_cache:
         raise ValueError("--check compares with exact logits: not with --fp8-cache")
     mtp = args.draft > 0 and args.drafter != "ngram" and not args.check
-    config, params = _load(args.checkpoint, args.dtype, mtp)
+    config, params = _load(args.checkpoint, args.dtype, args.devices, mtp)
     if args.check:
         run = Generation(params, config, prompts, args.max_new_tokens, sampling=sampling)
         return _run(run, params, config, tokenizer, check=True)
@@ -391,7 +400,7 @@ def _serve_bench(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     mtp = args.draft > 0 and args.drafter != "ngram"
-    config, params = _load(args.checkpoint, args.dtype, mtp)
+    config, params = _load(args.checkpoint, args.dtype, args.devices, mtp)
     num_pages = args.num_pages
     if num_pages is None:
         num_pages = args.slots * -(-load.max_seqlen // PAGE_SIZE)
@@ -451,10 +460,21 @@ def _random_checkpoint(folder: Path) -> Path:
     return path
 
 
-def _load(checkpoint: Path, dtype: str | None, mtp: bool = False) -> tuple[DeepSeekConfig, Params]:
+def _load(
+    checkpoint: Path, dtype: str | None, devices: int = 1, mtp: bool = False
+) -> tuple[DeepSeekConfig, Params]:
     """A checkpoint's configuration and parameters, as decoding reads them."""
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
+    shardings = None
+    if devices != 1:
+        found = jax.devices()
+        if not 1 <= devices <= len(found):
+            raise ValueError(
+                f"--devices {devices} is not from 1 to {len(found)}, as many as there are"
+            )
+        mesh = Mesh(np.array(found[:devices]), ("devices",))
+        shardings = tensor_parallel(DeepSeekConfig.from_json(checkpoint), mesh, "devices")
     if dtype is None:
         dtype = "bfloat16" if _device().platform == "gpu" else "float32"
     percent = 0
@@ -466,7 +486,9 @@ def _load(checkpoint: Path, dtype: str | None, mtp: bool = False) -> tuple[DeepS
                 advance()
                 percent += 1
 
-        config, params = load_checkpoint(checkpoint, dtype=_DTYPES[dtype], mtp=mtp, progress=show)
+        config, params = load_checkpoint(
+            checkpoint, dtype=_DTYPES[dtype], shardings=shardings, mtp=mtp, progress=show
+        )
     return config, deepseek.absorb(params, config)
 
 

@@ -44,7 +44,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ import numpy as np
 from flashmla_jax.cache.layout import PAGE_SIZE
 from flashmla_jax.cache.paged import PagedKVCache
 from flashmla_jax.cache.prefix import PrefixIndex
-from flashmla_jax.generate import GREEDY, Sampling, checked_ids, sample, stops_of
+from flashmla_jax.generate import GREEDY, Sampling, beside, checked_ids, sample, stops_of
 from flashmla_jax.layers.mla import Params
 from flashmla_jax.models import deepseek
 from flashmla_jax.models.deepseek import DeepSeekConfig
@@ -213,7 +213,7 @@ class _Sent:
     def __call__(self, array: np.ndarray) -> jax.Array:
         """The array on the device."""
         if self._sent is None or not np.array_equal(array, self._sent[0]):
-            self._sent = array, _beside(self._beside, jnp.asarray(array))
+            self._sent = array, beside(self._beside, jnp.asarray(array))
         return self._sent[1]
 
 
@@ -306,7 +306,7 @@ class Engine:
         self._chunk = min(chunk, max_seqlen)
         self._prompts_at_once = min(prompts_at_once, slots)
         embedding = params["embed_tokens"]["embedding"]
-        self.cache, self._newest = _beside(
+        self.cache, self._newest = beside(
             embedding,
             (
                 PagedKVCache.create(
@@ -837,23 +837,6 @@ class _Books:
             pages[slot, : len(adopted)] = adopted
             seqlens[slot] = len(adopted) * PAGE_SIZE
         return lists[0], is_freed, lists[1], is_adopting, pages, seqlens
-
-
-_T = TypeVar("_T")
-
-
-def _beside(array: jax.Array, tree: _T) -> _T:
-    """Puts a tree of arrays where an array is that was put somewhere; else leaves it.
-
-    Programs are compiled again when an argument is first left to JAX and then, being the result of
-    one with such parameters, bound to a device.
-    """
-    if not getattr(array, "committed", False):
-        return tree
-    sharding = array.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(tree, sharding)
 
 
 # --- The compiled programs -------------------------------------------------------------------

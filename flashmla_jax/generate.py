@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -439,6 +439,23 @@ def _padded(length: int) -> int:
     return PAGE_SIZE * _round_up(-(-length // PAGE_SIZE))
 
 
+_T = TypeVar("_T")
+
+
+def beside(array: jax.Array, tree: _T) -> _T:
+    """Puts a tree of arrays where an array is that was put somewhere; else leaves it.
+
+    Programs are compiled again when an argument is first left to JAX and then, being the result of
+    one with such parameters, bound to a device.
+    """
+    if not getattr(array, "committed", False):
+        return tree
+    sharding = array.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(tree, sharding)
+
+
 def _make_cache(
     params: Params,
     config: DeepSeekConfig,
@@ -460,14 +477,16 @@ def _make_cache(
             f"num_pages={num_pages} is too small: {len(lengths)} sequences of together up to "
             f"{int(lengths.sum())} tokens need {needed} pages of {PAGE_SIZE}"
         )
-    return PagedKVCache.create(
+    embedding = params["embed_tokens"]["embedding"]
+    cache = PagedKVCache.create(
         num_layers=config.num_hidden_layers,
         num_pages=_round_up(needed) if num_pages is None else num_pages,
         batch=len(lengths),
         max_pages_per_seq=_round_up(int(pages.max())),
-        dtype=params["embed_tokens"]["embedding"].dtype if dtype is None else dtype,
+        dtype=embedding.dtype if dtype is None else dtype,
         index_head_dim=config.index_head_dim,
     )
+    return beside(embedding, cache)
 
 
 def stops_of(config: DeepSeekConfig, stop_tokens: Sequence[int] | None) -> frozenset[int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flashmla_jax.layers import mla
@@ -13,7 +12,7 @@ from flashmla_jax.models.deepseek import DeepSeekConfig
 
 
 def tensor_parallel(
-    config: DeepSeekConfig, mesh: jax.sharding.Mesh, axis: str, expert_axis: str | None = None
+    config: DeepSeekConfig, mesh: Mesh, axis: str, expert_axis: str | None = None
 ) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Where a model's parameters go, so that each device does its part of every layer.
 
@@ -30,7 +29,7 @@ def tensor_parallel(
 
     Args:
       config: the model's configuration.
-      mesh: of devices.
+      mesh: of devices. Its axes are automatic for the model, of whatever kind they are.
       axis: of the mesh, or its name.
       expert_axis: another axis of the mesh, over which the routed experts themselves are divided.
 
@@ -55,6 +54,7 @@ def tensor_parallel(
                     f"{field}={getattr(config, field)} does not divide into "
                     f"{name}={mesh.shape[name]} parts"
                 )
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     heads = mla.head_partitioning(config.mla, axis)
     columns, rows = (None, axis), (axis, None)
     mlp = {"gate_proj": columns, "up_proj": columns, "down_proj": rows}
