@@ -22,10 +22,8 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_model import CONFIG
 from test_sharding import assert_sharded, collectives, kinds
 
-from flashmla_jax.models import deepseek, init_params
 from flashmla_jax.ops import _ffi, _sharding
 from flashmla_jax.ops import routed_experts as moe
 
@@ -311,25 +309,6 @@ def test_derivative(name: str, kind: AxisType) -> None:
         strict=True,
     ):
         np.testing.assert_allclose(got, want, atol=1e-4)
-
-
-@meshes
-def test_a_model() -> None:
-    """Weights of a whole model that are placed by a rule: its logits are those of one device."""
-    params = init_params(CONFIG, jax.random.key(0), jnp.float32)
-    mesh = make_mesh(x=4, y=2)
-
-    def place(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
-        names = [getattr(key, "key", None) for key in path]
-        spec = WHOLE
-        if "experts" in names:
-            spec = P("x", None, "y") if "down_proj" in names else P("x", "y")
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
-
-    divided = jax.tree_util.tree_map_with_path(place, params)
-    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 24))
-    run = jax.jit(functools.partial(deepseek.forward, config=CONFIG))
-    np.testing.assert_allclose(run(divided, ids=ids), run(params, ids=ids), atol=2e-4)
 
 
 def test_on_gpus_devices_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

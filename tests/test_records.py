@@ -46,7 +46,7 @@ def test_a_whole_models_targets() -> None:
         assert row["prompt_tokens_per_s"] > row["tokens_per_s"]
 
 
-missed = pytest.mark.xfail(strict=True, reason="59.7 %, in the run before 61.1 %")
+missed = pytest.mark.xfail(strict=True, reason="59.7 % of 60; the record before had 61.1 %")
 
 
 @pytest.mark.parametrize("cache", ["bfloat16", pytest.param("fp8", marks=missed)])

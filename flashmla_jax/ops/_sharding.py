@@ -294,6 +294,20 @@ def of_axes(*axes: tuple[jax.Array, int] | None) -> jax.sharding.NamedSharding |
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 
+def auto_along(
+    function: Callable[..., jax.Array], *axes: tuple[jax.Array, int] | None
+) -> Callable[..., jax.Array]:
+    """As `auto`, for one result that is divided as `of_axes` says."""
+    sharding = of_axes(*axes)
+    if sharding is None:
+        return function
+    explicit = sharding.mesh.explicit_axes
+    along: Callable[..., jax.Array] = jax.sharding.auto_axes(
+        function, axes=explicit, out_sharding=sharding
+    )
+    return along
+
+
 # --- Shardy -----------------------------------------------------------------------------------
 
 

@@ -152,23 +152,6 @@ def _abstract_eval(*operands: Any, **_: Any) -> tuple[jax.core.ShapedArray, ...]
 routed_experts_p = _ffi.define_primitive("routed_experts", _abstract_eval)
 
 
-def _auto(
-    function: Callable[..., jax.Array], *axes: tuple[jax.Array, int] | None
-) -> Callable[..., jax.Array]:
-    """`function` with XLA's choice of shardings inside, where a mesh is explicit.
-
-    Its result is divided as such axes of others are, None standing for one that is whole.
-    """
-    sharding = _sharding.of_axes(*axes)
-    if sharding is None:
-        return function
-    explicit = sharding.mesh.explicit_axes
-    out: Callable[..., jax.Array] = jax.sharding.auto_axes(
-        function, axes=explicit, out_sharding=sharding
-    )
-    return out
-
-
 # --- A few rows ------------------------------------------------------------------------------
 
 
@@ -337,7 +320,7 @@ def _call(
         experts, shares = jnp.where(is_here, experts, count), jnp.where(is_here, shares, 0)
     elif on_gpu and not is_symbolic_dim(experts.size) and experts.size <= _FEW_ROWS:
         run = _fused
-    return [_auto(run, (tokens, 0), None)(here, tokens, experts, shares)]
+    return [_sharding.auto_along(run, (tokens, 0), None)(here, tokens, experts, shares)]
 
 
 def _fits_kernels(weights: Experts, tokens: jax.Array) -> bool:
@@ -399,7 +382,7 @@ def _batch(
         return out.reshape(own[0].shape)
 
     leading = operands[mapped.index(True)]
-    return [_auto(together, (leading, 0), (leading, 1), None)(*operands)]
+    return [_sharding.auto_along(together, (leading, 0), (leading, 1), None)(*operands)]
 
 
 _ffi.register_batching(routed_experts_p, _batch)
@@ -414,16 +397,12 @@ def _routed_jvp(precision: str | None, primals: Any, tangents: Any) -> tuple[jax
     weights, tokens, experts, shares = primals
     d_weights, d_tokens, _, d_shares = tangents
 
-    def loop(inputs: tuple[Experts, jax.Array, jax.Array], experts: jax.Array) -> jax.Array:
-        weights, tokens, shares = inputs
+    def loop(weights: Experts, tokens: jax.Array, shares: jax.Array) -> jax.Array:
+        run = functools.partial(_loop, precision=precision)
+        along = _sharding.auto_along(run, (tokens, 0), None)
+        return along(weights, tokens, experts, shares)
 
-        def run(*operands: Any) -> jax.Array:
-            return _loop(*operands, precision=precision)
-
-        return _auto(run, (tokens, 0), None)(weights, tokens, experts, shares)
-
-    inputs = (weights, tokens, shares), (d_weights, d_tokens, d_shares)
-    out, tangent = jax.jvp(lambda x: loop(x, experts), inputs[:1], inputs[1:])
+    out, tangent = jax.jvp(loop, (weights, tokens, shares), (d_weights, d_tokens, d_shares))
     kernels = functools.partial(_routed, precision)
     out = jax.lax.platform_dependent(
         out, *primals, cuda=lambda _, *primals: kernels(*primals), default=lambda out, *_: out
