@@ -48,12 +48,5 @@ def export_disabled_checks() -> list[DisabledSafetyCheck]:
       A check for each of this package's custom calls, and of those of JAX that layers and models
       make on a machine with a GPU, which JAX promises nothing about.
     """
-    names = (
-        *_ffi.TARGETS,
-        _ffi.FEW_TOKENS,
-        _ffi.FEW_LOGITS,
-        _ffi.GROUPED_MLP,
-        *_sharding.TARGETS,
-        *_OF_JAX,
-    )
+    names = (*_ffi.TARGETS, *_sharding.TARGETS, *_OF_JAX)
     return [DisabledSafetyCheck.custom_call(name) for name in names]

@@ -106,13 +106,13 @@ def test_targets_are_those_of_the_module() -> None:
     on_both = {_ffi.DENSE_DECODE, _ffi.CACHE_APPEND, _ffi.SPARSE_ATTENTION}
     assert set(registrations.pop("cpu")) == on_both
     for targets in registrations.values():
-        assert set(targets) == {*_ffi.TARGETS, _ffi.FEW_TOKENS, _ffi.FEW_LOGITS, _ffi.GROUPED_MLP}
+        assert set(targets) == set(_ffi.TARGETS)
 
 
 def test_disabled_checks() -> None:
     checks = fm.export_disabled_checks()
     names = [check.is_custom_call() for check in checks]
-    ours = {*_ffi.TARGETS, _ffi.FEW_TOKENS, _ffi.FEW_LOGITS, _ffi.GROUPED_MLP, *_sharding.TARGETS}
+    ours = {*_ffi.TARGETS, *_sharding.TARGETS}
     assert ours < set(names)
     assert all(re.fullmatch(r"flashmla_[a-z_]+_v\d+", name) for name in ours)
     assert all(name.startswith("__cudnn$") for name in set(names) - ours)

@@ -59,6 +59,9 @@ TARGETS: Final = (
     DENSE_DECODE_NO_GRAPH,
     CACHE_APPEND_NO_GRAPH,
     INDEX_TOPK,
+    FEW_TOKENS,
+    FEW_LOGITS,
+    GROUPED_MLP,
 )
 
 
@@ -238,7 +241,7 @@ def register_lowerings(
                     "XLA over others; over all axes, or outside shard_map, kernels run"
                 )
             elif platform and _sharding.is_divided(ctx):
-                runs = "reference" if reason else " ".join((*TARGETS, GROUPED_MLP))
+                runs = "reference" if reason else " ".join(TARGETS)
                 return lower_divided(platform, runs, ctx, *operands, **params)
             if reason is None and lower_kernel is not None:
                 return lower_kernel(ctx, *operands, **params)
